@@ -1,0 +1,211 @@
+// The operation table: everything a model may ask of a device. Backends: ref/ (plain C++, the oracle, always built)
+// and cpu/ (one file per instruction set).
+//
+// Contract of every operation
+//  - It is enqueued on a stream, returns nothing to the host and never waits; operations of one stream run in order.
+//    `read_back` and `synchronize` are the only ways to wait.
+//  - Exact: row t of an output is a function of row t of the inputs (and of the KV cache up to its position) alone.
+//    It does not depend on the number of rows, on the row's place, on the thread count or on the split of the work:
+//    every reduction has a fixed order, attention walks fixed tiles by absolute position, ties go to the lowest index.
+//  - Activations have the dtype `activation_dtype()` (f32 on CPU backends); sums are f32. A backend may round an
+//    activation row to a weight's own format inside `linear`, per row.
+//  - Sizes are 64-bit; shapes are CHECKed, since a wrong shape is a bug of the caller.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "src/base/result.h"
+#include "src/kernels/tensor.h"
+
+namespace tandem::kernels {
+
+// Owns device memory; freed on destruction. Zeroed when allocated, so that no earlier owner's data can show.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual std::byte* address() const = 0;
+  virtual int64_t bytes() const = 0;
+};
+
+// An in-order queue of operations of one device. Used by one thread at a time.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+};
+
+// One weight matrix [n, k] as it stands in a checkpoint, in host memory (often mmapped, any alignment).
+// y = x · Wᵀ. With dtype kF8E4M3, `scales` is the multiplier per block: w = fp8 * scales[n / block_n, k / block_k],
+// a [ceil(n / block_n), ceil(k / block_k)] row-major matrix of kF32, kBf16 or kF16.
+struct HostMatrix {
+  const std::byte* data = nullptr;
+  DType dtype = DType::kBf16;
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t row_stride = 0;  // in elements; 0 means k
+  const std::byte* scales = nullptr;
+  DType scales_dtype = DType::kF32;
+  int64_t block_n = 0;
+  int64_t block_k = 0;
+};
+
+// How a backend keeps a packed weight.
+enum class WeightFormat : uint8_t { kF32, kBf16 };
+const char* weight_format_name(WeightFormat format);
+
+// `batch` matrices [n, k] packed for one backend; used only with the Ops that packed it.
+class Weight {
+ public:
+  virtual ~Weight() = default;
+  virtual int64_t batch() const = 0;
+  virtual int64_t n() const = 0;
+  virtual int64_t k() const = 0;
+  virtual WeightFormat format() const = 0;
+  virtual int64_t bytes() const = 0;
+};
+
+enum class RouterScoring : uint8_t { kSoftmax, kSigmoid };
+
+// Top-k expert choice (DeepSeek-V3 "noaux_tc" and softmax routers). All in f32:
+//  s = softmax(logits) or sigmoid(logits); b = s + bias (if any); with num_groups > 1 only the `top_groups` best groups
+//  stay, a group's score being the sum of its two largest b; the `top_k` largest b are chosen, ties to the lowest
+//  index; weights are s of the chosen, divided by (their sum + 1e-20 for sigmoid) if `normalize`, times `scale`.
+// Slots are ordered by descending b (ties: lower index first).
+struct RouterParams {
+  RouterScoring scoring = RouterScoring::kSoftmax;
+  int64_t top_k = 1;
+  int64_t num_groups = 1;
+  int64_t top_groups = 1;
+  bool normalize = true;
+  float scale = 1.0F;
+};
+
+// Some rows of one sequence inside a step: row first_row + i is the token at position first_position + i, for
+// i < num_rows. `block_table` of length num_blocks lies at block_table_offset in the step's table (I32 block ids) and
+// covers positions 0 … first_position + num_rows - 1.
+struct SequenceRows {
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  int32_t first_position = 0;
+  int32_t block_table_offset = 0;
+  int32_t num_blocks = 0;
+};
+
+// One layer of the paged cache. Block b begins at base + b * block_stride_bytes.
+//  GQA block: [2 (k then v)][kv_heads][block_size][head_dim] of `dtype`.
+//  MLA block: [block_size][latent_dim + rope_dim] of `dtype` (normed latent, then rotated k_pe).
+struct KvLayerView {
+  std::byte* base = nullptr;
+  int64_t block_stride_bytes = 0;
+  int64_t block_size = 0;
+  int64_t num_blocks = 0;
+  DType dtype = DType::kBf16;
+};
+
+class Ops {
+ public:
+  virtual ~Ops() = default;
+
+  // "ref", "cpu-avx2", "cpu-avx512", "cpu-avx512-bf16".
+  virtual std::string name() const = 0;
+  virtual int num_threads() const = 0;
+  virtual DType activation_dtype() const = 0;
+
+  virtual std::unique_ptr<Buffer> allocate(int64_t bytes) = 0;
+  virtual std::unique_ptr<Stream> make_stream() = 0;
+  virtual void upload(Stream& stream, std::byte* device_address, std::span<const std::byte> host) = 0;
+  // Copies `bytes` from the device after everything enqueued before; blocks until done.
+  virtual void read_back(Stream& stream, const std::byte* device_address, std::span<std::byte> host) = 0;
+  virtual void synchronize(Stream& stream) = 0;
+
+  // All matrices have the same n, k. The host data is not used after the call returns.
+  virtual std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, WeightFormat format) = 0;
+
+  // out[t] = table[ids[t]] ; ids I32 [T, 1], table: weight packed with pack_weight (batch 1, n = vocab, k = H).
+  virtual void embed(Stream& stream, const Weight& table, const Tensor& ids, const Tensor& out) = 0;
+
+  // Root-mean-square norm of each run of weight.cols columns: x is [T, s * weight.cols], out likewise (may alias x);
+  // y = x / sqrt(mean(x²) + eps) * weight. weight is f32 [1, cols].
+  virtual void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out) = 0;
+  // residual += delta, then out = rms_norm(residual).
+  virtual void add_rms_norm(Stream& stream, const Tensor& residual, const Tensor& delta, const Tensor& weight,
+                            float eps, const Tensor& out) = 0;
+  // x += y.
+  virtual void add(Stream& stream, const Tensor& x, const Tensor& y) = 0;
+
+  // out[t] = x[t] · Wᵀ : x [T, k], out [T, n] (f32 or activation dtype). batch must be 1.
+  virtual void linear(Stream& stream, const Tensor& x, const Weight& weight, const Tensor& out) = 0;
+  // Per head h < batch: out[t, h, :] = x[t, h, :] · W[h]ᵀ; head h of x begins at column h * x_head_stride and of out
+  // at column h * out_head_stride (MLA absorption).
+  virtual void head_linear(Stream& stream, const Tensor& x, int64_t x_head_stride, const Weight& weight,
+                           const Tensor& out, int64_t out_head_stride) = 0;
+
+  // Rotates, in place, `dim` columns of each of `heads` heads; head h's columns begin at h * head_stride.
+  // positions I32 [T, 1]; table f32 [max_position, dim]: cos of the dim/2 frequencies, then sin (factors included).
+  // interleaved pairs (2i, 2i+1), otherwise (i, i + dim/2).
+  virtual void rope(Stream& stream, const Tensor& x, int64_t heads, int64_t head_stride, int64_t dim,
+                    const Tensor& positions, const Tensor& table, bool interleaved) = 0;
+
+  // Writes row t of k and v [T, kv_heads * head_dim] to slot slots[t] = block * block_size + offset (I64 [T, 1]).
+  virtual void write_kv(Stream& stream, const Tensor& k, const Tensor& v, int64_t kv_heads, const Tensor& slots,
+                        const KvLayerView& cache) = 0;
+  // Writes row t of latent [T, L] and k_pe [T, R] side by side to slot slots[t] of an MLA cache.
+  virtual void write_latent(Stream& stream, const Tensor& latent, const Tensor& k_pe, const Tensor& slots,
+                            const KvLayerView& cache) = 0;
+
+  // Causal attention of grouped query heads over a paged cache.
+  // q [T, q_heads * head_dim], out likewise; block_table I32 [total, 1]; `sequences` is host memory, read at once.
+  // Row at position p sees positions 0 … p, its own KV being in the cache already.
+  virtual void attention(Stream& stream, const Tensor& q, int64_t q_heads, int64_t kv_heads, float scale,
+                         std::span<const SequenceRows> sequences, const Tensor& block_table, const KvLayerView& cache,
+                         const Tensor& out) = 0;
+
+  // MLA, absorbed form. q_latent [T, heads * L], q_pe: head h's R columns begin at h * q_pe_head_stride;
+  // out [T, heads * L]: Σ_t p_t · latent_t with p = softmax(scale · (q_latent·latent_t + q_pe·k_pe_t)).
+  virtual void mla_attention_absorbed(Stream& stream, const Tensor& q_latent, const Tensor& q_pe,
+                                      int64_t q_pe_head_stride, int64_t heads, float scale,
+                                      std::span<const SequenceRows> sequences, const Tensor& block_table,
+                                      const KvLayerView& cache, const Tensor& out) = 0;
+
+  // Copies positions 0 … latent.rows - 1 of one sequence out of an MLA cache: latent [n, L], k_pe [n, R].
+  virtual void gather_latent(Stream& stream, const SequenceRows& sequence, const Tensor& block_table,
+                             const KvLayerView& cache, const Tensor& latent, const Tensor& k_pe) = 0;
+  // MLA, expanded form, for one sequence. q [T', heads * (N + R)] (per head: nope then rotated pe), where row i is at
+  // position first_position + i; kv [n, heads * (N + V)] (per head: k_nope then v, the output of kv_b), k_pe [n, R],
+  // n = first_position + T'. out [T', heads * V].
+  virtual void mla_attention_expanded(Stream& stream, const Tensor& q, const Tensor& kv, const Tensor& k_pe,
+                                      int64_t heads, int64_t nope_dim, int64_t value_dim, float scale,
+                                      int64_t first_position, const Tensor& out) = 0;
+
+  // out = silu(gate) * up with gate_up [T, 2 * I] holding gate first; out [T, I].
+  virtual void silu_mul(Stream& stream, const Tensor& gate_up, const Tensor& out) = 0;
+
+  // logits f32 [T, E]; bias f32 [1, E] or an empty Tensor; ids I32 [T, top_k]; weights f32 [T, top_k].
+  virtual void route(Stream& stream, const Tensor& logits, const Tensor& bias, const RouterParams& params,
+                     const Tensor& ids, const Tensor& weights) = 0;
+  // Groups the T * top_k slots by expert: order I32 [T * top_k, 1] lists slots (t * top_k + j) by expert, ascending
+  // inside one; offsets I32 [experts + 1, 1] says where each expert begins.
+  virtual void sort_by_expert(Stream& stream, const Tensor& ids, int64_t experts, const Tensor& order,
+                              const Tensor& offsets) = 0;
+  // out[slot] = down_e( silu(gate_e(x)) * up_e(x) ) for every slot in `order`, x = row slot / top_k of x [T, H].
+  // gate_up: batch E, n = 2 I (gate rows first), k = H; down: batch E, n = H, k = I; out [T * top_k, H].
+  virtual void expert_mlp(Stream& stream, const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k,
+                          const Weight& gate_up, const Weight& down, const Tensor& out) = 0;
+  // out[t] = Σ_j weights[t, j] * expert_out[t * top_k + j], f32, in the order of j. out [T, H].
+  virtual void combine(Stream& stream, const Tensor& expert_out, const Tensor& weights, const Tensor& out) = 0;
+
+  // out[i] = x[indices[i]]; indices I32 [n, 1].
+  virtual void gather_rows(Stream& stream, const Tensor& x, const Tensor& indices, const Tensor& out) = 0;
+};
+
+// The backends this machine can run, best first, by name; "ref" is always the last.
+std::vector<std::string> available_backends();
+// `name` as in Ops::name(), or "auto" for the best. An unknown or impossible name is an error that lists the possible.
+// `num_threads` 0 means one per core that this process may use.
+Result<std::unique_ptr<Ops>> make_ops(std::string_view name, int num_threads);
+
+}  // namespace tandem::kernels

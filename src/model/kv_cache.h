@@ -1,0 +1,53 @@
+// The memory of the paged KV cache: one region, layer-major, so that consecutive blocks of a layer are contiguous.
+// Which block belongs to whom is src/kv's business.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "src/base/ids.h"
+#include "src/kernels/ops.h"
+
+namespace tandem::model {
+
+enum class KvKind : uint8_t { kGqa, kMla };
+
+// Everything two workers must agree on before KV may pass between them.
+struct KvLayout {
+  KvKind kind = KvKind::kGqa;
+  int64_t num_layers = 0;
+  int64_t block_size = 0;          // tokens per block
+  int64_t bytes_per_token = 0;     // per layer
+  kernels::DType dtype = kernels::DType::kBf16;
+  int64_t kv_heads = 0;            // GQA
+  int64_t head_dim = 0;            // GQA
+  int64_t latent_dim = 0;          // MLA
+  int64_t rope_dim = 0;            // MLA
+
+  int64_t block_bytes() const { return block_size * bytes_per_token; }             // one layer
+  int64_t total_block_bytes() const { return num_layers * block_bytes(); }         // all layers
+  std::string describe() const;                                                    // "mla 6 layers x 16 tokens x 160 B bf16"
+  bool operator==(const KvLayout&) const = default;
+};
+
+class KvCache {
+ public:
+  KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks);
+
+  const KvLayout& layout() const { return layout_; }
+  int64_t num_blocks() const { return num_blocks_; }
+  std::byte* base() const { return buffer_->address(); }
+  int64_t bytes() const { return buffer_->bytes(); }
+  int64_t layer_stride_bytes() const { return num_blocks_ * layout_.block_bytes(); }
+  // Address of one block of one layer: base + layer * layer_stride + block * block_bytes.
+  std::byte* block_address(int64_t layer, BlockId block) const;
+  kernels::KvLayerView layer(int64_t index) const;
+
+ private:
+  KvLayout layout_;
+  int64_t num_blocks_;
+  std::unique_ptr<kernels::Buffer> buffer_;
+};
+
+}  // namespace tandem::model

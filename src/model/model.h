@@ -1,0 +1,61 @@
+// A loaded model: turns a Batch into logits, writing KV on the way. One short file per family implements it
+// (deepseek_v3.cc, qwen3_moe.cc) on top of the operation table.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "src/base/result.h"
+#include "src/kernels/ops.h"
+#include "src/model/batch.h"
+#include "src/model/kv_cache.h"
+
+namespace tandem::model {
+
+enum class ComputeType : uint8_t { kBf16, kF32 };  // of weights and KV; sums are f32 in both
+enum class LoadFormat : uint8_t { kSafetensors, kDummy };
+
+struct LoadOptions {
+  std::string path;  // model directory, or (with kDummy) a directory or file holding config.json
+  LoadFormat format = LoadFormat::kSafetensors;
+  ComputeType compute = ComputeType::kBf16;
+  int64_t max_num_batched_tokens = 0;  // rows of the largest Batch
+  int64_t max_num_seqs = 0;            // chunks, and logit rows, of the largest Batch
+  int64_t max_model_len = 0;           // 0: the config's max_position_embeddings
+  int64_t block_size = 16;
+  uint64_t dummy_seed = 0;
+  std::function<void(double fraction)> on_progress;  // 0 … 1 while weights load; may be empty
+};
+
+struct ModelInfo {
+  std::string architecture;     // "DeepseekV3ForCausalLM"
+  int64_t vocab_size = 0;       // rows of the output head
+  int64_t max_model_len = 0;    // positions
+  int64_t weight_bytes = 0;     // packed, resident
+  int64_t num_parameters = 0;
+  KvLayout kv;
+  // Rows of prompt tokens and of generated tokens are computed by different forms (MLA), so KV of generated tokens
+  // must not serve another request's prompt.
+  bool rows_depend_on_role = false;
+  std::string fingerprint;      // SHA-256 hex over config and tensor names, shapes and sampled bytes: same on both sides of a transfer
+};
+
+class Model {
+ public:
+  virtual ~Model() = default;
+  virtual const ModelInfo& info() const = 0;
+
+  // Computes every row of `batch`; afterwards logits(i) is row i of batch.logit_rows. `on_layer_done` may be empty.
+  virtual void forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) = 0;
+
+  // f32 logits [vocab_size] of the i-th wanted row of the last forward, in host memory; valid until the next.
+  virtual std::span<const float> logits(size_t index) const = 0;
+};
+
+// Reads and checks config.json and every tensor header before any weight is used; a fault names file, value and remedy.
+Result<std::unique_ptr<Model>> load_model(kernels::Ops& ops, const LoadOptions& options);
+
+}  // namespace tandem::model
