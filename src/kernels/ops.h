@@ -164,7 +164,8 @@ class Ops {
                          std::span<const SequenceRows> sequences, const Tensor& block_table, const KvLayerView& cache,
                          const Tensor& out) = 0;
 
-  // MLA, absorbed form. q_latent [T, heads * L], q_pe: head h's R columns begin at h * q_pe_head_stride;
+  // MLA, absorbed form. q_latent [T, heads * L], q_pe [T, (heads - 1) * q_pe_head_stride + R]: head h's R columns begin
+  // at h * q_pe_head_stride (so a col_slice of the queries up to their last column fits);
   // out [T, heads * L]: Σ_t p_t · latent_t with p = softmax(scale · (q_latent·latent_t + q_pe·k_pe_t)).
   virtual void mla_attention_absorbed(Stream& stream, const Tensor& q_latent, const Tensor& q_pe,
                                       int64_t q_pe_head_stride, int64_t heads, float scale,

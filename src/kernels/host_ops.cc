@@ -1,0 +1,62 @@
+#include "src/kernels/host_ops.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "src/base/check.h"
+
+namespace tandem::kernels {
+namespace {
+
+constexpr int64_t kAlignment = 64;                   // a cache line, and the widest vector
+constexpr int64_t kMapThreshold = int64_t{4} << 20;  // from two huge pages on
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+class HostStream final : public Stream {};
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace
+
+HostBuffer::HostBuffer(int64_t bytes) : bytes_(bytes) {
+  CHECK_GE(bytes, 0);
+  if (bytes < kMapThreshold) {
+    const size_t size = static_cast<size_t>(round_up(bytes == 0 ? 1 : bytes, kAlignment));
+    address_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, size));
+    CHECK(address_ != nullptr);
+    std::memset(address_, 0, size);
+    return;
+  }
+  mapped_bytes_ = round_up(bytes, kHugePage);
+  const size_t size = static_cast<size_t>(mapped_bytes_);
+  void* memory = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) fail_check(__FILE__, __LINE__, fmt::format("out of memory: {} bytes asked", bytes));
+  ::madvise(memory, size, MADV_HUGEPAGE);  // an optimisation: refusal is harmless
+  address_ = static_cast<std::byte*>(memory);
+}
+
+HostBuffer::~HostBuffer() {
+  if (mapped_bytes_ > 0) {
+    ::munmap(address_, static_cast<size_t>(mapped_bytes_));
+  } else {
+    std::free(address_);
+  }
+}
+
+std::unique_ptr<Buffer> HostOps::allocate(int64_t bytes) { return std::make_unique<HostBuffer>(bytes); }
+
+std::unique_ptr<Stream> HostOps::make_stream() { return std::make_unique<HostStream>(); }
+
+void HostOps::upload(Stream& /*stream*/, std::byte* device_address, std::span<const std::byte> host) {
+  if (!host.empty()) std::memcpy(device_address, host.data(), host.size());
+}
+
+void HostOps::read_back(Stream& /*stream*/, const std::byte* device_address, std::span<std::byte> host) {
+  if (!host.empty()) std::memcpy(host.data(), device_address, host.size());
+}
+
+void HostOps::synchronize(Stream& /*stream*/) {}
+
+}  // namespace tandem::kernels

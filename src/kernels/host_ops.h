@@ -1,0 +1,35 @@
+// What all backends whose device is the host itself have in common: memory, streams and copies. Their operations run
+// to the end inside the call, so a stream is always idle when its owner looks.
+#pragma once
+
+#include "src/kernels/ops.h"
+
+namespace tandem::kernels {
+
+class HostOps : public Ops {
+ public:
+  DType activation_dtype() const override { return DType::kF32; }
+  std::unique_ptr<Buffer> allocate(int64_t bytes) override;  // aligned to 64 bytes
+  std::unique_ptr<Stream> make_stream() override;
+  void upload(Stream& stream, std::byte* device_address, std::span<const std::byte> host) override;
+  void read_back(Stream& stream, const std::byte* device_address, std::span<std::byte> host) override;
+  void synchronize(Stream& stream) override;
+};
+
+// Zeroed host memory, aligned to 64 bytes; large ones ask the kernel for huge pages.
+class HostBuffer final : public Buffer {
+ public:
+  explicit HostBuffer(int64_t bytes);
+  ~HostBuffer() override;
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+  std::byte* address() const override { return address_; }
+  int64_t bytes() const override { return bytes_; }
+
+ private:
+  std::byte* address_ = nullptr;
+  int64_t bytes_ = 0;
+  int64_t mapped_bytes_ = 0;  // 0 when the memory came from the allocator
+};
+
+}  // namespace tandem::kernels
