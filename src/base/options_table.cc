@@ -1,0 +1,211 @@
+// The rows of the table. One row is one option; a row may serve several subcommands when it means the same in all.
+#include <limits>
+
+#include "src/base/options.h"
+
+namespace tandem {
+namespace {
+
+constexpr uint32_t kServe = static_cast<uint32_t>(Subcommand::kServe);
+constexpr uint32_t kRoute = static_cast<uint32_t>(Subcommand::kRoute);
+constexpr uint32_t kUp = static_cast<uint32_t>(Subcommand::kUp);
+constexpr uint32_t kChat = static_cast<uint32_t>(Subcommand::kChat);
+constexpr uint32_t kBench = static_cast<uint32_t>(Subcommand::kBenchServe);
+constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
+
+constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+constexpr SubcommandInfo kSubcommands[] = {
+    {Subcommand::kServe, "serve", "Serve a model over the OpenAI API, alone or as a prefill or decode worker."},
+    {Subcommand::kRoute, "route", "Serve the OpenAI API in front of prefill and decode workers."},
+    {Subcommand::kUp, "up", "Start the workers and the router of a cluster file on this host and keep them running."},
+    {Subcommand::kChat, "chat", "Talk to a server, line by line."},
+    {Subcommand::kBenchServe, "bench serve", "Measure a server: latencies and throughput under a chosen load."},
+    {Subcommand::kOptions, "options", "Print the reference of every option."},
+};
+
+using enum OptionType;
+
+constexpr OptionSpec kTable[] = {
+    // serve: what runs
+    {.name = "model", .commands = kServe, .group = "Model", .type = kText, .default_text = "",
+     .help = "Directory with config.json, safetensors and tokenizer files.", .positional = true},
+    {.name = "served-model-name", .commands = kServe | kRoute, .group = "Model", .type = kList, .default_text = "",
+     .help = "Names that requests may give as `model`; the first is shown. Default: the model's directory name."},
+    {.name = "dtype", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
+     .help = "Type of weights and KV cache; auto is bfloat16. Sums are float32 in both.",
+     .choices = "auto|bfloat16|float32"},
+    {.name = "load-format", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
+     .help = "dummy makes deterministic random weights from config.json alone.", .choices = "auto|safetensors|dummy"},
+    {.name = "seed", .commands = kServe, .group = "Model", .type = kInteger, .default_text = "0",
+     .help = "Seed of the weights of --load-format dummy.", .min = 0, .max = kMaxInt},
+    {.name = "max-model-len", .commands = kServe, .group = "Model", .type = kBytes, .default_text = "0",
+     .help = "Longest prompt plus answer in tokens; 0 takes it from config.json.", .min = 0, .max = 16777216},
+
+    // serve: the scheduler
+    // On a CPU one step of 2,048 prompt tokens takes a second or more, and every answer in flight waits for it;
+    // 512 keeps the gap between tokens short and the matrices still tall enough to use the machine.
+    {.name = "max-num-batched-tokens", .commands = kServe, .group = "Scheduler", .type = kInteger,
+     .default_text = "512", .help = "Most tokens computed in one step; longer prompts are cut into chunks.", .min = 1,
+     .max = 1048576},
+    {.name = "max-num-seqs", .commands = kServe, .group = "Scheduler", .type = kInteger, .default_text = "64",
+     .help = "Most requests computed in one step.", .min = 1, .max = 65536},
+    {.name = "max-num-waiting", .commands = kServe, .group = "Scheduler", .type = kInteger, .default_text = "2048",
+     .help = "Most requests waiting for their first step; further ones are answered with status 429.", .min = 0,
+     .max = 1048576},
+
+    // serve: the KV cache
+    {.name = "block-size", .commands = kServe, .group = "KV cache", .type = kInteger, .default_text = "16",
+     .help = "Tokens per KV block.", .min = 1, .max = 256},
+    {.name = "kv-cache-memory-bytes", .commands = kServe, .group = "KV cache", .type = kBytes, .default_text = "1G",
+     .help = "Memory for KV blocks, for example 512M or 4G.", .min = 1, .max = kMaxInt},
+    {.name = "num-gpu-blocks-override", .commands = kServe, .group = "KV cache", .type = kInteger,
+     .default_text = "0", .help = "Number of KV blocks instead of a memory size; 0 computes it.", .min = 0,
+     .max = 2147483647},
+    {.name = "enable-prefix-caching", .commands = kServe, .group = "KV cache", .type = kFlag, .default_text = "true",
+     .help = "Keep the blocks of finished requests and use them for prompts that begin alike."},
+
+    // serve: prefill/decode
+    {.name = "kv-transfer-config", .commands = kServe, .group = "Prefill/decode", .type = kObject, .default_text = "",
+     .help = "JSON: kv_connector (UcxConnector), kv_role (kv_producer, kv_consumer, kv_both), kv_ip, kv_port, engine_id, "
+             "kv_buffer_device, kv_parallel_size, kv_connector_extra_config."},
+
+    // serve: the device
+    {.name = "device", .commands = kServe, .group = "Device", .type = kChoice, .default_text = "auto",
+     .help = "cpu is the vectorised backend, ref the plain C++ one; auto takes the best this machine has.",
+     .choices = "auto|cpu|ref"},
+    {.name = "cpu-isa", .commands = kServe, .group = "Device", .type = kChoice, .default_text = "auto",
+     .help = "Instruction set of the cpu backend; one that the machine lacks is refused.",
+     .choices = "auto|avx2|avx512|avx512-bf16"},
+    {.name = "threads", .commands = kServe, .group = "Device", .type = kInteger, .default_text = "0",
+     .help = "Compute threads; 0 is one per core this process may use.", .min = 0, .max = 1024},
+
+    // route
+    {.name = "prefill", .commands = kRoute, .group = "Workers", .type = kList, .default_text = "",
+     .help = "URLs of prefill workers; without any, decode workers compute their prompts themselves."},
+    {.name = "decode", .commands = kRoute, .group = "Workers", .type = kList, .default_text = "",
+     .help = "URLs of decode workers, for example http://127.0.0.1:8200."},
+    {.name = "policy", .commands = kRoute, .group = "Workers", .type = kChoice, .default_text = "least_load",
+     .help = "How a worker is chosen: in turn, or by the fewest tokens in flight.",
+     .choices = "round_robin|least_load"},
+    {.name = "transfer-mode", .commands = kRoute, .group = "Workers", .type = kChoice, .default_text = "push",
+     .help = "push: decode reserves, prefill sends; pull: prefill first, decode fetches (for workers that are not Tandem).",
+     .choices = "push|pull"},
+    {.name = "worker-api-key", .commands = kRoute, .group = "Workers", .type = kText, .default_text = "",
+     .help = "Key that the router presents to its workers.", .secret = true},
+    {.name = "health-check-interval-s", .commands = kRoute, .group = "Workers", .type = kNumber, .default_text = "1",
+     .help = "Seconds between two probes of a worker's /health.", .min = 0.05, .max = 3600},
+    {.name = "max-retries", .commands = kRoute, .group = "Workers", .type = kInteger, .default_text = "2",
+     .help = "Further attempts on other workers while no token has been sent.", .min = 0, .max = 10},
+    {.name = "max-concurrent-requests", .commands = kRoute, .group = "Workers", .type = kInteger,
+     .default_text = "4096", .help = "Requests in flight; further ones are answered with status 429.", .min = 1,
+     .max = 1048576},
+    {.name = "model", .commands = kRoute, .group = "Model", .type = kText, .default_text = "",
+     .help = "Directory with config.json and tokenizer files; without it they are fetched from a worker."},
+
+    // serve and route: the server
+    {.name = "host", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "127.0.0.1",
+     .help = "Address to listen on."},
+    {.name = "port", .commands = kServe | kRoute, .group = "Server", .type = kInteger, .default_text = "8000",
+     .help = "TCP port to listen on.", .min = 1, .max = 65535},
+    {.name = "api-key", .commands = kServe | kRoute, .group = "Server", .type = kList, .default_text = "",
+     .help = "Keys of which a request to /v1 must present one; without any, no key is asked for.", .secret = true},
+    {.name = "request-timeout-s", .commands = kServe | kRoute, .group = "Server", .type = kNumber,
+     .default_text = "600", .help = "Deadline of a request from its arrival to its last token, in seconds.",
+     .min = 0.001, .max = 86400},
+    {.name = "log-level", .commands = kServe | kRoute | kUp, .group = "Server", .type = kChoice,
+     .default_text = "info", .help = "Least level of the lines that are logged.", .choices = "debug|info|warning|error"},
+    {.name = "log-name", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "",
+     .help = "Name of this process, put on every log line."},
+
+    // up
+    {.name = "cluster", .commands = kUp, .group = "Cluster", .type = kText, .default_text = "",
+     .help = "Cluster file (YAML), for example examples/local-1p1d.yaml.", .positional = true},
+    {.name = "run-dir", .commands = kUp, .group = "Cluster", .type = kText, .default_text = "run",
+     .help = "Directory for the logs of the processes."},
+    {.name = "dry-run", .commands = kUp, .group = "Cluster", .type = kFlag, .default_text = "false",
+     .help = "Print the ports and command lines and start nothing."},
+
+    // chat
+    {.name = "url", .commands = kChat, .group = "Server", .type = kText, .default_text = "",
+     .help = "Address of the server, for example http://127.0.0.1:8000.", .positional = true},
+    {.name = "system", .commands = kChat, .group = "Chat", .type = kText, .default_text = "",
+     .help = "Text of the system message."},
+    {.name = "max-tokens", .commands = kChat, .group = "Chat", .type = kInteger, .default_text = "0",
+     .help = "Most tokens of one answer; 0 leaves it to the server.", .min = 0, .max = 16777216},
+    {.name = "temperature", .commands = kChat, .group = "Chat", .type = kNumber, .default_text = "",
+     .help = "Sampling temperature; not set leaves it to the server.", .min = 0, .max = 2},
+    {.name = "stats", .commands = kChat, .group = "Chat", .type = kFlag, .default_text = "false",
+     .help = "Print time to first token and tokens per second after each answer."},
+
+    // bench serve
+    {.name = "base-url", .commands = kBench, .group = "Server", .type = kText, .default_text = "http://127.0.0.1:8000",
+     .help = "Address of the server."},
+    {.name = "endpoint", .commands = kBench, .group = "Server", .type = kChoice, .default_text = "completions",
+     .help = "Which API to measure.", .choices = "completions|chat|/v1/completions|/v1/chat/completions"},
+    {.name = "model", .commands = kChat | kBench, .group = "Server", .type = kText, .default_text = "auto",
+     .help = "Model name of the requests; auto asks the server."},
+    {.name = "api-key", .commands = kChat | kBench, .group = "Server", .type = kText, .default_text = "",
+     .help = "Key to present to the server.", .secret = true},
+    {.name = "request-timeout-s", .commands = kChat | kBench, .group = "Server", .type = kNumber,
+     .default_text = "600", .help = "A request that takes longer is a failure.", .min = 0.001, .max = 86400},
+    {.name = "dataset-name", .commands = kBench, .group = "Load", .type = kChoice, .default_text = "random",
+     .help = "random: token ids; text: English sentences; custom: JSON lines with `prompt` and optionally `output_len`.",
+     .choices = "random|text|custom"},
+    {.name = "dataset-path", .commands = kBench, .group = "Load", .type = kText, .default_text = "",
+     .help = "File of the custom data set."},
+    {.name = "num-prompts", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "100",
+     .help = "Number of requests.", .min = 1, .max = 10000000},
+    {.name = "random-input-len", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "128",
+     .help = "Tokens of a random prompt; words of a text prompt.", .min = 1, .max = 16777216},
+    {.name = "random-output-len", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "64",
+     .help = "Value of max_tokens.", .min = 1, .max = 16777216},
+    {.name = "random-range-ratio", .commands = kBench, .group = "Load", .type = kNumber, .default_text = "0",
+     .help = "Both lengths vary evenly within (1 - ratio) and (1 + ratio) times their value.", .min = 0, .max = 0.999},
+    {.name = "random-prefix-len", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "0",
+     .help = "Tokens (words) in front of each prompt that are the same in all.", .min = 0, .max = 16777216},
+    {.name = "vocab-size", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "0",
+     .help = "Random token ids are below it; 0 asks the server.", .min = 0, .max = 2147483647},
+    {.name = "request-rate", .commands = kBench, .group = "Load", .type = kNumber, .default_text = "inf",
+     .help = "Requests per second as a Poisson process; inf sends all at once.", .min = 0.001, .max = kInfinity},
+    {.name = "max-concurrency", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "0",
+     .help = "Most requests in flight; 0 is no bound but the number of prompts.", .min = 0, .max = 16384},
+    {.name = "num-warmups", .commands = kBench, .group = "Load", .type = kInteger, .default_text = "0",
+     .help = "Requests sent before the measurement and not counted.", .min = 0, .max = 10000},
+    {.name = "seed", .commands = kChat | kBench, .group = "Load", .type = kInteger, .default_text = "0",
+     .help = "Seed of prompts and arrival times (bench) or of sampling (chat, if given).", .min = 0, .max = kMaxInt},
+    {.name = "temperature", .commands = kBench, .group = "Load", .type = kNumber, .default_text = "0",
+     .help = "Sampling temperature.", .min = 0, .max = 2},
+    {.name = "ignore-eos", .commands = kBench, .group = "Load", .type = kFlag, .default_text = "false",
+     .help = "Ask for answers of full length."},
+    {.name = "percentile-metrics", .commands = kBench, .group = "Result", .type = kText,
+     .default_text = "ttft,tpot,itl,e2el", .help = "Latencies to report, of ttft, tpot, itl, e2el."},
+    {.name = "metric-percentiles", .commands = kBench, .group = "Result", .type = kText, .default_text = "50,90,99",
+     .help = "Percentiles to report."},
+    {.name = "save-result", .commands = kBench, .group = "Result", .type = kFlag, .default_text = "false",
+     .help = "Write the result as JSON."},
+    {.name = "save-detailed", .commands = kBench, .group = "Result", .type = kFlag, .default_text = "false",
+     .help = "Also write every request's lengths, times and error."},
+    {.name = "result-dir", .commands = kBench, .group = "Result", .type = kText, .default_text = ".",
+     .help = "Directory of the result file."},
+    {.name = "result-filename", .commands = kBench, .group = "Result", .type = kText, .default_text = "",
+     .help = "Name of the result file; by default made from rate, concurrency, model and time."},
+    {.name = "label", .commands = kBench, .group = "Result", .type = kText, .default_text = "",
+     .help = "Free text put into the result."},
+
+    // options
+    {.name = "markdown", .commands = kOptions, .group = "Output", .type = kFlag, .default_text = "false",
+     .help = "Print Markdown tables instead of plain text."},
+
+    // all that serve or measure
+    {.name = "config", .commands = kServe | kRoute | kBench, .group = "Configuration", .type = kText,
+     .default_text = "", .help = "YAML file with the same option names; the command line wins over it."},
+};
+
+}  // namespace
+
+std::span<const SubcommandInfo> subcommand_table() { return kSubcommands; }
+std::span<const OptionSpec> option_table() { return kTable; }
+
+}  // namespace tandem
