@@ -21,4 +21,9 @@ std::span<const Hash256> PrefixHashes::extend(std::span<const TokenId> tokens, i
   return std::span<const Hash256>(hashes_).first(wanted);
 }
 
+std::span<const Hash256> PrefixHashes::known(int64_t num_blocks) const {
+  CHECK_LE(num_blocks, static_cast<int64_t>(hashes_.size()));
+  return std::span<const Hash256>(hashes_).first(static_cast<size_t>(num_blocks));
+}
+
 }  // namespace tandem::kv

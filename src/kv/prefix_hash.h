@@ -19,6 +19,8 @@ class PrefixHashes {
 
   // Names of the full blocks of tokens[0, count); computes what is missing. `tokens` only ever grows.
   std::span<const Hash256> extend(std::span<const TokenId> tokens, int64_t count);
+  // The first `num_blocks` names, which extend() has computed before.
+  std::span<const Hash256> known(int64_t num_blocks) const;
 
  private:
   int64_t block_size_;

@@ -1,0 +1,260 @@
+#include "src/engine/scheduler.h"
+
+#include <algorithm>
+#include <unordered_set>
+
+#include "src/base/check.h"
+
+namespace tandem::engine {
+namespace {
+
+bool is_receiver(TransferRole role) { return role == TransferRole::kPushReceive || role == TransferRole::kPullReceive; }
+
+}  // namespace
+
+// A plan in the making: what is left of each resource if the plan so far is carried out.
+struct Scheduler::Draft {
+  StepPlan plan;
+  int64_t tokens_left = 0;
+  int64_t seats_left = 0;
+  int64_t blocks_left = 0;
+  std::unordered_set<RequestId> scheduled;
+  std::unordered_set<RequestId> preempted;
+};
+
+Sequence& Scheduler::get(RequestId id) {
+  const auto found = sequences_.find(id);
+  CHECK(found != sequences_.end());
+  return *found->second;
+}
+
+const Sequence& Scheduler::get(RequestId id) const { return const_cast<Scheduler*>(this)->get(id); }
+
+Sequence* Scheduler::find(RequestId id) {
+  const auto found = sequences_.find(id);
+  return found == sequences_.end() ? nullptr : found->second.get();
+}
+
+bool Scheduler::add(std::unique_ptr<Sequence> sequence) {
+  if (num_waiting() >= limits_.max_num_waiting) return false;
+  sequence->hashes.extend(sequence->tokens, sequence->length());
+  waiting_.push_back(sequence->id);
+  const RequestId id = sequence->id;
+  const bool inserted = sequences_.emplace(id, std::move(sequence)).second;
+  CHECK(inserted);
+  return true;
+}
+
+StepPlan Scheduler::plan() const {
+  Draft draft;
+  draft.tokens_left = limits_.max_num_batched_tokens;
+  draft.seats_left = limits_.max_num_seqs - num_running() - num_receiving_ - num_sending_;
+  draft.blocks_left = pool_.num_available();
+  plan_running(draft);
+  // New work while others lose their blocks would only be the next to lose them.
+  if (draft.plan.preempted.empty()) plan_waiting(draft);
+  return std::move(draft.plan);
+}
+
+void Scheduler::plan_running(Draft& draft) const {
+  for (const bool prompts : {false, true}) {
+    for (RequestId id : running_) {
+      const Sequence& sequence = get(id);
+      if (sequence.in_prompt() == prompts && !draft.preempted.contains(id)) plan_rows(draft, sequence);
+    }
+  }
+}
+
+// Schedules the next rows of a running sequence if tokens and blocks allow.
+bool Scheduler::plan_rows(Draft& draft, const Sequence& sequence) const {
+  const int64_t end = sequence.in_prompt() ? sequence.prompt_length : sequence.length();
+  const int64_t num_tokens = std::min(end - sequence.num_computed, draft.tokens_left);
+  if (num_tokens <= 0) return false;
+  const int64_t blocks_held = static_cast<int64_t>(sequence.blocks.size());
+  const int64_t blocks_needed = std::max<int64_t>(0, blocks_for(sequence.num_computed + num_tokens) - blocks_held);
+  if (!make_room(draft, sequence, blocks_needed)) return false;
+  draft.blocks_left -= blocks_needed;
+  draft.tokens_left -= num_tokens;
+  draft.scheduled.insert(sequence.id);
+  draft.plan.rows.push_back({sequence.id, sequence.num_computed, num_tokens,
+                             sequence.num_computed + num_tokens == sequence.length()});
+  return true;
+}
+
+// Preempts the latest arrivals that are not yet scheduled until `blocks_needed` are free. False if that is impossible
+// now; the sequence itself may have been preempted then.
+bool Scheduler::make_room(Draft& draft, const Sequence& sequence, int64_t blocks_needed) const {
+  for (size_t i = running_.size(); blocks_needed > draft.blocks_left && i-- > 0;) {
+    const Sequence& victim = get(running_[i]);
+    const bool only_one_left = running_.size() == draft.preempted.size() + 1;
+    if (victim.transfer || draft.scheduled.contains(victim.id) || draft.preempted.contains(victim.id) || only_one_left) {
+      continue;
+    }
+    for (BlockId block : victim.blocks) {
+      if (pool_.holders(block) == 1) ++draft.blocks_left;
+    }
+    draft.preempted.insert(victim.id);
+    draft.plan.preempted.push_back(victim.id);
+    if (victim.id == sequence.id) return false;
+  }
+  return blocks_needed <= draft.blocks_left;
+}
+
+// Leading tokens whose blocks may be looked up in, or offered to, the prefix cache.
+int64_t Scheduler::shareable_tokens(const Sequence& sequence) const {
+  if (!limits_.prefix_caching) return 0;
+  return limits_.rows_depend_on_role ? sequence.prompt_length : sequence.length();
+}
+
+int64_t Scheduler::count_cached_blocks(const Sequence& sequence) const {
+  // At least the last token is computed, for its logits.
+  const int64_t limit = std::min(shareable_tokens(sequence), sequence.length() - 1) / limits_.block_size;
+  const std::span<const Hash256> hashes = sequence.hashes.known(limit);
+  int64_t count = 0;
+  while (count < limit && pool_.find_prefix(hashes[static_cast<size_t>(count)])) ++count;
+  return count;
+}
+
+void Scheduler::plan_waiting(Draft& draft) const {
+  for (RequestId id : waiting_) {
+    const Sequence& sequence = get(id);
+    const bool remote = is_receiver(sequence.role);
+    if (draft.seats_left <= 0 || (!remote && draft.tokens_left <= 0)) return;
+
+    // Room for the whole sequence and one more token, so that an admitted prompt is not soon stuck half way.
+    const int64_t whole_blocks = blocks_for(sequence.length() + 1);
+    const int64_t cached_blocks = count_cached_blocks(sequence);
+    int64_t cached_unheld = 0;  // available now, but no longer once this sequence holds them
+    for (const Hash256& hash : sequence.hashes.known(cached_blocks)) {
+      if (pool_.holders(*pool_.find_prefix(hash)) == 0) ++cached_unheld;
+    }
+    if (whole_blocks - cached_blocks + cached_unheld > draft.blocks_left) return;
+
+    const int64_t computed = cached_blocks * limits_.block_size;
+    const int64_t end = computed < sequence.prompt_length ? sequence.prompt_length : sequence.length();
+    const int64_t num_tokens = remote ? 0 : std::min(end - computed, draft.tokens_left);
+    // A transfer names all its blocks at once; others grow chunk by chunk.
+    const bool all_blocks = sequence.role != TransferRole::kNone;
+    const int64_t total_blocks = remote       ? whole_blocks
+                                 : all_blocks ? blocks_for(sequence.length())
+                                              : blocks_for(computed + num_tokens);
+    draft.blocks_left -= total_blocks - cached_blocks + cached_unheld;
+    draft.tokens_left -= num_tokens;
+    --draft.seats_left;
+    draft.plan.admitted.push_back({id, cached_blocks, total_blocks});
+    if (!remote) {
+      draft.plan.rows.push_back({id, computed, num_tokens, computed + num_tokens == sequence.length()});
+    }
+  }
+}
+
+void Scheduler::commit(const StepPlan& plan) {
+  for (RequestId id : plan.preempted) preempt(get(id));
+  // All prefix hits are held before any block is allocated, since allocation evicts what nobody holds.
+  for (const Admission& admission : plan.admitted) hold_cached(admission);
+  for (const Admission& admission : plan.admitted) admit(admission);
+  for (const ScheduledRows& rows : plan.rows) {
+    Sequence& sequence = get(rows.id);
+    CHECK_EQ(rows.first_position, sequence.num_computed);
+    const int64_t needed = blocks_for(rows.first_position + rows.num_tokens);
+    const int64_t held = static_cast<int64_t>(sequence.blocks.size());
+    if (needed > held) {
+      const std::vector<BlockId> grown = pool_.allocate(needed - held);
+      sequence.blocks.insert(sequence.blocks.end(), grown.begin(), grown.end());
+    }
+  }
+}
+
+void Scheduler::preempt(Sequence& sequence) {
+  CHECK(sequence.state == SequenceState::kRunning);
+  CHECK(!sequence.transfer.has_value());
+  pool_.release_all(sequence.blocks);
+  sequence.blocks.clear();
+  sequence.num_computed = 0;
+  sequence.num_registered = 0;
+  sequence.state = SequenceState::kWaiting;
+  sequence.hashes.extend(sequence.tokens, sequence.length());
+  running_.erase(std::find(running_.begin(), running_.end(), sequence.id));
+  waiting_.push_front(sequence.id);
+}
+
+void Scheduler::hold_cached(const Admission& admission) {
+  Sequence& sequence = get(admission.id);
+  CHECK(sequence.blocks.empty());
+  for (const Hash256& hash : sequence.hashes.known(admission.cached_blocks)) {
+    const std::optional<BlockId> block = pool_.find_prefix(hash);
+    CHECK(block.has_value());
+    pool_.hold(*block);
+    sequence.blocks.push_back(*block);
+  }
+}
+
+void Scheduler::admit(const Admission& admission) {
+  Sequence& sequence = get(admission.id);
+  CHECK_EQ(waiting_.front(), admission.id);
+  waiting_.pop_front();
+  const std::vector<BlockId> fresh = pool_.allocate(admission.total_blocks - admission.cached_blocks);
+  sequence.blocks.insert(sequence.blocks.end(), fresh.begin(), fresh.end());
+  sequence.num_computed = admission.cached_blocks * limits_.block_size;
+  sequence.num_registered = admission.cached_blocks;
+  if (sequence.num_generated() == 0) sequence.cached_tokens = sequence.num_computed;
+
+  if (is_receiver(sequence.role)) {
+    sequence.state = SequenceState::kReceiving;
+    ++num_receiving_;
+  } else {
+    sequence.state = SequenceState::kRunning;
+    running_.push_back(sequence.id);
+  }
+}
+
+void Scheduler::advance(const StepPlan& plan) {
+  for (const ScheduledRows& rows : plan.rows) {
+    Sequence& sequence = get(rows.id);
+    sequence.num_computed = rows.first_position + rows.num_tokens;
+    register_prefixes(sequence);
+  }
+}
+
+void Scheduler::register_prefixes(Sequence& sequence) {
+  const int64_t tokens = std::min(sequence.num_computed, shareable_tokens(sequence));
+  const std::span<const Hash256> hashes = sequence.hashes.extend(sequence.tokens, tokens);
+  for (; sequence.num_registered < static_cast<int64_t>(hashes.size()); ++sequence.num_registered) {
+    const size_t index = static_cast<size_t>(sequence.num_registered);
+    pool_.register_prefix(sequence.blocks[index], hashes[index]);
+  }
+}
+
+void Scheduler::start_received(Sequence& sequence, int64_t num_computed) {
+  CHECK(sequence.state == SequenceState::kReceiving);
+  --num_receiving_;
+  sequence.state = SequenceState::kRunning;
+  sequence.num_computed = num_computed;
+  running_.push_back(sequence.id);
+  register_prefixes(sequence);
+}
+
+void Scheduler::park_sending(Sequence& sequence) {
+  CHECK(sequence.state == SequenceState::kRunning);
+  running_.erase(std::find(running_.begin(), running_.end(), sequence.id));
+  sequence.state = SequenceState::kSending;
+  ++num_sending_;
+}
+
+std::unique_ptr<Sequence> Scheduler::remove(RequestId id) {
+  const auto found = sequences_.find(id);
+  CHECK(found != sequences_.end());
+  std::unique_ptr<Sequence> sequence = std::move(found->second);
+  sequences_.erase(found);
+  switch (sequence->state) {
+    case SequenceState::kWaiting: waiting_.erase(std::find(waiting_.begin(), waiting_.end(), id)); break;
+    case SequenceState::kRunning: running_.erase(std::find(running_.begin(), running_.end(), id)); break;
+    case SequenceState::kReceiving: --num_receiving_; break;
+    case SequenceState::kSending: --num_sending_; break;
+  }
+  pool_.release_all(sequence->blocks);
+  sequence->blocks.clear();
+  return sequence;
+}
+
+}  // namespace tandem::engine
