@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the golden fixtures of tests/golden/: tiny random checkpoints and what transformers computes from them.
 
-Every case is a complete checkpoint folder (config.json and safetensors in the hub layout, one tensor per expert) plus
-the oracle's output: transformers' own DeepseekV3ForCausalLM / Qwen3MoeForCausalLM on the CPU in fp32 with eager attention.
+Every case is a complete checkpoint folder (config.json and safetensors in the hub layout, one tensor per expert) and
+the oracle's output: transformers' own DeepseekV3ForCausalLM and Qwen3MoeForCausalLM on the CPU, fp32, eager attention.
 tests/golden/README.md describes the files.
 
     python3 -m venv /tmp/golden-venv
@@ -10,7 +10,7 @@ tests/golden/README.md describes the files.
     /tmp/golden-venv/bin/python tools/make_golden.py --out tests/golden [--case ds_base ...]
 
 The weights a fixture stores are the weights the oracle uses: bf16 tensors are upcast exactly, FP8 tensors are
-dequantised as float(w) * weight_scale_inv in fp32. A C++ fp32 path over the same file can therefore agree to rounding error.
+dequantised as float(w) * weight_scale_inv in fp32. So an fp32 path over the same file can agree to rounding error.
 """
 
 import argparse
