@@ -1,0 +1,163 @@
+#include "src/router/two_legs.h"
+
+#include "src/base/check.h"
+
+namespace tandem::router {
+namespace {
+
+// What decode is asked in a push: to reserve blocks and give its address.
+constexpr const char* kReserveForPush =
+    R"({"do_remote_decode":false,"do_remote_prefill":true,"transfer_mode":"push"})";
+// What prefill is asked in a pull: vLLM's object, word for word.
+constexpr const char* kPublishForPull =
+    R"({"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,)"
+    R"("remote_host":null,"remote_port":null})";
+
+engine::TokenEvent error_event(Error error) {
+  engine::TokenEvent event;
+  event.error = std::move(error);
+  return event;
+}
+
+}  // namespace
+
+bool is_worker_fault(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kUnavailable:
+    case ErrorKind::kDataLoss:
+    case ErrorKind::kInternal: return true;
+    case ErrorKind::kInvalidArgument:
+    case ErrorKind::kNotFound:
+    case ErrorKind::kTooLarge:
+    case ErrorKind::kUnauthenticated:
+    case ErrorKind::kResourceExhausted:
+    case ErrorKind::kDeadlineExceeded:
+    case ErrorKind::kAborted:
+    case ErrorKind::kUnsupported: break;
+  }
+  return false;
+}
+
+LegActions TwoLegs::start() {
+  CHECK_EQ(attempts_, 0);
+  return {PickWorkers{mode_ != LegMode::kPlain}};
+}
+
+LegActions TwoLegs::picked(WorkerId decode, std::optional<WorkerId> prefill) {
+  CHECK(!is_answered_ && !decode_active_ && !prefill_active_);
+  CHECK_EQ(prefill.has_value(), mode_ != LegMode::kPlain);
+  ++attempts_;
+  decode_ = decode;
+  prefill_ = prefill.value_or(WorkerId(-1));
+  prefill_started_ = false;
+  if (mode_ == LegMode::kPull) {
+    prefill_active_ = prefill_started_ = true;
+    return {StartPrefill{prefill_, kPublishForPull}};
+  }
+  decode_active_ = true;
+  return {StartDecode{decode_, mode_ == LegMode::kPush ? kReserveForPush : ""}};
+}
+
+LegActions TwoLegs::none_available(Error error) {
+  CHECK(!is_answered_ && !decode_active_ && !prefill_active_);
+  is_answered_ = true;
+  // After a failed attempt, what went wrong there tells more than that nobody else is left.
+  return {EmitEvent{error_event(last_error_ ? std::move(*last_error_) : std::move(error))}};
+}
+
+LegActions TwoLegs::decode_reserved(std::string transfer) {
+  if (!decode_active_ || is_answered_) return {};
+  if (mode_ != LegMode::kPush || prefill_started_ || has_emitted_) {
+    return fail(Role::kDecode,
+                make_error(ErrorKind::kInternal, "the decode worker sent kv_transfer_params that were not asked for"));
+  }
+  prefill_active_ = prefill_started_ = true;
+  return {StartPrefill{prefill_, std::move(transfer)}};
+}
+
+LegActions TwoLegs::decode_event(engine::TokenEvent event) {
+  if (!decode_active_ || is_answered_) return {};
+  if (mode_ == LegMode::kPush && !prefill_started_) {
+    return fail(Role::kDecode,
+                make_error(ErrorKind::kInternal, "the decode worker sent tokens before it reserved KV blocks"));
+  }
+  has_emitted_ = true;
+  if (event.finish) {
+    // Prefill has handed everything over; its own answer is on the way and may come later.
+    is_answered_ = true;
+    decode_active_ = false;
+  }
+  LegActions actions;
+  actions.emplace_back(EmitEvent{std::move(event)});
+  return actions;
+}
+
+LegActions TwoLegs::decode_failed(Error error) {
+  if (!decode_active_) return {};
+  decode_active_ = false;
+  if (is_answered_) return {};
+  return fail(Role::kDecode, std::move(error));
+}
+
+LegActions TwoLegs::prefill_done(std::string transfer) {
+  if (!prefill_active_) return {};
+  prefill_active_ = false;
+  if (is_answered_ || mode_ == LegMode::kPush) return {};
+  if (transfer.empty()) {
+    return fail(Role::kPrefill,
+                make_error(ErrorKind::kInternal, "the prefill worker answered without kv_transfer_params; start it "
+                                                 "with --kv-transfer-config"));
+  }
+  decode_active_ = true;
+  return {StartDecode{decode_, std::move(transfer)}};
+}
+
+LegActions TwoLegs::prefill_failed(Error error) {
+  if (!prefill_active_) return {};
+  prefill_active_ = false;
+  // Decode's first token comes from prefill after the last block, so once it is there prefill has done its part.
+  if (is_answered_ || has_emitted_) return {};
+  return fail(Role::kPrefill, std::move(error));
+}
+
+LegActions TwoLegs::cancel() {
+  LegActions actions;
+  stop_legs(actions);
+  is_answered_ = true;
+  return actions;
+}
+
+LegActions TwoLegs::fail(Role role, Error error) {
+  if (error.kind == ErrorKind::kDeadlineExceeded) {
+    error.message = fmt::format("the request's deadline passed while {}", stage(role));
+  }
+  LegActions actions;
+  stop_legs(actions);
+  const bool may_retry = !has_emitted_ && retries_left_ > 0 && is_worker_fault(error.kind);
+  if (!may_retry) {
+    is_answered_ = true;
+    actions.emplace_back(EmitEvent{error_event(std::move(error))});
+    return actions;
+  }
+  --retries_left_;
+  excluded_.push_back(role == Role::kDecode ? decode_ : prefill_);
+  last_error_ = std::move(error);
+  actions.emplace_back(PickWorkers{mode_ != LegMode::kPlain});
+  return actions;
+}
+
+const char* TwoLegs::stage(Role failed) const {
+  if (has_emitted_) return "the decode worker computed the answer";
+  if (mode_ == LegMode::kPlain) return "the worker computed the prompt";
+  if (failed == Role::kPrefill) return "the prefill worker computed the prompt";
+  if (mode_ == LegMode::kPush && !prefill_started_) return "the decode worker reserved KV blocks";
+  return "the decode worker waited for KV blocks";
+}
+
+void TwoLegs::stop_legs(LegActions& actions) {
+  if (decode_active_) actions.emplace_back(CancelDecode{});
+  if (prefill_active_) actions.emplace_back(CancelPrefill{});
+  decode_active_ = prefill_active_ = false;
+}
+
+}  // namespace tandem::router
