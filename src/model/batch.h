@@ -24,9 +24,9 @@ struct Chunk {
 };
 
 struct Batch {
-  std::vector<TokenId> tokens;       // [rows]
-  std::vector<Chunk> chunks;         // rows in order, without gaps
-  std::vector<int32_t> logit_rows;   // rows whose logits are wanted, ascending
+  std::vector<TokenId> tokens;      // [rows]
+  std::vector<Chunk> chunks;        // rows in order, without gaps
+  std::vector<int32_t> logit_rows;  // rows whose logits are wanted, ascending
 };
 
 // Called on the engine thread when a layer's KV for every row of the batch is in the cache.

@@ -31,16 +31,17 @@ struct LoadOptions {
 };
 
 struct ModelInfo {
-  std::string architecture;     // "DeepseekV3ForCausalLM"
-  int64_t vocab_size = 0;       // rows of the output head
-  int64_t max_model_len = 0;    // positions
-  int64_t weight_bytes = 0;     // packed, resident
+  std::string architecture;   // "DeepseekV3ForCausalLM"
+  int64_t vocab_size = 0;     // rows of the output head
+  int64_t max_model_len = 0;  // positions
+  int64_t weight_bytes = 0;   // packed, resident
   int64_t num_parameters = 0;
   KvLayout kv;
   // Rows of prompt tokens and of generated tokens are computed by different forms (MLA), so KV of generated tokens
   // must not serve another request's prompt.
   bool rows_depend_on_role = false;
-  std::string fingerprint;      // SHA-256 hex over config and tensor names, shapes and sampled bytes: same on both sides of a transfer
+  std::string fingerprint;  // SHA-256 hex over config and tensor names, shapes and sampled bytes: same on both sides of
+                            // a transfer
 };
 
 class Model {

@@ -1,0 +1,118 @@
+#include "src/model/decoder.h"
+
+#include <utility>
+
+namespace tandem::model {
+
+using kernels::DType;
+using kernels::Tensor;
+
+namespace {
+
+int64_t values_per_token(const KvLayout& kv) {
+  return kv.kind == KvKind::kMla ? kv.latent_dim + kv.rope_dim : 2 * kv.kv_heads * kv.head_dim;
+}
+
+}  // namespace
+
+Decoder::Decoder(kernels::Ops& ops, ModelConfig config)
+    : ops_(ops),
+      stream_(ops.make_stream()),
+      config_(std::move(config)),
+      attention_(find_family(config_.architecture)->make_attention(ops, *stream_, config_)),
+      mlp_(ops, *stream_, config_),
+      norms_(static_cast<size_t>(config_.num_layers)) {}
+
+void Decoder::list_weights(WeightPlan& plan) {
+  const int64_t hidden = config_.hidden_size;
+  plan.linear(embedding_, "model.embed_tokens", config_.vocab_size, hidden);
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    const std::string prefix = fmt::format("model.layers.{}.", layer);
+    Norms& norms = norms_[static_cast<size_t>(layer)];
+    plan.vector(norms.attention, prefix + "input_layernorm.weight", hidden);
+    attention_->list_weights(plan, layer, prefix + "self_attn.");
+    plan.vector(norms.mlp, prefix + "post_attention_layernorm.weight", hidden);
+    mlp_.list_weights(plan, layer, prefix + "mlp.");
+  }
+  plan.vector(final_norm_, "model.norm.weight", hidden);
+  if (!config_.tied_embeddings) plan.linear(head_, "lm_head", config_.vocab_size, hidden);
+}
+
+void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dtype, ModelInfo info) {
+  info_ = std::move(info);
+  info_.kv = attention_->kv_layout();
+  info_.kv.num_layers = config_.num_layers;
+  info_.kv.block_size = block_size;
+  info_.kv.dtype = kv_dtype;
+  info_.kv.bytes_per_token = values_per_token(info_.kv) * kernels::dtype_bytes(kv_dtype);
+  info_.rows_depend_on_role = attention_->rows_depend_on_role();
+
+  const StepLimits limits{capacity.rows, capacity.chunks, capacity.positions, config_.vocab_size, block_size};
+  uploader_ = std::make_unique<StepUploader>(ops_, *stream_, limits);
+  attention_->allocate(capacity);
+  mlp_.allocate(capacity.rows);
+  const DType dtype = ops_.activation_dtype();
+  for (DeviceTensor* tensor : {&residual_, &hidden_, &delta_}) {
+    *tensor = DeviceTensor(ops_, dtype, capacity.rows, config_.hidden_size);
+  }
+  for (DeviceTensor* tensor : {&wanted_residual_, &wanted_delta_, &wanted_hidden_}) {
+    *tensor = DeviceTensor(ops_, dtype, capacity.chunks, config_.hidden_size);
+  }
+  logits_device_ = DeviceTensor(ops_, DType::kF32, capacity.chunks, config_.vocab_size);
+}
+
+void Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) {
+  CHECK(cache.layout() == info_.kv);
+  num_logits_ = 0;
+  if (batch.tokens.empty()) return;
+  const Step& step = uploader_->upload(batch, cache);
+  forward_layers(step, cache, on_layer_done);
+  if (!batch.logit_rows.empty()) compute_logits(step);
+  ops_.synchronize(*stream_);
+}
+
+void Decoder::forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done) {
+  const float eps = config_.rms_norm_eps;
+  const Tensor residual = residual_.rows(step.rows);
+  const Tensor hidden = hidden_.rows(step.rows);
+  const Tensor delta = delta_.rows(step.rows);
+  ops_.embed(*stream_, *embedding_, step.tokens, residual);
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    const Norms& norms = norms_[static_cast<size_t>(layer)];
+    if (layer == 0) {
+      ops_.rms_norm(*stream_, residual, norms.attention.all(), eps, hidden);
+    } else {
+      ops_.add_rms_norm(*stream_, residual, delta, norms.attention.all(), eps, hidden);
+    }
+    attention_->write_kv(step, layer, hidden, cache.layer(layer));
+    if (on_layer_done) {
+      ops_.synchronize(*stream_);
+      on_layer_done(static_cast<int>(layer));
+    }
+    attention_->attend(step, layer, cache.layer(layer), delta);
+    ops_.add_rms_norm(*stream_, residual, delta, norms.mlp.all(), eps, hidden);
+    mlp_.forward(layer, hidden, delta);
+  }
+}
+
+// The last sum and norm, and the head, for the wanted rows alone.
+void Decoder::compute_logits(const Step& step) {
+  const int64_t wanted = step.logit_rows.rows;
+  const Tensor hidden = wanted_hidden_.rows(wanted);
+  ops_.gather_rows(*stream_, residual_.rows(step.rows), step.logit_rows, wanted_residual_.rows(wanted));
+  ops_.gather_rows(*stream_, delta_.rows(step.rows), step.logit_rows, wanted_delta_.rows(wanted));
+  ops_.add_rms_norm(*stream_, wanted_residual_.rows(wanted), wanted_delta_.rows(wanted), final_norm_.all(),
+                    config_.rms_norm_eps, hidden);
+  ops_.linear(*stream_, hidden, head_ == nullptr ? *embedding_ : *head_, logits_device_.rows(wanted));
+  num_logits_ = static_cast<size_t>(wanted);
+  logits_.resize(num_logits_ * static_cast<size_t>(config_.vocab_size));
+  ops_.read_back(*stream_, logits_device_.all().address, std::as_writable_bytes(std::span(logits_)));
+}
+
+std::span<const float> Decoder::logits(size_t index) const {
+  CHECK_LT(index, num_logits_);
+  const size_t vocab = static_cast<size_t>(config_.vocab_size);
+  return std::span<const float>(logits_).subspan(index * vocab, vocab);
+}
+
+}  // namespace tandem::model

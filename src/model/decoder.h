@@ -1,0 +1,62 @@
+// The decoder that all families share: embedding, layers of attention and MLP with a norm before each, final norm and
+// head. A family brings its Attention; MlpLayers does the rest of a layer.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "src/model/family.h"
+#include "src/model/mlp.h"
+#include "src/model/model.h"
+#include "src/model/step.h"
+
+namespace tandem::model {
+
+class Decoder final : public Model {
+ public:
+  Decoder(kernels::Ops& ops, ModelConfig config);
+
+  const ModelConfig& config() const { return config_; }
+  // Lists every tensor of the model; `plan` must be made for stream().
+  void list_weights(WeightPlan& plan);
+  // Allocates all scratch memory, once the weights are there.
+  void allocate(const Capacity& capacity, int64_t block_size, kernels::DType kv_dtype, ModelInfo info);
+  kernels::Stream& stream() { return *stream_; }
+
+  const ModelInfo& info() const override { return info_; }
+  void forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) override;
+  std::span<const float> logits(size_t index) const override;
+
+ private:
+  struct Norms {
+    DeviceTensor attention;
+    DeviceTensor mlp;
+  };
+  void forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done);
+  void compute_logits(const Step& step);
+
+  kernels::Ops& ops_;
+  std::unique_ptr<kernels::Stream> stream_;
+  ModelConfig config_;
+  ModelInfo info_;
+  std::unique_ptr<Attention> attention_;
+  MlpLayers mlp_;
+  std::unique_ptr<kernels::Weight> embedding_;  // [V, H]
+  std::unique_ptr<kernels::Weight> head_;       // [V, H]; null: the embedding
+  std::vector<Norms> norms_;
+  DeviceTensor final_norm_;
+
+  std::unique_ptr<StepUploader> uploader_;
+  DeviceTensor residual_;         // [T, H]: the sum of everything before the running half layer but its last part
+  DeviceTensor hidden_;           // [T, H]: normed input of the running half layer
+  DeviceTensor delta_;            // [T, H]: its output, not yet added to the residual
+  DeviceTensor wanted_residual_;  // [wanted rows, H]
+  DeviceTensor wanted_delta_;
+  DeviceTensor wanted_hidden_;
+  DeviceTensor logits_device_;  // [wanted rows, V]
+  std::vector<float> logits_;
+  size_t num_logits_ = 0;
+};
+
+}  // namespace tandem::model

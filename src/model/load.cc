@@ -1,0 +1,91 @@
+#include <utility>
+
+#include "src/base/clock.h"
+#include "src/base/log.h"
+#include "src/model/decoder.h"
+#include "src/model/sources.h"
+
+namespace tandem::model {
+namespace {
+
+using kernels::DType;
+using kernels::WeightFormat;
+
+// Bounds of what a command line may ask for.
+constexpr int64_t kMaxBatchedTokens = int64_t{1} << 20;
+constexpr int64_t kMaxSeqs = int64_t{1} << 16;
+constexpr int64_t kMaxBlockSize = 1024;
+
+Status check_range(const char* option, int64_t value, int64_t min, int64_t max) {
+  if (value >= min && value <= max) return {};
+  return invalid_argument(option, "--{} is {}, must be from {} to {}", option, value, min, max);
+}
+
+// A checkpoint may hold layers beyond num_hidden_layers only if they are MTP layers, which have an eh_proj.
+Status check_layer_count(const Checkpoint& checkpoint, const ModelConfig& config) {
+  for (int64_t layer = config.num_layers; layer <= checkpoint.last_layer(); ++layer) {
+    if (checkpoint.find(fmt::format("model.layers.{}.eh_proj.weight", layer)) != nullptr) continue;
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        "{}: num_hidden_layers is {}, but {} holds tensors of layer {}; check that config.json belongs to "
+        "these weights",
+        config.path, config.num_layers, checkpoint.directory(), checkpoint.last_layer());
+  }
+  return {};
+}
+
+Result<std::unique_ptr<WeightSource>> open_source(const LoadOptions& options, const ModelConfig& config) {
+  if (options.format == LoadFormat::kDummy) return make_dummy_source(options.dummy_seed);
+  TANDEM_ASSIGN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::open(options.path));
+  TANDEM_TRY(check_layer_count(*checkpoint, config));
+  return make_checkpoint_source(std::move(checkpoint), config.quant);
+}
+
+void log_loaded(const ModelConfig& config, const LoadOptions& options, const LoadedWeights& loaded, double seconds) {
+  const char* weights =
+      kernels::weight_format_name(options.compute == ComputeType::kF32 ? WeightFormat::kF32 : WeightFormat::kBf16);
+  const char* source = options.format == LoadFormat::kDummy ? "dummy"
+                       : config.quant.is_fp8_block          ? "fp8-block"
+                                                            : "plain";
+  log_info("model",
+           "loaded {}: {} layers, {} experts, {:.1f} M parameters, {} weights packed as {} ({:.1f} MiB) in {:.2f} s",
+           config.architecture, config.num_layers, config.moe.num_experts,
+           static_cast<double>(loaded.num_parameters) / 1e6, source, weights,
+           static_cast<double>(loaded.bytes) / (1 << 20), seconds);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Model>> load_model(kernels::Ops& ops, const LoadOptions& options) {
+  const SteadyClock clock;
+  const int64_t start_us = clock.now_us();
+  TANDEM_TRY(check_range("max-num-batched-tokens", options.max_num_batched_tokens, 1, kMaxBatchedTokens));
+  TANDEM_TRY(check_range("max-num-seqs", options.max_num_seqs, 1, kMaxSeqs));
+  TANDEM_TRY(check_range("block-size", options.block_size, 1, kMaxBlockSize));
+  TANDEM_ASSIGN(ModelConfig config, load_config(options.path));
+  TANDEM_TRY(check_range("max-model-len", options.max_model_len, 0, config.max_positions));
+  TANDEM_ASSIGN(const std::unique_ptr<WeightSource> source, open_source(options, config));
+
+  const bool is_f32 = options.compute == ComputeType::kF32;
+  std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
+  WeightPlan plan(ops, decoder->stream(), *source, is_f32 ? WeightFormat::kF32 : WeightFormat::kBf16);
+  decoder->list_weights(plan);
+  TANDEM_TRY(plan.status());
+  Sha256 fingerprint;
+  fingerprint.add(decoder->config().canonical_json);
+  TANDEM_ASSIGN(const LoadedWeights loaded, plan.load(fingerprint, options.on_progress));
+
+  ModelInfo info;
+  info.architecture = decoder->config().architecture;
+  info.vocab_size = decoder->config().vocab_size;
+  info.max_model_len = options.max_model_len == 0 ? decoder->config().max_positions : options.max_model_len;
+  info.weight_bytes = loaded.bytes;
+  info.num_parameters = loaded.num_parameters;
+  info.fingerprint = fingerprint.finish().hex();
+  const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, info.max_model_len};
+  decoder->allocate(capacity, options.block_size, is_f32 ? DType::kF32 : DType::kBf16, std::move(info));
+  log_loaded(decoder->config(), options, loaded, static_cast<double>(clock.now_us() - start_us) / 1e6);
+  return std::unique_ptr<Model>(std::move(decoder));
+}
+
+}  // namespace tandem::model

@@ -1,0 +1,114 @@
+#include "src/model/mlp.h"
+
+#include <algorithm>
+
+namespace tandem::model {
+
+using kernels::DType;
+using kernels::Tensor;
+
+MlpLayers::MlpLayers(kernels::Ops& ops, kernels::Stream& stream, const ModelConfig& config)
+    : ops_(ops), stream_(stream), config_(config), layers_(static_cast<size_t>(config.num_layers)) {}
+
+void MlpLayers::list_weights(WeightPlan& plan, int64_t index, const std::string& prefix) {
+  Layer& layer = layers_[static_cast<size_t>(index)];
+  const MoeConfig& moe = config_.moe;
+  if (!config_.layer_is_moe[static_cast<size_t>(index)]) {
+    list_dense(plan, layer.dense, config_.dense_width, prefix);
+    return;
+  }
+  plan.linear_f32(layer.router, prefix + "gate", moe.num_experts, config_.hidden_size);
+  if (moe.has_correction_bias) {
+    plan.vector(layer.correction_bias, prefix + "gate.e_score_correction_bias", moe.num_experts);
+  }
+  list_experts(plan, layer, prefix + "experts.");
+  if (moe.shared_width > 0) list_dense(plan, layer.dense, moe.shared_width, prefix + "shared_experts.");
+}
+
+void MlpLayers::list_dense(WeightPlan& plan, Dense& dense, int64_t width, const std::string& prefix) {
+  const int64_t hidden = config_.hidden_size;
+  dense.width = width;
+  plan.batched(dense.gate_up,
+               {{prefix + "gate_proj.weight", width, hidden}, {prefix + "up_proj.weight", width, hidden}}, 2);
+  plan.linear(dense.down, prefix + "down_proj", hidden, width);
+}
+
+// Experts lie either one by one, or stacked as gate_up_proj [E, 2 I, H] and down_proj [E, H, I].
+void MlpLayers::list_experts(WeightPlan& plan, Layer& layer, const std::string& prefix) {
+  const int64_t hidden = config_.hidden_size;
+  const int64_t width = config_.moe.expert_width;
+  const int64_t experts = config_.moe.num_experts;
+  const bool is_stacked = plan.source().has(prefix + "gate_up_proj");
+  std::vector<MatrixRef> gate_up;
+  std::vector<MatrixRef> down;
+  for (int64_t e = 0; e < experts; ++e) {
+    if (is_stacked) {
+      gate_up.push_back({prefix + "gate_up_proj", 2 * width, hidden, e, experts});
+      down.push_back({prefix + "down_proj", hidden, width, e, experts});
+    } else {
+      const std::string expert = prefix + std::to_string(e);
+      gate_up.push_back({expert + ".gate_proj.weight", width, hidden});
+      gate_up.push_back({expert + ".up_proj.weight", width, hidden});
+      down.push_back({expert + ".down_proj.weight", hidden, width});
+    }
+  }
+  plan.batched(layer.expert_gate_up, std::move(gate_up), is_stacked ? 1 : 2);
+  plan.batched(layer.expert_down, std::move(down), 1);
+}
+
+void MlpLayers::allocate(int64_t max_rows) {
+  const DType dtype = ops_.activation_dtype();
+  const int64_t hidden = config_.hidden_size;
+  int64_t width = 0;
+  for (const Layer& layer : layers_) width = std::max(width, layer.dense.width);
+  gate_up_ = DeviceTensor(ops_, dtype, max_rows, 2 * width);
+  activated_ = DeviceTensor(ops_, dtype, max_rows, width);
+  const std::vector<bool>& is_moe = config_.layer_is_moe;
+  if (std::find(is_moe.begin(), is_moe.end(), true) == is_moe.end()) return;
+  const int64_t experts = config_.moe.num_experts;
+  const int64_t top_k = config_.moe.router.top_k;
+  router_logits_ = DeviceTensor(ops_, DType::kF32, max_rows, experts);
+  expert_ids_ = DeviceTensor(ops_, DType::kI32, max_rows, top_k);
+  expert_weights_ = DeviceTensor(ops_, DType::kF32, max_rows, top_k);
+  order_ = DeviceTensor(ops_, DType::kI32, max_rows * top_k, 1);
+  offsets_ = DeviceTensor(ops_, DType::kI32, experts + 1, 1);
+  expert_out_ = DeviceTensor(ops_, dtype, max_rows * top_k, hidden);
+  shared_out_ = DeviceTensor(ops_, dtype, max_rows, hidden);
+}
+
+void MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
+  const Layer& layer = layers_[static_cast<size_t>(index)];
+  if (layer.router == nullptr) {
+    forward_dense(layer.dense, hidden, out);
+    return;
+  }
+  forward_experts(layer, hidden, out);
+  if (layer.dense.width == 0) return;
+  const Tensor shared_out = shared_out_.rows(hidden.rows);
+  forward_dense(layer.dense, hidden, shared_out);
+  ops_.add(stream_, out, shared_out);
+}
+
+void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Tensor& out) {
+  const Tensor gate_up = gate_up_.rows(hidden.rows).col_slice(0, 2 * dense.width);
+  const Tensor activated = activated_.rows(hidden.rows).col_slice(0, dense.width);
+  ops_.linear(stream_, hidden, *dense.gate_up, gate_up);
+  ops_.silu_mul(stream_, gate_up, activated);
+  ops_.linear(stream_, activated, *dense.down, out);
+}
+
+void MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, const Tensor& out) {
+  const int64_t rows = hidden.rows;
+  const int64_t top_k = config_.moe.router.top_k;
+  const Tensor ids = expert_ids_.rows(rows);
+  const Tensor weights = expert_weights_.rows(rows);
+  const Tensor order = order_.rows(rows * top_k);
+  const Tensor expert_out = expert_out_.rows(rows * top_k);
+  ops_.linear(stream_, hidden, *layer.router, router_logits_.rows(rows));
+  ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
+  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
+  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), top_k, *layer.expert_gate_up, *layer.expert_down, expert_out);
+  ops_.combine(stream_, expert_out, weights, out);
+}
+
+}  // namespace tandem::model

@@ -1,0 +1,21 @@
+// The two places weights come from.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "src/model/checkpoint.h"
+#include "src/model/config.h"
+#include "src/model/weights.h"
+
+namespace tandem::model {
+
+// Tensors of a checkpoint: bf16, f16, f32, or F8_E4M3 with "<tensor>_scale_inv" per block.
+std::unique_ptr<WeightSource> make_checkpoint_source(std::unique_ptr<Checkpoint> checkpoint, const QuantConfig& quant);
+
+// Random values that depend only on seed, tensor name and index: matrices about N(0, 0.02), norms about N(1, 0.02).
+// A quantisation in the config is ignored: values are bf16.
+std::unique_ptr<WeightSource> make_dummy_source(uint64_t seed);
+
+}  // namespace tandem::model

@@ -1,0 +1,75 @@
+#include "src/model/step.h"
+
+#include <algorithm>
+
+namespace tandem::model {
+namespace {
+
+using kernels::DType;
+
+int64_t blocks_for(int64_t positions, int64_t block_size) { return (positions + block_size - 1) / block_size; }
+
+}  // namespace
+
+StepUploader::StepUploader(kernels::Ops& ops, kernels::Stream& stream, const StepLimits& limits)
+    : ops_(ops),
+      stream_(stream),
+      limits_(limits),
+      tokens_device_(ops, DType::kI32, limits.max_rows, 1),
+      positions_device_(ops, DType::kI32, limits.max_rows, 1),
+      slots_device_(ops, DType::kI64, limits.max_rows, 1),
+      block_table_device_(ops, DType::kI32, limits.max_chunks * blocks_for(limits.max_positions, limits.block_size), 1),
+      logit_rows_device_(ops, DType::kI32, limits.max_chunks, 1) {}
+
+const Step& StepUploader::upload(const Batch& batch, const KvCache& cache) {
+  CHECK_LE(static_cast<int64_t>(batch.tokens.size()), limits_.max_rows);
+  CHECK_LE(static_cast<int64_t>(batch.chunks.size()), limits_.max_chunks);
+  CHECK_LE(static_cast<int64_t>(batch.logit_rows.size()), limits_.max_chunks);
+  for (const TokenId token : batch.tokens) {
+    CHECK_GE(token, 0);
+    CHECK_LT(token, limits_.vocab_size);
+  }
+  positions_.clear();
+  slots_.clear();
+  block_table_.clear();
+  step_.sequences.clear();
+  for (const Chunk& chunk : batch.chunks) add_chunk(chunk, cache);
+  CHECK_EQ(positions_.size(), batch.tokens.size());
+  CHECK(std::is_sorted(batch.logit_rows.begin(), batch.logit_rows.end()));
+  CHECK(batch.logit_rows.empty() || batch.logit_rows.front() >= 0);
+  CHECK(batch.logit_rows.empty() || static_cast<size_t>(batch.logit_rows.back()) < batch.tokens.size());
+
+  step_.batch = &batch;
+  step_.rows = static_cast<int64_t>(batch.tokens.size());
+  step_.tokens = tokens_device_.upload<TokenId>(ops_, stream_, batch.tokens);
+  step_.positions = positions_device_.upload<int32_t>(ops_, stream_, positions_);
+  step_.slots = slots_device_.upload<int64_t>(ops_, stream_, slots_);
+  step_.block_table = block_table_device_.upload<int32_t>(ops_, stream_, block_table_);
+  step_.logit_rows = logit_rows_device_.upload<int32_t>(ops_, stream_, batch.logit_rows);
+  return step_;
+}
+
+void StepUploader::add_chunk(const Chunk& chunk, const KvCache& cache) {
+  const int64_t end = int64_t{chunk.first_position} + chunk.num_rows;
+  CHECK_EQ(static_cast<size_t>(chunk.first_row), positions_.size());
+  CHECK_GT(chunk.num_rows, 0);
+  CHECK_GE(chunk.first_position, 0);
+  CHECK_LE(end, limits_.max_positions);
+  const int64_t needed = blocks_for(end, limits_.block_size);
+  CHECK_GE(static_cast<int64_t>(chunk.blocks.size()), needed);
+  step_.sequences.push_back({chunk.first_row, chunk.num_rows, chunk.first_position,
+                             static_cast<int32_t>(block_table_.size()), static_cast<int32_t>(needed)});
+  for (int64_t i = 0; i < needed; ++i) {
+    const int32_t block = chunk.blocks[static_cast<size_t>(i)].value;
+    CHECK_GE(block, 0);
+    CHECK_LT(block, cache.num_blocks());
+    block_table_.push_back(block);
+  }
+  for (int32_t position = chunk.first_position; position < end; ++position) {
+    const int64_t block = chunk.blocks[static_cast<size_t>(position / limits_.block_size)].value;
+    positions_.push_back(position);
+    slots_.push_back(block * limits_.block_size + position % limits_.block_size);
+  }
+}
+
+}  // namespace tandem::model

@@ -1,0 +1,120 @@
+// How a model gets its weights. A model lists every tensor it needs once (names, shapes, and where the packed result
+// goes); listing checks names and shapes against the source, so that the first fault is found before any weight is
+// read. load() then reads and packs them one by one.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "src/base/hash.h"
+#include "src/base/result.h"
+#include "src/kernels/ops.h"
+#include "src/model/device_tensor.h"
+
+namespace tandem::model {
+
+// One matrix [n, k] of a source: a tensor of that shape, or slice `slice` of a tensor [slices, n, k].
+struct MatrixRef {
+  std::string tensor;
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t slice = 0;
+  int64_t slices = 0;  // 0: not sliced
+};
+
+// Where weights come from: a checkpoint (checkpoint_source.cc) or a generator (dummy_source.cc).
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  virtual bool has(std::string_view tensor) const = 0;
+  // Whether the tensor can be used with these sizes; looks at headers only.
+  virtual Status check_matrix(const MatrixRef& ref) const = 0;
+  virtual Status check_vector(const std::string& tensor, int64_t n) const = 0;
+  // Whether its values can be used; called just before they are.
+  virtual Status check_values(const MatrixRef& ref) const = 0;
+
+  // True if the matrix lies in memory as it is and view() may be called.
+  virtual bool is_stored() const = 0;
+  virtual kernels::HostMatrix view(const MatrixRef& ref) const = 0;
+  // True if no value of the matrix loses anything in bf16.
+  virtual bool is_bf16(const MatrixRef& ref) const = 0;
+  // Rows [first, first + count) as a dense [count, k] array of `dtype`, kBf16 or kF32. Thread-safe.
+  virtual void read_rows(const MatrixRef& ref, int64_t first, int64_t count, kernels::DType dtype,
+                         std::byte* out) const = 0;
+  virtual std::vector<float> read_vector(const std::string& tensor, int64_t n) const = 0;
+
+  // Adds the tensor's identity (name, shape, some of its bytes) to a fingerprint.
+  virtual void add_fingerprint(const std::string& tensor, Sha256& hash) const = 0;
+  // Says that the matrix is not needed again.
+  virtual void release(const MatrixRef& ref) const = 0;
+};
+
+struct LoadedWeights {
+  int64_t num_parameters = 0;
+  int64_t bytes = 0;  // packed, on the device
+};
+
+class WeightPlan {
+ public:
+  using Use = std::function<void(std::span<const kernels::HostMatrix>)>;
+
+  // `format` is what linear() and the like pack to.
+  WeightPlan(kernels::Ops& ops, kernels::Stream& stream, const WeightSource& source, kernels::WeightFormat format)
+      : ops_(ops), stream_(stream), source_(source), format_(format) {}
+
+  const WeightSource& source() const { return source_; }
+
+  // Every `out` must stay where it is until load() has returned.
+
+  // "<module>.weight" [n, k].
+  void linear(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  // The same, kept in f32 whatever the plan's format (routers).
+  void linear_f32(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  // `batch` matrices, each the rows of `parts` consecutive refs on top of each other; all refs have the same n and k.
+  void batched(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts);
+  // A vector of n values, as f32 [1, n].
+  void vector(DeviceTensor& out, const std::string& tensor, int64_t n);
+  // Hands "<module>.weight" [n, k], dequantised and dense (bf16 or f32, row_stride 0), to `use`, which packs what it
+  // derives from it with pack().
+  void derived(const std::string& module, int64_t n, int64_t k, Use use);
+
+  // For the `use` of derived().
+  std::unique_ptr<kernels::Weight> pack(std::span<const kernels::HostMatrix> matrices);
+
+  // The first fault found while listing.
+  const Status& status() const { return status_; }
+  // Reads, packs and hashes everything in the order of the list. `on_progress` may be empty.
+  Result<LoadedWeights> load(Sha256& fingerprint, const std::function<void(double fraction)>& on_progress);
+
+ private:
+  struct Task {
+    std::vector<MatrixRef> refs;
+    int64_t parts = 1;
+    bool must_be_dense = false;
+    kernels::WeightFormat format = kernels::WeightFormat::kBf16;
+    Use use;
+    // Or, for a vector:
+    DeviceTensor* vector = nullptr;
+    std::string tensor;
+    int64_t n = 0;
+  };
+  void add_matrices(std::vector<MatrixRef> refs, int64_t parts, kernels::WeightFormat format,
+                    std::unique_ptr<kernels::Weight>& out);
+  void note(const Status& status);
+  Status load_matrices(const Task& task);
+  void load_vector(const Task& task);
+
+  kernels::Ops& ops_;
+  kernels::Stream& stream_;
+  const WeightSource& source_;
+  kernels::WeightFormat format_;
+  std::vector<Task> tasks_;
+  Status status_;
+  int64_t packed_bytes_ = 0;
+};
+
+}  // namespace tandem::model
