@@ -1,0 +1,560 @@
+#include "src/engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "src/base/check.h"
+#include "src/base/log.h"
+#include "src/engine/sampler.h"
+
+namespace tandem::engine {
+namespace {
+
+constexpr const char* kTag = "engine";
+// While requests wait for something outside (a transfer, a deadline) the loop looks at its clock this often.
+constexpr int64_t kIdleTickUs = 20'000;
+
+EngineFacts make_facts(const model::KvCache& cache, const EngineOptions& options) {
+  return {options.model_name, cache.layout().block_size, cache.num_blocks(), kernels::dtype_name(cache.layout().dtype),
+          options.limits.prefix_caching};
+}
+
+bool is_sender(TransferRole role) { return role == TransferRole::kPushSend || role == TransferRole::kPullPublish; }
+
+}  // namespace
+
+const char* finish_reason_name(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kStop: return "stop";
+    case FinishReason::kLength: return "length";
+    case FinishReason::kAbort: return "abort";
+    case FinishReason::kError: return "error";
+  }
+  return "error";
+}
+
+const char* kv_role_name(KvRole role) {
+  switch (role) {
+    case KvRole::kNone: return "none";
+    case KvRole::kProducer: return "kv_producer";
+    case KvRole::kConsumer: return "kv_consumer";
+    case KvRole::kBoth: return "kv_both";
+  }
+  return "none";
+}
+
+Engine::Engine(model::Model& model, model::KvCache& cache, EngineOptions options, const Clock& clock, Registry& registry)
+    : model_(model),
+      cache_(cache),
+      options_(std::move(options)),
+      clock_(clock),
+      probe_(registry, make_facts(cache, options_)),
+      pool_(cache.num_blocks()),
+      scheduler_(options_.limits, pool_) {
+  CHECK_GE(options_.limits.max_num_batched_tokens, options_.limits.max_num_seqs);
+  CHECK_GE(cache.num_blocks() * options_.limits.block_size, model.info().max_model_len);
+  CHECK_GT(options_.sampled_vocab, 0);
+  CHECK_LE(options_.sampled_vocab, model.info().vocab_size);
+}
+
+Engine::~Engine() { stop(); }
+
+void Engine::start() {
+  CHECK(!thread_.joinable());
+  update_gauges();
+  thread_ = std::thread([this] { run(); });
+}
+
+void Engine::stop() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    work_.notify_one();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Engine::wake() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  woken_ = true;
+  work_.notify_one();
+}
+
+RequestId Engine::submit(TokenRequest request, EventSink sink) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const RequestId id(next_request_++);
+  commands_.push_back(Submit{id, std::move(request), std::move(sink)});
+  work_.notify_one();
+  return id;
+}
+
+void Engine::cancel(RequestId id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  commands_.push_back(Cancel{id});
+  work_.notify_one();
+}
+
+// The step loop.
+void Engine::run() {
+  while (receive_commands()) {
+    collect_transfers();
+    expire_deadlines();
+    const StepPlan plan = scheduler_.plan();
+    if (plan.empty()) {
+      wait_for_work();
+      continue;
+    }
+    scheduler_.commit(plan);
+    begin_transfers(plan);
+    // From here the blocks of every planned row are held by its sequence.
+    compute(plan);
+    scheduler_.advance(plan);
+    take_results(plan);
+    update_gauges();
+  }
+}
+
+// Takes what other threads asked for since the last step. False when the engine shall end.
+bool Engine::receive_commands() {
+  std::vector<Command> commands;
+  bool stopping = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    commands.swap(commands_);
+    stopping = stopping_;
+  }
+  for (Command& command : commands) {
+    if (Submit* submit = std::get_if<Submit>(&command)) {
+      accept(std::move(*submit));
+    } else {
+      drop(std::get<Cancel>(command).id);
+    }
+  }
+  if (!stopping) return true;
+  std::vector<RequestId> open;
+  for (const auto& entry : scheduler_.sequences()) open.push_back(entry.first);
+  for (RequestId id : open) {
+    fail(*scheduler_.find(id), make_error(ErrorKind::kUnavailable, "the server is shutting down; try another one"));
+  }
+  return false;
+}
+
+void Engine::wait_for_work() {
+  update_gauges();
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto has_news = [this] { return !commands_.empty() || woken_ || stopping_; };
+  if (scheduler_.num_sequences() == 0) {
+    pool_.check_integrity();
+    work_.wait(lock, has_news);
+  } else {
+    work_.wait_for(lock, std::chrono::microseconds(kIdleTickUs), has_news);
+  }
+  woken_ = false;
+}
+
+void Engine::update_gauges() {
+  probe_.set_load(scheduler_.num_running(), scheduler_.num_waiting(), scheduler_.num_receiving());
+  probe_.set_blocks(pool_.num_available(), pool_.num_pinned());
+}
+
+void Engine::expire_deadlines() {
+  const int64_t now_us = clock_.now_us();
+  std::vector<RequestId> expired;
+  for (const auto& entry : scheduler_.sequences()) {
+    const int64_t deadline_us = entry.second->request.deadline_us;
+    if (deadline_us != 0 && now_us > deadline_us) expired.push_back(entry.first);
+  }
+  for (RequestId id : expired) {
+    Sequence& sequence = *scheduler_.find(id);
+    fail(sequence, make_error(ErrorKind::kDeadlineExceeded,
+                              "the request's deadline passed after {:.1f} s with {} of {} tokens generated",
+                              static_cast<double>(now_us - sequence.arrival_us) * 1e-6, sequence.num_generated(),
+                              sequence.request.sampling.max_tokens));
+  }
+}
+
+// ---- Requests --------------------------------------------------------------------------------------------------
+
+void Engine::accept(Submit submit) {
+  const auto refuse = [&submit](Error error) {
+    TokenEvent event;
+    event.error = std::move(error);
+    submit.sink(std::move(event));
+  };
+  if (submit.request.kv_transfer && submit.request.kv_transfer->do_remote_prefill &&
+      !submit.request.kv_transfer->prompt_token_ids.empty()) {
+    submit.request.prompt = submit.request.kv_transfer->prompt_token_ids;
+  }
+  if (Status checked = check_request(submit.request); !checked.ok()) return refuse(checked.error());
+  Result<TransferRole> role = choose_role(submit.request);
+  if (!role.ok()) return refuse(role.error());
+
+  std::unique_ptr<Sequence> sequence = std::make_unique<Sequence>(submit.id, std::move(submit.request),
+                                                                  submit.sink, options_.limits.block_size);
+  sequence->role = *role;
+  sequence->arrival_us = clock_.now_us();
+  // A prefill leg computes the first token only, whatever the client's max_tokens was.
+  if (is_sender(*role)) sequence->request.sampling.max_tokens = 1;
+  if (!scheduler_.add(std::move(sequence))) {
+    refuse(make_error(ErrorKind::kResourceExhausted, "{} requests are waiting already, the limit is {}; retry later",
+                      scheduler_.num_waiting(), options_.limits.max_num_waiting));
+  }
+}
+
+Status Engine::check_request(const TokenRequest& request) const {
+  const int64_t length = static_cast<int64_t>(request.prompt.size());
+  if (length < 1) return invalid_argument("prompt", "the prompt has no tokens");
+  if (length >= model_.info().max_model_len) {
+    Error error = invalid_argument("prompt", "the prompt has {} tokens, this server's context is {} including at least one new token",
+                                   length, model_.info().max_model_len);
+    error.code = "context_length_exceeded";
+    return error;
+  }
+  for (TokenId token : request.prompt) {
+    if (token < 0 || token >= model_.info().vocab_size) {
+      return invalid_argument("prompt", "token id {} is outside the vocabulary 0 … {}", token, model_.info().vocab_size - 1);
+    }
+  }
+  CHECK_GE(request.sampling.max_tokens, 1);
+  return {};
+}
+
+Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
+  if (!request.kv_transfer) return TransferRole::kNone;
+  const transfer::KvTransferParams& params = *request.kv_transfer;
+  if (params.do_remote_decode && params.do_remote_prefill) {
+    return invalid_argument("kv_transfer_params", "do_remote_decode and do_remote_prefill are both true; set one");
+  }
+  if (!params.do_remote_decode && !params.do_remote_prefill) return TransferRole::kNone;
+  if (agent_ == nullptr) {
+    return invalid_argument("kv_transfer_params", "this server was started without --kv-transfer-config, so it cannot move KV");
+  }
+  const bool push = params.mode == transfer::TransferMode::kPush;
+  if (params.do_remote_decode) {
+    if (options_.kv_role == KvRole::kConsumer) {
+      return invalid_argument("kv_transfer_params", "do_remote_decode asks for a prefill leg, this server's kv_role is {}; ask one with kv_producer or kv_both",
+                              kv_role_name(options_.kv_role));
+    }
+    if (push && (params.remote_host.empty() || params.remote_port <= 0 || params.remote_request_id.empty())) {
+      return invalid_argument("kv_transfer_params", "a push needs remote_host, remote_port and remote_request_id of the decode side");
+    }
+    if (push && params.remote_num_tokens != static_cast<int64_t>(request.prompt.size())) {
+      return invalid_argument("kv_transfer_params.remote_num_tokens", "decode expects {} prompt tokens, the prompt has {}",
+                              params.remote_num_tokens, request.prompt.size());
+    }
+    if (!push) return TransferRole::kPullPublish;
+    const int64_t cached = params.remote_cached_tokens;
+    if (cached < 0 || cached >= params.remote_num_tokens || cached % options_.limits.block_size != 0) {
+      return invalid_argument("kv_transfer_params.remote_cached_tokens",
+                              "{} is not a multiple of the block size {} below the prompt's {} tokens", cached,
+                              options_.limits.block_size, params.remote_num_tokens);
+    }
+    return TransferRole::kPushSend;
+  }
+  if (options_.kv_role == KvRole::kProducer) {
+    return invalid_argument("kv_transfer_params", "do_remote_prefill asks for a decode leg, this server's kv_role is {}; ask one with kv_consumer or kv_both",
+                            kv_role_name(options_.kv_role));
+  }
+  if (push) return TransferRole::kPushReceive;
+  if (params.remote_host.empty() || params.remote_port <= 0 || params.remote_request_id.empty() ||
+      params.remote_engine_id.empty()) {
+    return invalid_argument("kv_transfer_params", "do_remote_prefill needs remote_engine_id, remote_request_id, remote_host and remote_port from the prefill response");
+  }
+  if (params.remote_num_tokens != 0 && params.remote_num_tokens != static_cast<int64_t>(request.prompt.size())) {
+    return invalid_argument("kv_transfer_params.remote_num_tokens", "prefill holds KV of {} tokens, the prompt has {}",
+                            params.remote_num_tokens, request.prompt.size());
+  }
+  return TransferRole::kPullReceive;
+}
+
+// The client has left, or the request is over: blocks go back now, an open transfer's pins when it is done.
+void Engine::drop(RequestId id) {
+  Sequence* sequence = scheduler_.find(id);
+  if (sequence == nullptr) return;
+  if (sequence->transfer) agent_->abort(*sequence->transfer);
+  scheduler_.remove(id);
+}
+
+void Engine::fail(Sequence& sequence, Error error) {
+  TokenEvent event;
+  event.error = std::move(error);
+  event.usage = usage(sequence);
+  sequence.sink(std::move(event));
+  drop(sequence.id);
+}
+
+void Engine::finish(Sequence& sequence, TokenEvent event) {
+  const int64_t now_us = clock_.now_us();
+  probe_.finished(now_us - sequence.first_token_us, now_us - sequence.first_scheduled_us);
+  event.usage = usage(sequence);
+  sequence.sink(std::move(event));
+  CHECK(!sequence.transfer.has_value());
+  scheduler_.remove(sequence.id);
+}
+
+TokenUsage Engine::usage(const Sequence& sequence) const { return {sequence.prompt_length, sequence.cached_tokens}; }
+
+// ---- A step ----------------------------------------------------------------------------------------------------
+
+void Engine::compute(const StepPlan& plan) {
+  if (plan.rows.empty()) return;
+  batch_.tokens.clear();
+  batch_.chunks.clear();
+  batch_.logit_rows.clear();
+  for (const ScheduledRows& rows : plan.rows) {
+    const Sequence& sequence = *scheduler_.find(rows.id);
+    model::Chunk chunk;
+    chunk.first_row = static_cast<int32_t>(batch_.tokens.size());
+    chunk.num_rows = static_cast<int32_t>(rows.num_tokens);
+    chunk.first_position = static_cast<int32_t>(rows.first_position);
+    chunk.is_prompt = rows.first_position < sequence.prompt_length;
+    const int64_t num_blocks = scheduler_.blocks_for(rows.first_position + rows.num_tokens);
+    chunk.blocks.assign(sequence.blocks.begin(), sequence.blocks.begin() + num_blocks);
+    const auto first = sequence.tokens.begin() + rows.first_position;
+    batch_.tokens.insert(batch_.tokens.end(), first, first + rows.num_tokens);
+    if (rows.wants_logits) batch_.logit_rows.push_back(static_cast<int32_t>(batch_.tokens.size()) - 1);
+    batch_.chunks.push_back(std::move(chunk));
+  }
+  const bool pushes = std::any_of(plan.rows.begin(), plan.rows.end(), [this](const ScheduledRows& rows) {
+    return scheduler_.find(rows.id)->role == TransferRole::kPushSend;
+  });
+  const int64_t begin_us = clock_.now_us();
+  model_.forward(batch_, cache_, pushes ? model::LayerDone([&](int layer) { push_layer(plan, layer); }) : nullptr);
+  probe_.step(static_cast<int64_t>(batch_.tokens.size()), clock_.now_us() - begin_us);
+}
+
+// Samples for every sequence whose last row was computed, and ends those that are complete.
+void Engine::take_results(const StepPlan& plan) {
+  size_t logit_index = 0;
+  for (const ScheduledRows& rows : plan.rows) {
+    Sequence& sequence = *scheduler_.find(rows.id);
+    if (sequence.role == TransferRole::kPushSend) {
+      const int64_t complete = sequence.num_computed == sequence.prompt_length
+                                   ? scheduler_.blocks_for(sequence.prompt_length)
+                                   : sequence.num_computed / options_.limits.block_size;
+      sequence.blocks_sent = std::max(sequence.blocks_sent, complete);
+    }
+    if (rows.wants_logits) take_token(sequence, logit_index++);
+  }
+  for (RequestId id : plan.preempted) {
+    probe_.preempted();
+    log_debug(kTag, "request {} preempted: KV blocks ran out", id);
+  }
+}
+
+void Engine::take_token(Sequence& sequence, size_t logit_index) {
+  const std::span<const float> logits =
+      model_.logits(logit_index).first(static_cast<size_t>(options_.sampled_vocab));
+  Result<GeneratedToken> token = sample_token(
+      {logits, sequence.tokens, sequence.prompt_length, options_.eos_ids}, sequence.request.sampling);
+  if (!token.ok()) {
+    probe_.corrupted();
+    log_error(kTag, "request {} ({}): {}", sequence.id, sequence.request.external_id, token.error().message);
+    return fail(sequence, token.error());
+  }
+  if (sequence.num_generated() == 0 && !sequence.kv_received) {
+    probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, false);
+  }
+  if (sequence.role == TransferRole::kPushSend) {
+    const transfer::FirstToken first{token->token, token->logprob, token->top_logprobs, sequence.cached_tokens};
+    sequence.final_token = std::move(*token);
+    sequence.first_token_us = clock_.now_us();
+    scheduler_.park_sending(sequence);
+    CHECK(sequence.transfer.has_value());
+    agent_->commit_send(*sequence.transfer, first);
+    return;
+  }
+  append_token(sequence, std::move(*token));
+}
+
+// The sequence got its next token, computed here or received with the first KV.
+void Engine::append_token(Sequence& sequence, GeneratedToken token) {
+  const int64_t now_us = clock_.now_us();
+  if (sequence.num_generated() == 0) {
+    sequence.first_token_us = now_us;
+    probe_.prefill_time(now_us - sequence.first_scheduled_us);
+  }
+  sequence.tokens.push_back(token.token);
+  probe_.tokens_generated(1);
+
+  TokenEvent event;
+  event.finish = finish_reason(sequence);
+  if (event.finish == FinishReason::kStop) event.stop_token = token.token;
+  event.tokens.push_back(std::move(token));
+  event.usage = usage(sequence);
+  if (!event.finish) {
+    sequence.sink(std::move(event));
+    return;
+  }
+  if (sequence.role == TransferRole::kPullPublish) {
+    const std::vector<BlockId> blocks = prompt_blocks(sequence, 0);
+    const transfer::TransferId id = open_transfer(sequence, blocks, true);
+    transfer::KvTransferParams params;
+    params.do_remote_prefill = true;
+    params.remote_engine_id = agent_->engine_id();
+    params.remote_request_id = agent_->publish(id, {0, blocks, sequence.prompt_length});
+    params.remote_host = options_.kv_host;
+    params.remote_port = agent_->port();
+    params.remote_num_tokens = sequence.prompt_length;
+    params.remote_block_ids.emplace_back();
+    for (BlockId block : blocks) params.remote_block_ids.back().push_back(block.value);
+    params.prompt_token_ids = sequence.request.prompt;
+    event.kv_transfer = std::move(params);
+    sequence.transfer.reset();  // the publication outlives the request
+  }
+  finish(sequence, std::move(event));
+}
+
+std::optional<FinishReason> Engine::finish_reason(const Sequence& sequence) const {
+  const SamplingParams& params = sequence.request.sampling;
+  const TokenId last = sequence.tokens.back();
+  const auto contains = [last](const std::vector<TokenId>& ids) {
+    return std::find(ids.begin(), ids.end(), last) != ids.end();
+  };
+  if (sequence.num_generated() >= params.min_tokens) {
+    if (!params.ignore_eos && contains(options_.eos_ids)) return FinishReason::kStop;
+    if (contains(params.stop_token_ids)) return FinishReason::kStop;
+  }
+  if (sequence.num_generated() >= params.max_tokens) return FinishReason::kLength;
+  if (sequence.length() >= model_.info().max_model_len) return FinishReason::kLength;
+  return std::nullopt;
+}
+
+// ---- Transfers ---------------------------------------------------------------------------------------------------
+
+std::vector<BlockId> Engine::prompt_blocks(const Sequence& sequence, int64_t first_block) const {
+  const int64_t count = scheduler_.blocks_for(sequence.prompt_length);
+  CHECK_LE(count, static_cast<int64_t>(sequence.blocks.size()));
+  return {sequence.blocks.begin() + first_block, sequence.blocks.begin() + count};
+}
+
+transfer::TransferId Engine::open_transfer(Sequence& sequence, std::vector<BlockId> blocks, bool sending) {
+  const transfer::TransferId id(next_transfer_++);
+  pool_.pin_all(blocks);
+  transfers_.emplace(id, OpenTransfer{std::move(blocks), sequence.id, sending});
+  sequence.transfer = id;
+  return id;
+}
+
+// Sequences that just got their blocks start their transfers; the others only their clocks.
+void Engine::begin_transfers(const StepPlan& plan) {
+  for (const Admission& admission : plan.admitted) {
+    Sequence& sequence = *scheduler_.find(admission.id);
+    if (sequence.first_scheduled_us == 0) {
+      sequence.first_scheduled_us = clock_.now_us();
+      probe_.queue_time(sequence.first_scheduled_us - sequence.arrival_us);
+      probe_.prefix_lookup(sequence.prompt_length, sequence.cached_tokens);
+    }
+    const int64_t deadline_us = sequence.request.deadline_us;
+    switch (sequence.role) {
+      case TransferRole::kNone:
+      case TransferRole::kPullPublish: break;
+      case TransferRole::kPushSend: {
+        const transfer::KvTransferParams& remote = *sequence.request.kv_transfer;
+        const int64_t first_block = remote.remote_cached_tokens / options_.limits.block_size;
+        const std::vector<BlockId> blocks = prompt_blocks(sequence, first_block);
+        const transfer::TransferId id = open_transfer(sequence, blocks, true);
+        agent_->begin_send(id, remote, {first_block, blocks, sequence.prompt_length}, deadline_us);
+        break;
+      }
+      case TransferRole::kPushReceive: {
+        const int64_t first_block = admission.cached_blocks;
+        const std::vector<BlockId> blocks = prompt_blocks(sequence, first_block);
+        const transfer::TransferId id = open_transfer(sequence, blocks, false);
+        transfer::KvTransferParams params;
+        params.do_remote_decode = true;
+        params.mode = transfer::TransferMode::kPush;
+        params.remote_engine_id = agent_->engine_id();
+        params.remote_request_id = agent_->expect(id, {first_block, blocks, sequence.prompt_length}, deadline_us);
+        params.remote_host = options_.kv_host;
+        params.remote_port = agent_->port();
+        params.remote_num_tokens = sequence.prompt_length;
+        params.remote_cached_tokens = first_block * options_.limits.block_size;
+        TokenEvent event;
+        event.kv_transfer = std::move(params);
+        event.usage = usage(sequence);
+        sequence.sink(std::move(event));
+        break;
+      }
+      case TransferRole::kPullReceive: {
+        const int64_t first_block = admission.cached_blocks;
+        const std::vector<BlockId> blocks = prompt_blocks(sequence, first_block);
+        const transfer::TransferId id = open_transfer(sequence, blocks, false);
+        agent_->pull(id, *sequence.request.kv_transfer, {first_block, blocks, sequence.prompt_length}, deadline_us);
+        break;
+      }
+    }
+  }
+}
+
+// A layer's KV for this step is in the cache: hand complete blocks of sending sequences to the agent.
+void Engine::push_layer(const StepPlan& plan, int64_t layer) {
+  for (const ScheduledRows& rows : plan.rows) {
+    Sequence& sequence = *scheduler_.find(rows.id);
+    if (sequence.role != TransferRole::kPushSend || !sequence.transfer) continue;
+    const int64_t end = rows.first_position + rows.num_tokens;
+    const int64_t complete = end == sequence.prompt_length ? scheduler_.blocks_for(end) : end / options_.limits.block_size;
+    if (complete > sequence.blocks_sent) {
+      agent_->send_blocks(*sequence.transfer, layer, sequence.blocks_sent, complete - sequence.blocks_sent);
+    }
+  }
+}
+
+void Engine::collect_transfers() {
+  if (agent_ == nullptr) return;
+  for (const transfer::Done& done : agent_->take_done()) finish_transfer(done);
+}
+
+void Engine::finish_transfer(const transfer::Done& done) {
+  const auto found = transfers_.find(done.id);
+  CHECK(found != transfers_.end());
+  const OpenTransfer open = std::move(found->second);
+  transfers_.erase(found);
+  probe_.transfer_done(open.sending, done.status.ok(), done.bytes, done.duration_us);
+  pool_.unpin_all(open.blocks);
+
+  Sequence* sequence = scheduler_.find(open.sequence);
+  if (sequence == nullptr || sequence->transfer != done.id) return;
+  sequence->transfer.reset();
+  if (open.sending) {
+    finish_send(*sequence, done);
+  } else {
+    finish_receive(*sequence, done);
+  }
+}
+
+void Engine::finish_receive(Sequence& sequence, const transfer::Done& done) {
+  if (!done.status.ok()) return fail(sequence, done.status.error());
+  const bool pulled = sequence.role == TransferRole::kPullReceive;
+  sequence.kv_received = true;
+  sequence.role = TransferRole::kNone;  // local from now on, also after a preemption
+  if (pulled) {
+    // The last prompt token is computed here, for its logits.
+    scheduler_.start_received(sequence, sequence.prompt_length - 1);
+    probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, true);
+    return;
+  }
+  CHECK(done.first_token.has_value());
+  const transfer::FirstToken& first = *done.first_token;
+  if (first.token < 0 || first.token >= options_.sampled_vocab) {
+    return fail(sequence, make_error(ErrorKind::kDataLoss, "prefill sent first token {}, the vocabulary is 0 … {}",
+                                     first.token, options_.sampled_vocab - 1));
+  }
+  scheduler_.start_received(sequence, sequence.prompt_length);
+  sequence.cached_tokens = std::max(sequence.cached_tokens, first.cached_tokens);
+  probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, true);
+  append_token(sequence, {first.token, first.logprob, first.top_logprobs});
+}
+
+void Engine::finish_send(Sequence& sequence, const transfer::Done& done) {
+  if (!done.status.ok()) return fail(sequence, done.status.error());
+  if (sequence.state != SequenceState::kSending || !sequence.final_token) {
+    return fail(sequence, make_error(ErrorKind::kInternal, "a transfer was done before its prompt was computed"));
+  }
+  TokenEvent event;
+  event.finish = FinishReason::kLength;
+  event.tokens.push_back(*sequence.final_token);
+  finish(sequence, std::move(event));
+}
+
+}  // namespace tandem::engine

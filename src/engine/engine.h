@@ -1,0 +1,122 @@
+// The engine of one rank: one thread owns the scheduler, the block pool and every sequence, and runs the step loop.
+// README.md in this folder is the contract (ownership, invariants, life of a request).
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "src/base/clock.h"
+#include "src/engine/probe.h"
+#include "src/engine/scheduler.h"
+#include "src/engine/worker.h"
+#include "src/kv/block_pool.h"
+#include "src/model/model.h"
+#include "src/transfer/agent.h"
+
+namespace tandem::engine {
+
+enum class KvRole : uint8_t { kNone, kProducer, kConsumer, kBoth };
+const char* kv_role_name(KvRole role);  // "none", "kv_producer", "kv_consumer", "kv_both"
+
+struct EngineOptions {
+  std::string model_name;
+  SchedulerLimits limits;
+  std::vector<TokenId> eos_ids;
+  int64_t sampled_vocab = 0;  // ids the tokenizer knows; padded rows of the head above it are never chosen
+  KvRole kv_role = KvRole::kNone;
+  std::string kv_host;        // address peers use to reach this engine's agent
+};
+
+class Engine final : public Worker {
+ public:
+  // `registry` must outlive the engine; `model` and `cache` belong to the engine thread once start() was called.
+  Engine(model::Model& model, model::KvCache& cache, EngineOptions options, const Clock& clock, Registry& registry);
+  ~Engine() override;
+
+  // The agent calls wake() when it has news; set before start(). Null without prefill/decode.
+  void attach(transfer::Agent* agent) { agent_ = agent; }
+  void wake();
+
+  void start();
+  // Ends every request with kUnavailable and joins the thread.
+  void stop();
+
+  RequestId submit(TokenRequest request, EventSink sink) override;
+  void cancel(RequestId id) override;
+
+ private:
+  struct Submit {
+    RequestId id;
+    TokenRequest request;
+    EventSink sink;
+  };
+  struct Cancel {
+    RequestId id;
+  };
+  using Command = std::variant<Submit, Cancel>;
+  // Blocks that an open transfer may read or write, pinned until its Done.
+  struct OpenTransfer {
+    std::vector<BlockId> blocks;
+    RequestId sequence;  // may be gone already
+    bool sending = false;
+  };
+
+  void run();
+  bool receive_commands();
+  void wait_for_work();
+  void collect_transfers();
+  void expire_deadlines();
+  void begin_transfers(const StepPlan& plan);
+  void compute(const StepPlan& plan);
+  void push_layer(const StepPlan& plan, int64_t layer);
+  void take_results(const StepPlan& plan);
+
+  void accept(Submit submit);
+  Status check_request(const TokenRequest& request) const;
+  Result<TransferRole> choose_role(const TokenRequest& request) const;
+  void take_token(Sequence& sequence, size_t logit_index);
+  void append_token(Sequence& sequence, GeneratedToken token);
+  std::optional<FinishReason> finish_reason(const Sequence& sequence) const;
+  void finish(Sequence& sequence, TokenEvent event);
+  void fail(Sequence& sequence, Error error);
+  void drop(RequestId id);
+  transfer::TransferId open_transfer(Sequence& sequence, std::vector<BlockId> blocks, bool sending);
+  void finish_transfer(const transfer::Done& done);
+  void finish_receive(Sequence& sequence, const transfer::Done& done);
+  void finish_send(Sequence& sequence, const transfer::Done& done);
+  TokenUsage usage(const Sequence& sequence) const;
+  std::vector<BlockId> prompt_blocks(const Sequence& sequence, int64_t first_block) const;
+  void update_gauges();
+
+  model::Model& model_;
+  model::KvCache& cache_;
+  const EngineOptions options_;
+  const Clock& clock_;
+  Probe probe_;
+  transfer::Agent* agent_ = nullptr;
+
+  // Shared with other threads.
+  std::mutex mutex_;
+  std::condition_variable work_;
+  std::vector<Command> commands_;
+  bool woken_ = false;
+  bool stopping_ = false;
+  uint64_t next_request_ = 1;
+
+  // Owned by the engine thread.
+  kv::BlockPool pool_;
+  Scheduler scheduler_;
+  model::Batch batch_;
+  std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;
+  uint64_t next_transfer_ = 1;
+  std::thread thread_;
+};
+
+}  // namespace tandem::engine

@@ -1,0 +1,295 @@
+// The engine with a fake model: life of a request, cancels, deadlines, preemption, conservation of blocks.
+#include "src/engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <random>
+
+#include "src/engine/fake_model.h"
+
+namespace tandem::engine {
+namespace {
+
+// Collects one request's events.
+class Answer {
+ public:
+  EventSink sink() {
+    return [this](TokenEvent&& event) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      EXPECT_FALSE(done_) << "an event after the last one";
+      for (const GeneratedToken& token : event.tokens) tokens_.push_back(token.token);
+      if (event.finish) finish_ = event.finish;
+      if (event.error) error_ = event.error;
+      usage_ = event.usage;
+      done_ = event.finish || event.error;
+      changed_.notify_all();
+    };
+  }
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(30), [this] { return done_; })) << "no last event";
+  }
+  void wait_for_tokens(size_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(30), [&] { return tokens_.size() >= count || done_; }));
+  }
+  std::vector<TokenId> tokens() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return tokens_;
+  }
+  std::optional<FinishReason> finish_;
+  std::optional<Error> error_;
+  TokenUsage usage_;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<TokenId> tokens_;
+  bool done_ = false;
+};
+
+class EngineTest : public testing::Test {
+ protected:
+  void start(int64_t num_blocks, SchedulerLimits limits, int64_t max_model_len = 64) {
+    ops_ = kernels::make_ops("ref", 1).value();
+    limits.block_size = 4;
+    model_ = std::make_unique<FakeModel>(max_model_len, limits.block_size);
+    cache_ = std::make_unique<model::KvCache>(*ops_, model_->info().kv, num_blocks);
+    EngineOptions options;
+    options.model_name = "fake";
+    options.limits = limits;
+    options.eos_ids = {};
+    options.sampled_vocab = FakeModel::kVocab;
+    registry_ = std::make_unique<Registry>();
+    engine_ = std::make_unique<Engine>(*model_, *cache_, options, clock_, *registry_);
+    engine_->start();
+  }
+  void TearDown() override { engine_.reset(); }
+
+  static TokenRequest request(std::vector<TokenId> prompt, int64_t max_tokens) {
+    TokenRequest result;
+    result.prompt = std::move(prompt);
+    result.sampling.temperature = 0;
+    result.sampling.max_tokens = max_tokens;
+    return result;
+  }
+  double metric(const std::string& name) {
+    const std::string text = registry_->expose();
+    const size_t at = text.find("\n" + name + "{");
+    EXPECT_NE(at, std::string::npos) << name;
+    return std::stod(text.substr(text.find("} ", at) + 2));
+  }
+  void expect_all_blocks_back() {
+    for (int i = 0; i < 200 && metric("tandem:kv_blocks_available") != static_cast<double>(cache_->num_blocks()); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_EQ(metric("tandem:kv_blocks_available"), static_cast<double>(cache_->num_blocks()));
+    EXPECT_EQ(metric("tandem:kv_blocks_pinned"), 0);
+  }
+
+  SteadyClock clock_;
+  std::unique_ptr<kernels::Ops> ops_;
+  std::unique_ptr<FakeModel> model_;
+  std::unique_ptr<model::KvCache> cache_;
+  std::unique_ptr<Registry> registry_;
+  std::unique_ptr<Engine> engine_;
+};
+
+TEST_F(EngineTest, AnswersWithTheModelsTokens) {
+  start(32, {});
+  Answer answer;
+  engine_->submit(request({5, 6, 7}, 20), answer.sink());
+  answer.wait();
+  EXPECT_EQ(answer.tokens(), FakeModel::generate({5, 6, 7}, 20));
+  EXPECT_EQ(answer.finish_, FinishReason::kLength);
+  EXPECT_EQ(answer.usage_.prompt_tokens, 3);
+  expect_all_blocks_back();
+}
+
+TEST_F(EngineTest, ManyAtOnceOverTooFewBlocks) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937 random(seed);
+  for (const int64_t batched_tokens : {4, 7, 64}) {
+    SchedulerLimits limits;
+    limits.max_num_batched_tokens = batched_tokens;
+    limits.max_num_seqs = 4;
+    start(18, limits);
+    std::vector<Answer> answers(60);
+    std::vector<std::vector<TokenId>> prompts;
+    for (Answer& answer : answers) {
+      std::vector<TokenId> prompt(1 + random() % 30);
+      for (TokenId& token : prompt) token = static_cast<TokenId>(random() % 2);  // many equal prefixes
+      prompts.push_back(prompt);
+      engine_->submit(request(prompt, 25), answer.sink());
+    }
+    for (size_t i = 0; i < answers.size(); ++i) {
+      answers[i].wait();
+      EXPECT_EQ(answers[i].tokens(), FakeModel::generate(prompts[i], 25)) << "request " << i;
+    }
+    EXPECT_GT(metric("vllm:num_preemptions_total"), 0);
+    EXPECT_GT(metric("vllm:prefix_cache_hits_total"), 0);
+    expect_all_blocks_back();
+    engine_.reset();
+  }
+}
+
+TEST_F(EngineTest, StopsAtTheContextLength) {
+  start(32, {}, 16);
+  Answer answer;
+  engine_->submit(request({1, 2, 3}, 1000), answer.sink());
+  answer.wait();
+  EXPECT_EQ(answer.tokens().size(), 13U);
+  EXPECT_EQ(answer.finish_, FinishReason::kLength);
+}
+
+TEST_F(EngineTest, StopTokenAndMinTokens) {
+  start(32, {});
+  const std::vector<TokenId> expected = FakeModel::generate({9}, 10);
+  Answer answer;
+  TokenRequest stopped = request({9}, 10);
+  stopped.sampling.stop_token_ids = {expected[3]};
+  engine_->submit(stopped, answer.sink());
+  answer.wait();
+  EXPECT_EQ(answer.finish_, FinishReason::kStop);
+  EXPECT_EQ(answer.tokens().back(), expected[3]);
+  EXPECT_LE(answer.tokens().size(), 4U);
+
+  Answer later;
+  stopped.sampling.min_tokens = 6;
+  engine_->submit(stopped, later.sink());
+  later.wait();
+  EXPECT_GE(later.tokens().size(), 6U);
+}
+
+TEST_F(EngineTest, CancelFreesBlocksAndStaysSilent) {
+  start(32, {});
+  model_->delay_us = 1000;
+  Answer answer;
+  const RequestId id = engine_->submit(request({1, 2, 3}, 60), answer.sink());
+  answer.wait_for_tokens(3);
+  engine_->cancel(id);
+  engine_->cancel(RequestId(12345));
+  expect_all_blocks_back();
+  EXPECT_LT(answer.tokens().size(), 60U);
+  EXPECT_FALSE(answer.finish_);
+}
+
+TEST_F(EngineTest, DeadlineEndsARequestWithAnError) {
+  start(32, {});
+  model_->delay_us = 20'000;
+  Answer answer;
+  TokenRequest late = request({1, 2, 3}, 60);
+  late.deadline_us = clock_.now_us() + 100'000;
+  const int64_t begin_us = clock_.now_us();
+  engine_->submit(late, answer.sink());
+  answer.wait();
+  ASSERT_TRUE(answer.error_);
+  EXPECT_EQ(answer.error_->kind, ErrorKind::kDeadlineExceeded);
+  EXPECT_LT(clock_.now_us() - begin_us, 2'000'000);
+  expect_all_blocks_back();
+}
+
+TEST_F(EngineTest, RefusesWhatItCannotServe) {
+  SchedulerLimits limits;
+  limits.max_num_waiting = 1;
+  limits.max_num_seqs = 1;
+  start(32, limits);
+  const auto refused = [this](TokenRequest bad) {
+    Answer answer;
+    engine_->submit(std::move(bad), answer.sink());
+    answer.wait();
+    return answer.error_ ? *answer.error_ : Error{};
+  };
+  EXPECT_EQ(refused(request({}, 5)).param, "prompt");
+  EXPECT_EQ(refused(request({1, -1}, 5)).param, "prompt");
+  EXPECT_EQ(refused(request({1, 97}, 5)).param, "prompt");
+  EXPECT_EQ(refused(request(std::vector<TokenId>(64, 1), 5)).code, "context_length_exceeded");
+  TokenRequest remote = request({1}, 5);
+  remote.kv_transfer.emplace().do_remote_decode = true;
+  EXPECT_EQ(refused(remote).param, "kv_transfer_params");
+
+  model_->delay_us = 50'000;
+  Answer running;
+  Answer waiting;
+  engine_->submit(request({1}, 3), running.sink());
+  running.wait_for_tokens(1);
+  engine_->submit(request({2}, 3), waiting.sink());
+  EXPECT_EQ(refused(request({3}, 3)).kind, ErrorKind::kResourceExhausted);
+  running.wait();
+  waiting.wait();
+  EXPECT_EQ(waiting.tokens(), FakeModel::generate({2}, 3));
+}
+
+TEST_F(EngineTest, NanLogitsFailOneRequestAlone) {
+  start(32, {});
+  model_->poison = 50;
+  Answer bad;
+  Answer good;
+  engine_->submit(request({1, 50}, 3), bad.sink());
+  engine_->submit(request({1, 51}, 3), good.sink());
+  bad.wait();
+  good.wait();
+  ASSERT_TRUE(bad.error_);
+  EXPECT_EQ(bad.error_->kind, ErrorKind::kDataLoss);
+  EXPECT_EQ(good.finish_, FinishReason::kLength);
+  EXPECT_EQ(metric("vllm:corrupted_requests_total"), 1);
+  expect_all_blocks_back();
+}
+
+TEST_F(EngineTest, StopEndsEveryRequest) {
+  start(32, {});
+  model_->delay_us = 5000;
+  std::vector<Answer> answers(5);
+  for (Answer& answer : answers) engine_->submit(request({1, 2}, 60), answer.sink());
+  answers[0].wait_for_tokens(1);
+  engine_->stop();
+  for (Answer& answer : answers) {
+    answer.wait();
+    ASSERT_TRUE(answer.error_);
+    EXPECT_EQ(answer.error_->kind, ErrorKind::kUnavailable);
+  }
+}
+
+// Random submits, cancels and deadlines from two threads; every answer that ends well is right, every block comes back.
+TEST_F(EngineTest, StormConservesBlocks) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  SchedulerLimits limits;
+  limits.max_num_batched_tokens = 12;
+  limits.max_num_seqs = 6;
+  start(20, limits);
+  constexpr size_t kRequests = 300;
+  std::vector<std::vector<Answer>> answers(2);
+  for (std::vector<Answer>& list : answers) list = std::vector<Answer>(kRequests);
+  std::vector<std::thread> threads;
+  for (size_t t = 0; t < 2; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 random(seed + static_cast<unsigned>(t));
+      for (Answer& answer : answers[t]) {
+        const std::vector<TokenId> prompt(1 + random() % 20, static_cast<TokenId>(random() % 3));
+        TokenRequest item = request(prompt, static_cast<int64_t>(1 + random() % 20));
+        if (random() % 8 == 0) item.deadline_us = clock_.now_us() + static_cast<int64_t>(random() % 5000);
+        const int64_t wanted = item.sampling.max_tokens;
+        const RequestId id = engine_->submit(std::move(item), answer.sink());
+        if (random() % 4 == 0) {
+          std::this_thread::sleep_for(std::chrono::microseconds(random() % 2000));
+          engine_->cancel(id);
+        } else {
+          answer.wait();
+          if (answer.finish_) {
+            EXPECT_EQ(answer.tokens(), FakeModel::generate(prompt, wanted));
+          }
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  expect_all_blocks_back();
+  engine_->stop();
+}
+
+}  // namespace
+}  // namespace tandem::engine
