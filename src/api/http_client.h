@@ -57,12 +57,12 @@ struct ClientResponse {
 // Unset members are skipped. on_body and on_event get the body of 2xx responses only; an error's body is always
 // collected into ClientResponse, so that on_done can show it.
 struct ClientHandlers {
-  std::function<void(const ClientResponse& head)> on_head;  // status and headers are there, the body is not
-  std::function<void(std::string_view bytes)> on_body;      // pieces as they arrive
-  std::function<void(const SseEvent&)> on_event;            // if the response is text/event-stream
+  std::function<void(const ClientResponse& head)> on_head{};  // status and headers are there, the body is not
+  std::function<void(std::string_view bytes)> on_body{};      // pieces as they arrive
+  std::function<void(const SseEvent&)> on_event{};            // if the response is text/event-stream
   // A response with any status is a value; an error is: no connection or a broken one (kUnavailable), a time-out
-  // (kDeadlineExceeded), a malformed or too large response (kDataLoss).
-  std::function<void(Result<ClientResponse>)> on_done;
+  // (kDeadlineExceeded), a malformed or too large response (kDataLoss), a line break in a header (kInvalidArgument).
+  std::function<void(Result<ClientResponse>)> on_done{};
 };
 
 struct HttpClientOptions {

@@ -1,0 +1,104 @@
+#include "src/api/json_text.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <iterator>
+
+#include "src/base/check.h"
+
+namespace tandem::api {
+namespace {
+
+// Length of the valid UTF-8 sequence that `text` starts with; 0 if there is none. After table 3-7 of the Unicode
+// standard: no overlong forms, no surrogates, nothing above U+10FFFF.
+size_t utf8_sequence_length(std::string_view text) {
+  const auto byte = [text](size_t i) { return static_cast<unsigned char>(text[i]); };
+  const auto is_continuation = [&](size_t i) { return i < text.size() && (byte(i) & 0xC0) == 0x80; };
+  const unsigned char lead = byte(0);
+  if (lead < 0x80) return 1;
+  if (lead >= 0xC2 && lead <= 0xDF) return is_continuation(1) ? 2 : 0;
+  if (lead >= 0xE0 && lead <= 0xEF) {
+    if (!is_continuation(1) || !is_continuation(2)) return 0;
+    if (lead == 0xE0 && byte(1) < 0xA0) return 0;
+    if (lead == 0xED && byte(1) > 0x9F) return 0;
+    return 3;
+  }
+  if (lead >= 0xF0 && lead <= 0xF4) {
+    if (!is_continuation(1) || !is_continuation(2) || !is_continuation(3)) return 0;
+    if (lead == 0xF0 && byte(1) < 0x90) return 0;
+    if (lead == 0xF4 && byte(1) > 0x8F) return 0;
+    return 4;
+  }
+  return 0;
+}
+
+}  // namespace
+
+void append_json_string(std::string& out, std::string_view text) {
+  out += '"';
+  size_t i = 0;
+  while (i < text.size()) {
+    const char c = text[i];
+    const unsigned char byte = static_cast<unsigned char>(c);
+    if (byte >= 0x80) {
+      const size_t length = utf8_sequence_length(text.substr(i));
+      if (length == 0) {
+        out += "\xEF\xBF\xBD";
+        ++i;
+      } else {
+        out += text.substr(i, length);
+        i += length;
+      }
+      continue;
+    }
+    ++i;
+    switch (c) {
+      case '"':
+        out += "\\\"";
+        break;
+      case '\\':
+        out += "\\\\";
+        break;
+      case '\n':
+        out += "\\n";
+        break;
+      case '\r':
+        out += "\\r";
+        break;
+      case '\t':
+        out += "\\t";
+        break;
+      default:
+        if (byte < 0x20 || byte == 0x7f) {
+          fmt::format_to(std::back_inserter(out), "\\u{:04x}", byte);
+        } else {
+          out += c;
+        }
+    }
+  }
+  out += '"';
+}
+
+void append_json_number(std::string& out, float value) {
+  CHECK(std::isfinite(value));
+  fmt::format_to(std::back_inserter(out), "{}", value);
+}
+
+void append_json_number(std::string& out, double value) {
+  CHECK(std::isfinite(value));
+  fmt::format_to(std::back_inserter(out), "{}", value);
+}
+
+void append_json_number(std::string& out, int64_t value) { fmt::format_to(std::back_inserter(out), "{}", value); }
+
+int64_t count_code_points(std::string_view text) {
+  int64_t count = 0;
+  while (!text.empty()) {
+    text.remove_prefix(std::max<size_t>(utf8_sequence_length(text), 1));
+    ++count;
+  }
+  return count;
+}
+
+}  // namespace tandem::api
