@@ -149,7 +149,8 @@ LegActions TwoLegs::fail(Role role, Error error) {
 const char* TwoLegs::stage(Role failed) const {
   if (has_emitted_) return "the decode worker computed the answer";
   if (mode_ == LegMode::kPlain) return "the worker computed the prompt";
-  if (failed == Role::kPrefill) return "the prefill worker computed the prompt";
+  // Both legs have the same deadline; decode only waits while prefill is at work.
+  if (failed == Role::kPrefill || prefill_active_) return "the prefill worker computed the prompt";
   if (mode_ == LegMode::kPush && !prefill_started_) return "the decode worker reserved KV blocks";
   return "the decode worker waited for KV blocks";
 }

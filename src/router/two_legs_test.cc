@@ -239,6 +239,8 @@ TEST(TwoLegs, NamesTheStageInWhichTheDeadlinePassed) {
   EXPECT_EQ(message_at(kPush, Point::kPrefillAsked, P),
             "the request's deadline passed while the prefill worker computed the prompt");
   EXPECT_EQ(message_at(kPush, Point::kPrefillAsked, D),
+            "the request's deadline passed while the prefill worker computed the prompt");
+  EXPECT_EQ(message_at(kPull, Point::kDecodeFetching, D),
             "the request's deadline passed while the decode worker waited for KV blocks");
   EXPECT_EQ(message_at(kPlain, Point::kStreaming, D),
             "the request's deadline passed while the decode worker computed the answer");

@@ -1,0 +1,100 @@
+#include "src/router/remote_worker.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "src/base/clock.h"
+#include "src/base/log.h"
+#include "src/router/completion_wire.h"
+
+namespace tandem::router {
+namespace {
+
+// A worker on this host or in this rack accepts in microseconds; two seconds tell one that is gone from one that is slow.
+constexpr std::chrono::milliseconds kConnectTimeout{2'000};
+constexpr int64_t kDeadlineSlackUs = 20'000;  // timers fire a little early or late
+
+// What the client may know of a transport fault; addresses go to the log only.
+Error transport_error(const Error& error, const api::HttpUrl& url, int64_t deadline_us) {
+  log_warning("router", "worker {}: {}", url.origin(), error.message);
+  if (error.kind == ErrorKind::kDeadlineExceeded && SteadyClock().now_us() + kDeadlineSlackUs >= deadline_us) {
+    return make_error(ErrorKind::kDeadlineExceeded, "the request's deadline passed");
+  }
+  if (error.kind == ErrorKind::kDataLoss) return make_error(ErrorKind::kDataLoss, "a worker's answer cannot be read");
+  return make_error(ErrorKind::kUnavailable, "a worker cannot be reached or went away; try again");
+}
+
+// The state of one decode stream, shared by the handlers of its call.
+struct DecodeStream {
+  CompletionReader reader;
+  DecodeHandlers handlers;
+  bool ended = false;
+
+  void fail(Error error, bool reached) {
+    if (std::exchange(ended, true)) return;
+    handlers.on_failed(std::move(error), reached);
+  }
+
+  void take(const api::SseEvent& event) {
+    if (ended) return;
+    CompletionReader::Update update = reader.read(event.data);
+    if (update.error) return fail(std::move(*update.error), /*reached=*/true);
+    if (!update.transfer.empty() && !update.event) handlers.on_reserved(std::move(update.transfer));
+    if (ended || !update.event) return;
+    ended = update.event->finish.has_value();
+    handlers.on_event(std::move(*update.event));
+  }
+
+  void finish(Result<api::ClientResponse> response, const api::HttpUrl& url, int64_t deadline_us) {
+    if (ended) return;
+    if (!response.ok()) return fail(transport_error(response.error(), url, deadline_us), /*reached=*/false);
+    if (!response->is_success()) return fail(error_of_response(response->status, response->body), /*reached=*/true);
+    log_warning("router", "worker {}: its stream ended without a finish reason", url.origin());
+    fail(make_error(ErrorKind::kUnavailable, "the decode worker ended its stream early"), /*reached=*/true);
+  }
+};
+
+}  // namespace
+
+RemoteWorker::RemoteWorker(api::HttpClient& client, api::HttpUrl url, std::string api_key)
+    : client_(client), url_(std::move(url)), api_key_(std::move(api_key)) {}
+
+api::ClientRequest RemoteWorker::make_request(const LegRequest& leg, std::string body) const {
+  api::ClientRequest request = api::json_request("/v1/completions", std::move(body));
+  request.headers.emplace_back("X-Request-Id", leg.request.external_id);
+  request.headers.emplace_back("X-Request-Timeout-Ms", std::to_string(leg.remaining_ms));
+  if (!api_key_.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key_);
+  const std::chrono::milliseconds remaining(leg.remaining_ms);
+  request.connect_timeout = std::min(kConnectTimeout, remaining);
+  request.idle_timeout = remaining;  // a long queue is silent; a frozen worker is found by its probes
+  request.total_timeout = remaining;
+  return request;
+}
+
+api::CallId RemoteWorker::start_decode(const LegRequest& leg, DecodeHandlers handlers) {
+  const int64_t deadline_us = SteadyClock().now_us() + leg.remaining_ms * 1000;
+  const auto stream = std::make_shared<DecodeStream>(DecodeStream{
+      CompletionReader(static_cast<int64_t>(leg.request.prompt.size()), leg.request.sampling.num_logprobs),
+      std::move(handlers)});
+  api::ClientHandlers on_wire;
+  on_wire.on_event = [stream](const api::SseEvent& event) { stream->take(event); };
+  on_wire.on_done = [stream, url = url_, deadline_us](Result<api::ClientResponse> response) {
+    stream->finish(std::move(response), url, deadline_us);
+  };
+  return client_.start(url_, make_request(leg, decode_body(leg.request, leg.transfer)), std::move(on_wire));
+}
+
+api::CallId RemoteWorker::start_prefill(const LegRequest& leg, PrefillHandlers handlers) {
+  const int64_t deadline_us = SteadyClock().now_us() + leg.remaining_ms * 1000;
+  api::ClientHandlers on_wire;
+  on_wire.on_done = [handlers = std::move(handlers), url = url_, deadline_us](Result<api::ClientResponse> response) {
+    if (!response.ok()) return handlers.on_failed(transport_error(response.error(), url, deadline_us), false);
+    if (!response->is_success()) return handlers.on_failed(error_of_response(response->status, response->body), true);
+    Result<std::string> transfer = read_prefill_response(response->body);
+    if (!transfer.ok()) return handlers.on_failed(transfer.error(), true);
+    handlers.on_done(std::move(transfer).value());
+  };
+  return client_.start(url_, make_request(leg, prefill_body(leg.request, leg.transfer)), std::move(on_wire));
+}
+
+}  // namespace tandem::router
