@@ -33,16 +33,6 @@ const char* finish_reason_name(FinishReason reason) {
   return "error";
 }
 
-const char* kv_role_name(KvRole role) {
-  switch (role) {
-    case KvRole::kNone: return "none";
-    case KvRole::kProducer: return "kv_producer";
-    case KvRole::kConsumer: return "kv_consumer";
-    case KvRole::kBoth: return "kv_both";
-  }
-  return "none";
-}
-
 Engine::Engine(model::Model& model, model::KvCache& cache, EngineOptions options, const Clock& clock, Registry& registry)
     : model_(model),
       cache_(cache),

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "src/base/clock.h"
+#include "src/base/kv_transfer_config.h"
 #include "src/engine/probe.h"
 #include "src/engine/scheduler.h"
 #include "src/engine/worker.h"
@@ -22,15 +23,12 @@
 
 namespace tandem::engine {
 
-enum class KvRole : uint8_t { kNone, kProducer, kConsumer, kBoth };
-const char* kv_role_name(KvRole role);  // "none", "kv_producer", "kv_consumer", "kv_both"
-
 struct EngineOptions {
   std::string model_name;
   SchedulerLimits limits;
   std::vector<TokenId> eos_ids;
   int64_t sampled_vocab = 0;  // ids the tokenizer knows; padded rows of the head above it are never chosen
-  KvRole kv_role = KvRole::kNone;
+  KvRole kv_role = KvRole::kBoth;  // which legs this engine takes, once an agent is attached
   std::string kv_host;        // address peers use to reach this engine's agent
 };
 
