@@ -76,7 +76,8 @@ class Qwen3Attention final : public Attention {
     attended_ = DeviceTensor(ops_, dtype, capacity.rows, q_cols_);
     const int64_t head_dim = config_.gqa.head_dim;
     rope_ = DeviceTensor(ops_, DType::kF32, capacity.positions, head_dim);
-    rope_.upload<float>(ops_, stream_, rope_table(config_.rope, head_dim, capacity.positions));
+    const std::vector<float> table = rope_table(config_.rope, head_dim, capacity.positions);
+    rope_.upload<float>(ops_, stream_, table);
     ops_.synchronize(stream_);
   }
 

@@ -1,6 +1,7 @@
 // Helpers of the model tests: temporary folders, handmade safetensors files, and running sequences through a model.
 #pragma once
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 
 #include "src/kernels/convert.h"
 #include "src/model/model.h"
+#include "src/model/safetensors.h"
 
 namespace tandem::model {
 
@@ -77,6 +79,25 @@ inline std::string safetensors_image(const std::vector<FileTensor>& tensors) {
     data += tensor.data;
   }
   return safetensors_image(header + "}", data);
+}
+
+// The tensors of a file, ready to be changed and written again.
+inline std::vector<FileTensor> read_tensors(const std::string& path) {
+  const std::string image = read_text(path);
+  const std::vector<StoredTensor> stored = parse_safetensors(std::as_bytes(std::span(image)), path).value();
+  std::vector<FileTensor> tensors;
+  for (const StoredTensor& tensor : stored) {
+    tensors.push_back({tensor.name, std::string(tensor.dtype), tensor.shape,
+                       std::string(reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size())});
+  }
+  return tensors;
+}
+
+inline FileTensor& find_tensor(std::vector<FileTensor>& tensors, const std::string& name) {
+  for (FileTensor& tensor : tensors) {
+    if (tensor.name == name) return tensor;
+  }
+  fail_check(__FILE__, __LINE__, "no tensor " + name);
 }
 
 inline std::string golden_path(const std::string& name) {
