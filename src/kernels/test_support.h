@@ -4,9 +4,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <iostream>
+#include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -32,6 +38,12 @@ struct Matrix {
   Matrix rows_slice(int64_t first, int64_t count) const {
     return Matrix(count, cols, std::vector<T>(values.begin() + first * cols, values.begin() + (first + count) * cols));
   }
+  // Row i is row order[i] of this.
+  Matrix permuted(const std::vector<int32_t>& order) const {
+    Matrix result(static_cast<int64_t>(order.size()), cols);
+    for (int64_t r = 0; r < result.rows; ++r) std::copy_n(row(order[static_cast<size_t>(r)]), cols, result.row(r));
+    return result;
+  }
 };
 
 template <typename T>
@@ -44,7 +56,7 @@ constexpr DType dtype_of() {
 
 class Random {
  public:
-  explicit Random(uint64_t seed) : engine_(seed) { testing::Test::RecordProperty("seed", std::to_string(seed)); }
+  explicit Random(uint64_t seed) : engine_(seed) { std::cout << "seed " << seed << '\n'; }
   float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(engine_); }
   float normal() { return std::normal_distribution<float>()(engine_); }
   int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine_); }
@@ -52,6 +64,13 @@ class Random {
     Matrix<float> result(rows, cols);
     for (float& value : result.values) value = scale * normal();
     return result;
+  }
+  // 0 … count - 1 in random order.
+  std::vector<int32_t> permutation(int64_t count) {
+    std::vector<int32_t> order(static_cast<size_t>(count));
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), engine_);
+    return order;
   }
   template <typename Container>
   void shuffle(Container& container) {
@@ -61,6 +80,30 @@ class Random {
  private:
   std::mt19937_64 engine_;
 };
+
+// Tests run once for each of these; those that the machine lacks are skipped, visibly.
+inline constexpr const char* kAllBackends[] = {"cpu-avx512-bf16", "cpu-avx512", "cpu-avx2", "ref"};
+
+class BackendTest : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    const std::vector<std::string> backends = available_backends();
+    if (std::find(backends.begin(), backends.end(), GetParam()) == backends.end()) {
+      GTEST_SKIP() << "this machine cannot run " << GetParam();
+    }
+  }
+  std::string name() const { return GetParam(); }
+  // Whether products with bf16 weights round x to bf16 first.
+  bool rounds_x(WeightFormat format) const { return format == WeightFormat::kBf16 && name() == "cpu-avx512-bf16"; }
+};
+
+inline std::string backend_test_name(const testing::TestParamInfo<const char*>& info) {
+  std::string name = info.param;
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+}
+#define TANDEM_FOR_ALL_BACKENDS(Suite) \
+  INSTANTIATE_TEST_SUITE_P(All, Suite, testing::ValuesIn(kAllBackends), backend_test_name)
 
 // One backend with a stream; frees everything it lent at the end.
 class Device {

@@ -1,0 +1,90 @@
+// The table of what one instruction set does, single-threaded, on plain pointers. One file per instruction set
+// (isa_*.cc) is compiled with its own flags and fills a table; everything above it (splitting, packing, tiles of
+// positions) is compiled once for every machine. Only functions reached through a table may use its instructions.
+//
+// Every function gives the same bits for a row whatever else is in the call: sums over k run as one chain from the
+// first element to the last, sums over lanes as one fixed tree, and tails use the same vector code as whole vectors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tandem::kernels::cpu {
+
+inline constexpr int64_t kPanelWidth = 16;    // outputs per packed panel: two AVX2 registers, one of AVX-512
+inline constexpr int64_t kMaxGemmRows = 96;   // rows of one GemmBlock: with kGemmDepth columns 96 KiB, in L2
+inline constexpr int64_t kGemmDepth = 256;    // k per pass: one panel in f32 is 16 KiB, half of L1
+inline constexpr int64_t kMaxWidePanels = 2;  // panels that a tile of many rows takes at once
+inline constexpr int64_t kGemmScratch = kMaxWidePanels * kGemmDepth * kPanelWidth;  // floats
+inline constexpr int64_t kTile = 64;                                                // positions per attention tile
+inline constexpr int64_t kQueryBlock = 4;  // query vectors that `scores` takes at once
+inline constexpr int64_t kPadding = 16;    // attention vectors are padded with zeros to a multiple of this
+
+inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// out[r][c] = Σ_k x[r][k] * w[c][k] for r < rows, c < cols. w lies in panels of kPanelWidth outputs:
+//  f32:  [k][kPanelWidth]; bf16: [ceil(k / 2)][kPanelWidth][2], the two values of a pair being k and k + 1.
+struct GemmBlock {
+  const void* const* x = nullptr;  // a pointer per row: f32 [k], or bf16 [round_up(k, 2)] where narrow_rows says so
+  int64_t rows = 0;                // <= kMaxGemmRows
+  const std::byte* panels = nullptr;
+  int64_t panel_bytes = 0;
+  int64_t k = 0;
+  int64_t cols = 0;             // the last panel may be partly used
+  float* const* out = nullptr;  // a pointer per row, to the first of `cols` columns
+  float* scratch = nullptr;     // kGemmScratch floats, 64-byte aligned
+};
+
+// Running softmax of one query vector: acc = Σ exp(s_j - largest) v_j, sum = Σ exp(s_j - largest).
+struct SoftmaxState {
+  float largest;
+  float sum;
+};
+
+struct Isa {
+  const char* name;
+
+  void (*gemm_f32)(const GemmBlock& block);
+  void (*gemm_bf16)(const GemmBlock& block);
+  bool narrow_rows;  // gemm_bf16 takes x rounded to bf16
+
+  // Rows. `to_bf16` rounds to nearest even; counts in elements.
+  void (*to_bf16)(const float* x, int64_t count, uint16_t* out);
+  void (*from_bf16)(const uint16_t* x, int64_t count, float* out);
+  void (*add)(float* x, const float* y, int64_t count);
+  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
+  void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
+  void (*softmax)(const float* x, int64_t count, float* out);
+  void (*sigmoid)(const float* x, int64_t count, float* out);
+  // Rotates the pairs (a[i], b[i]).
+  void (*rotate_halves)(float* a, float* b, const float* cosine, const float* sine, int64_t count);
+  // Rotates the pairs (x[2i], x[2i + 1]).
+  void (*rotate_pairs)(float* x, const float* cosine, const float* sine, int64_t count);
+  // out[i] = Σ_j weights[j] * terms[j * stride + i], j ascending.
+  void (*weighted_sum)(const float* terms, int64_t stride, const float* weights, int64_t num_terms, int64_t count,
+                       float* out);
+
+  // Attention. Vectors lie `*_stride` floats apart; `dim` is a multiple of kPadding.
+  // out[i * kTile + j] = Σ_d q[i][d] * keys[j][d] for i < queries, j < positions. Reads queries rounded up to
+  // kQueryBlock and positions rounded up to kQueryBlock, and writes that many.
+  void (*scores)(const float* q, int64_t q_stride, int64_t queries, const float* keys, int64_t key_stride,
+                 int64_t positions, int64_t dim, float* out);
+  // Turns the scores of `visible` positions into weights exp(scale * s_j - largest), takes them into `state`, and
+  // scales acc [dim] to the new largest.
+  void (*softmax_tile)(float* scores, int64_t visible, float scale, SoftmaxState* state, float* acc, int64_t dim);
+  // acc[i][d] += Σ_j weights[i * kTile + j] * values[j][d] for i < queries, begin <= j < end, j ascending.
+  void (*accumulate)(const float* weights, int64_t queries, const float* values, int64_t value_stride, int64_t begin,
+                     int64_t end, int64_t dim, float* acc, int64_t acc_stride);
+  // Takes a later part's state and acc into total's.
+  void (*fold)(SoftmaxState* total, float* total_acc, const SoftmaxState* part, const float* part_acc, int64_t dim);
+  // out[d] = acc[d] / state.sum.
+  void (*finish)(const SoftmaxState* state, const float* acc, int64_t count, float* out);
+};
+
+const Isa& isa_avx2();
+const Isa& isa_avx512();
+const Isa& isa_avx512_bf16();
+
+}  // namespace tandem::kernels::cpu

@@ -1,0 +1,17 @@
+// AVX-512 F, BW, VL and DQ, with f32 products.
+// clang-format off: each of these uses the functions of those before it.
+#include "src/kernels/cpu/simd_avx512.h"
+#include "src/kernels/cpu/rows_inl.h"
+#include "src/kernels/cpu/gemm_inl.h"
+#include "src/kernels/cpu/attention_inl.h"
+#include "src/kernels/cpu/isa_table_inl.h"
+// clang-format on
+
+namespace tandem::kernels::cpu {
+
+const Isa& isa_avx512() {
+  static constexpr Isa kIsa = make_table("cpu-avx512");
+  return kIsa;
+}
+
+}  // namespace tandem::kernels::cpu

@@ -1,0 +1,19 @@
+// AVX-512 with BF16: products of bf16 pairs, summed in f32 by one instruction.
+// clang-format off: each of these uses the functions of those before it.
+#define TANDEM_DOT_PAIRS
+#include "src/kernels/cpu/simd_avx512.h"
+#include "src/kernels/cpu/simd_avx512_bf16.h"
+#include "src/kernels/cpu/rows_inl.h"
+#include "src/kernels/cpu/gemm_inl.h"
+#include "src/kernels/cpu/attention_inl.h"
+#include "src/kernels/cpu/isa_table_inl.h"
+// clang-format on
+
+namespace tandem::kernels::cpu {
+
+const Isa& isa_avx512_bf16() {
+  static constexpr Isa kIsa = make_table("cpu-avx512-bf16");
+  return kIsa;
+}
+
+}  // namespace tandem::kernels::cpu

@@ -1,0 +1,38 @@
+// Fills an Isa with the functions above it in the including file.
+#pragma once
+
+namespace tandem::kernels::cpu {
+namespace {
+
+#ifdef TANDEM_DOT_PAIRS
+constexpr bool kNarrowRows = true;
+#else
+constexpr bool kNarrowRows = false;
+#endif
+
+constexpr Isa make_table(const char* name) {
+  Isa isa{};
+  isa.name = name;
+  isa.gemm_f32 = gemm_f32;
+  isa.gemm_bf16 = gemm_bf16;
+  isa.narrow_rows = kNarrowRows;
+  isa.to_bf16 = to_bf16;
+  isa.from_bf16 = from_bf16;
+  isa.add = add;
+  isa.rms_norm = rms_norm;
+  isa.silu_mul = silu_mul;
+  isa.softmax = softmax;
+  isa.sigmoid = sigmoid;
+  isa.rotate_halves = rotate_halves;
+  isa.rotate_pairs = rotate_pairs;
+  isa.weighted_sum = weighted_sum;
+  isa.scores = scores;
+  isa.softmax_tile = softmax_tile;
+  isa.accumulate = accumulate;
+  isa.fold = fold;
+  isa.finish = finish;
+  return isa;
+}
+
+}  // namespace
+}  // namespace tandem::kernels::cpu

@@ -1,0 +1,44 @@
+// Weights in panels of kPanelWidth outputs, as isa.h describes them: what a microkernel reads is contiguous, and every
+// instruction set reads the same layout. Outputs and odd k are filled up with zeros.
+#pragma once
+
+#include <span>
+
+#include "src/kernels/cpu/isa.h"
+#include "src/kernels/cpu/thread_pool.h"
+#include "src/kernels/host_ops.h"
+
+namespace tandem::kernels::cpu {
+
+class PackedWeight final : public Weight {
+ public:
+  PackedWeight(std::span<const HostMatrix> matrices, WeightFormat format, ThreadPool& pool);
+
+  int64_t batch() const override { return batch_; }
+  int64_t n() const override { return n_; }
+  int64_t k() const override { return k_; }
+  WeightFormat format() const override { return format_; }
+  int64_t bytes() const override { return buffer_.bytes(); }
+
+  int64_t panels() const { return (n_ + kPanelWidth - 1) / kPanelWidth; }
+  int64_t panel_bytes() const;
+  const std::byte* panel(int64_t matrix, int64_t index) const {
+    return buffer_.address() + (matrix * panels() + index) * panel_bytes();
+  }
+  // Row n of the matrix as it was before packing, in f32.
+  void unpack_row(int64_t matrix, int64_t n, float* out) const;
+
+ private:
+  void pack_panel(const HostMatrix& matrix, int64_t index, std::byte* panel) const;
+
+  int64_t batch_;
+  int64_t n_;
+  int64_t k_;
+  WeightFormat format_;
+  HostBuffer buffer_;
+};
+
+// The PackedWeight behind `weight`; CHECKs that a cpu backend packed it.
+const PackedWeight& packed_weight(const Weight& weight);
+
+}  // namespace tandem::kernels::cpu

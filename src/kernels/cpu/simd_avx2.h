@@ -1,0 +1,104 @@
+// Eight f32 lanes of AVX2 with FMA. Included by isa_avx2.cc alone, inside its unnamed namespace, so that no other
+// file's code can end up with these instructions.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define TANDEM_INLINE inline __attribute__((always_inline))
+
+namespace tandem::kernels::cpu {
+namespace {
+
+using Vec = __m256;
+constexpr int64_t kLanes = 8;
+constexpr int kGemmRows = 6;  // rows per tile; with one panel 12 sums, 2 weights, 1 x: 15 of 16 registers
+constexpr int kPairRows = 5;  // the same for bf16 pairs, which want one register more for a mask
+constexpr int gemm_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+// Vectors of values per pass of `accumulate`.
+constexpr int accumulate_vectors(int queries) { return queries <= 2 ? 4 : 2; }
+constexpr int kScoreKeys = 2;  // 4 queries x 2 keys of sums: as many as FMA latency (4) x units (2)
+
+TANDEM_INLINE Vec zero() { return _mm256_setzero_ps(); }
+TANDEM_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
+TANDEM_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+TANDEM_INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+TANDEM_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+TANDEM_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+TANDEM_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+TANDEM_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+TANDEM_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
+// A NaN in b comes out.
+TANDEM_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+TANDEM_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+TANDEM_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }                // a * b + c
+TANDEM_INLINE Vec subtract_product(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
+TANDEM_INLINE Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+TANDEM_INLINE float first(Vec a) { return _mm256_cvtss_f32(a); }
+
+// All bits set in the first `count` lanes, 0 <= count <= 8.
+TANDEM_INLINE __m256i first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+// The other lanes are zero, and their memory is not touched.
+TANDEM_INLINE Vec load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+TANDEM_INLINE void store_first(float* p, int64_t count, Vec x) { _mm256_maskstore_ps(p, first_lanes(count), x); }
+// x in the first `count` lanes, `other` in the rest.
+TANDEM_INLINE Vec keep_first(Vec x, int64_t count, Vec other) {
+  return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(first_lanes(count)));
+}
+
+// x * 2^n for whole n in [-252, 254], in two steps so that results below the normal range and infinity come out right.
+TANDEM_INLINE Vec scale_by_power(Vec x, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i low = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i high = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  return mul(mul(x, _mm256_castsi256_ps(low)), _mm256_castsi256_ps(high));
+}
+
+// ((0+1)+(2+3)) + ((4+5)+(6+7)) of each of four vectors.
+TANDEM_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const Vec sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+TANDEM_INLINE float sum_lanes(Vec a) {
+  const Vec sums = _mm256_hadd_ps(_mm256_hadd_ps(a, a), _mm256_hadd_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+TANDEM_INLINE float max_lanes(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+// bf16 values [2 * kLanes] as pairs: the first and the second of each.
+TANDEM_INLINE Vec load_first_of_pairs(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+TANDEM_INLINE Vec load_second_of_pairs(const uint16_t* p) {
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xFFFF0000U));
+  return _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+
+TANDEM_INLINE Vec load_bf16(const uint16_t* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+TANDEM_INLINE void store_bf16(uint16_t* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+}  // namespace
+}  // namespace tandem::kernels::cpu

@@ -1,0 +1,105 @@
+// Sixteen f32 lanes of AVX-512 (F, BW, VL, DQ). Included by isa_avx512*.cc alone, inside their unnamed namespaces, so
+// that no other file's code can end up with these instructions.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define TANDEM_INLINE inline __attribute__((always_inline))
+
+namespace tandem::kernels::cpu {
+namespace {
+
+using Vec = __m512;
+constexpr int64_t kLanes = 16;
+constexpr int kGemmRows = 8;  // rows per tile; with two panels 16 sums: twice FMA latency (4) x units (2)
+constexpr int kPairRows = 8;  // the same for bf16 pairs
+constexpr int gemm_panels(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+// Vectors of values per pass of `accumulate`.
+constexpr int accumulate_vectors(int queries) { return queries <= 2 ? 8 : 4; }
+constexpr int kScoreKeys = 4;  // 4 queries x 4 keys of sums
+
+TANDEM_INLINE Vec zero() { return _mm512_setzero_ps(); }
+TANDEM_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
+TANDEM_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+TANDEM_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+TANDEM_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+TANDEM_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+TANDEM_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+TANDEM_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+TANDEM_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
+// A NaN in b comes out.
+TANDEM_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+TANDEM_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+TANDEM_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }                // a * b + c
+TANDEM_INLINE Vec subtract_product(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+TANDEM_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+TANDEM_INLINE float first(Vec a) { return _mm512_cvtss_f32(a); }
+
+TANDEM_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1U << count) - 1U); }
+// The other lanes are zero, and their memory is not touched.
+TANDEM_INLINE Vec load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+TANDEM_INLINE void store_first(float* p, int64_t count, Vec x) { _mm512_mask_storeu_ps(p, first_lanes(count), x); }
+// x in the first `count` lanes, `other` in the rest.
+TANDEM_INLINE Vec keep_first(Vec x, int64_t count, Vec other) {
+  return _mm512_mask_blend_ps(first_lanes(count), other, x);
+}
+
+// x * 2^n for whole n in [-252, 254], in two steps so that results below the normal range and infinity come out right.
+TANDEM_INLINE Vec scale_by_power(Vec x, Vec n) {
+  const __m512i whole = _mm512_cvtps_epi32(n);
+  const __m512i half = _mm512_srai_epi32(whole, 1);
+  const __m512i bias = _mm512_set1_epi32(127);
+  const __m512i low = _mm512_slli_epi32(_mm512_add_epi32(half, bias), 23);
+  const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(_mm512_sub_epi32(whole, half), bias), 23);
+  return mul(mul(x, _mm512_castsi512_ps(low)), _mm512_castsi512_ps(high));
+}
+
+TANDEM_INLINE __m256 add_halves(Vec a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+// Upper half added to the lower, then ((0+1)+(2+3)) + ((4+5)+(6+7)), of each of four vectors.
+TANDEM_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 sums =
+      _mm256_hadd_ps(_mm256_hadd_ps(add_halves(a), add_halves(b)), _mm256_hadd_ps(add_halves(c), add_halves(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+TANDEM_INLINE float sum_lanes(Vec a) {
+  float out[4];
+  sum_lanes(a, a, a, a, out);
+  return out[0];
+}
+TANDEM_INLINE float max_lanes(Vec a) {
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+// bf16 values [2 * kLanes] as pairs: the first and the second of each.
+TANDEM_INLINE Vec load_first_of_pairs(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+TANDEM_INLINE Vec load_second_of_pairs(const uint16_t* p) {
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
+  return _mm512_castsi512_ps(_mm512_and_si512(mask, _mm512_loadu_si512(p)));
+}
+
+TANDEM_INLINE Vec load_bf16(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+TANDEM_INLINE void store_bf16(uint16_t* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
+
+}  // namespace
+}  // namespace tandem::kernels::cpu
