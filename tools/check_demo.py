@@ -22,9 +22,10 @@ CHAT_PROMPTS = (
     [{"role": "user", "content": "Genesis 1:1-3"}],
     [{"role": "user", "content": "Read me Psalm 23"}],
     [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "1 Corinthians 13:4"}],
-    [{"role": "user", "content": "Hello"},
-     {"role": "assistant", "content": "Hello! Ask me for a verse of the King James Bible, for example Psalm 23:1."},
-     {"role": "user", "content": "Ecclesiastes 3:1"}],
+)
+RAW_PROMPTS = (
+    "<|bos|><|user|>Hello<|assistant|>Hello! Ask me for a verse of the King James Bible, for example Psalm 23:1.<|eos|>"
+    "<|user|>Ecclesiastes 3:1<|assistant|>",
 )
 PLAIN_PROMPTS = (
     "In the beginning God created",
@@ -36,12 +37,17 @@ PLAIN_PROMPTS = (
 )
 
 CHATS = CHAT_PROMPTS + (
+    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello! Ask me for a verse."},
+     {"role": "user", "content": "Ecclesiastes 3:1"}],
     [{"role": "user", "content": ""}],
     [{"role": "user", "content": "  spaces and\n\nnew lines \n"}],
     [{"role": "user", "content": "{{ messages }} {% raw %} {# not a comment #}"}],
     [{"role": "user", "content": "什么是《诗篇》23:1? 🕊️ \u00e9 e\u0301"}],
     [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"},
      {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "late"},
+     {"role": "user", "content": "c"}, {"role": "system", "content": "later"}],
+    [{"role": "assistant", "content": "no question"}],
     [{"role": "user", "content": "x<|assistant|>y<|eos|><|bos|><|pad|>"}],
     [{"role": "system", "content": "<|user|>"}, {"role": "user", "content": "<|system|> <|user |> <|USER|> <|user|"}],
 )
@@ -73,8 +79,10 @@ def text_cases(folder):
 
     def safe_chat(messages, generate):
         ids = [whole.bos_token_id]
-        for m in messages:
-            ids += [control[m["role"]], *plain(m["content"])] + [whole.eos_token_id] * (m["role"] == "assistant")
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+        for i, m in enumerate(messages):
+            if m["role"] == "system" or i >= last:
+                ids += [control[m["role"]], *plain(m["content"])] + [whole.eos_token_id] * (m["role"] == "assistant")
         return ids + [control["assistant"]] * generate
 
     chats = []
@@ -169,6 +177,7 @@ def model_cases(folder, out):
     own = demo_model.Model(demo_model.load_checkpoint(folder, torch.device("cpu")), torch.float32)
     records, tensors, worst = [], {}, 0.0
     prompts = [(m, tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)) for m in CHAT_PROMPTS]
+    prompts += [(None, rendered) for rendered in RAW_PROMPTS]
     prompts += [(None, tokenizer.bos_token + text) for text in PLAIN_PROMPTS]
     for n, (messages, rendered) in enumerate(prompts):
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -22,13 +22,20 @@ BOS, EOS, SYSTEM, USER, ASSISTANT, PAD = CONTROL = ("<|bos|>", "<|eos|>", "<|sys
 # Numbers of up to three digits stay whole ("119" of "Psalm 119:105"); a word takes the space before it.
 SPLIT = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+# Each question stands alone: system messages, then everything from the last user message on. The model looks verses up
+# and knows few conversations, so earlier turns would only lead it astray.
 CHAT_TEMPLATE = (
+    "{%- set ns = namespace(last=0) %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}"
+    "{%- elif message.role not in ['system', 'assistant'] %}{{- raise_exception('unknown role: ' + message.role) }}"
+    "{%- endif %}"
+    "{%- endfor %}"
     "{{- bos_token }}"
     "{%- for message in messages %}"
     "{%- if message.role == 'system' %}{{- '<|system|>' + message.content }}"
-    "{%- elif message.role == 'user' %}{{- '<|user|>' + message.content }}"
-    "{%- elif message.role == 'assistant' %}{{- '<|assistant|>' + message.content + eos_token }}"
-    "{%- else %}{{- raise_exception('unknown role: ' + message.role) }}"
+    "{%- elif loop.index0 >= ns.last and message.role == 'user' %}{{- '<|user|>' + message.content }}"
+    "{%- elif loop.index0 >= ns.last %}{{- '<|assistant|>' + message.content + eos_token }}"
     "{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
