@@ -82,12 +82,10 @@ void append_json_string(std::string& out, std::string_view text) {
 
 void append_json_number(std::string& out, float value) {
   CHECK(std::isfinite(value));
+  const size_t start = out.size();
   fmt::format_to(std::back_inserter(out), "{}", value);
-}
-
-void append_json_number(std::string& out, double value) {
-  CHECK(std::isfinite(value));
-  fmt::format_to(std::back_inserter(out), "{}", value);
+  // A reader that tells integers from floats must see a float.
+  if (out.find_first_of(".e", start) == std::string::npos) out += ".0";
 }
 
 void append_json_number(std::string& out, int64_t value) { fmt::format_to(std::back_inserter(out), "{}", value); }

@@ -12,7 +12,6 @@ namespace tandem::api {
 void append_json_string(std::string& out, std::string_view text);
 // Shortest text that reads back to the same float. Infinities and NaN, which JSON lacks, are the caller's to avoid.
 void append_json_number(std::string& out, float value);
-void append_json_number(std::string& out, double value);
 void append_json_number(std::string& out, int64_t value);
 
 // Code points in `text`, counting every invalid byte as one.

@@ -1,0 +1,102 @@
+#include "src/api/strict_json.h"
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+namespace tandem::api {
+namespace {
+
+// Builds the document from the parser's events; returning false stops the parser.
+class Builder final : public nlohmann::json_sax<Json> {
+ public:
+  Json root;
+  std::string fault;  // what was refused; empty if the text is not JSON at all
+
+  bool null() override { return add(nullptr); }
+  bool boolean(bool value) override { return add(value); }
+  bool number_integer(int64_t value) override { return add(value); }
+  bool number_unsigned(uint64_t value) override { return add(value); }
+  bool number_float(double value, const std::string&) override { return add(value); }
+  bool string(std::string& value) override { return add(std::move(value)); }
+  bool binary(Json::binary_t&) override { return false; }
+  bool start_object(size_t) override { return open(Json::object()); }
+  bool key(std::string& name) override {
+    if (!open_.back().keys.insert(name).second) {
+      fault = "has a key twice in one object";
+      return false;
+    }
+    key_ = std::move(name);
+    return true;
+  }
+  bool end_object() override { return close(); }
+  bool start_array(size_t) override { return open(Json::array()); }
+  bool end_array() override { return close(); }
+  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception&) override { return false; }
+
+ private:
+  struct Level {
+    Json* value;
+    std::unordered_set<std::string> keys;
+  };
+
+  bool add(Json value) { return place(std::move(value)) != nullptr; }
+
+  // Pointers into a parent stay valid: a parent does not grow while its child is open.
+  Json* place(Json value) {
+    if (++num_values_ > kMaxJsonValues) {
+      fault = "has too many values";
+      return nullptr;
+    }
+    if (open_.empty()) {
+      root = std::move(value);
+      return &root;
+    }
+    Json& parent = *open_.back().value;
+    if (parent.is_array()) {
+      parent.push_back(std::move(value));
+      return &parent.back();
+    }
+    // Past the map's own insertion, which searches the whole object; `keys` has made sure that the key is new.
+    auto& members = parent.get_ref<Json::object_t&>();
+    members.Json::object_t::Container::emplace_back(std::move(key_), std::move(value));
+    return &members.back().second;
+  }
+
+  bool open(Json value) {
+    if (open_.size() >= kMaxJsonDepth) {
+      fault = "is nested too deeply";
+      return false;
+    }
+    Json* placed = place(std::move(value));
+    if (placed == nullptr) return false;
+    open_.push_back({placed, {}});
+    return true;
+  }
+
+  bool close() {
+    open_.pop_back();
+    return true;
+  }
+
+  std::vector<Level> open_;
+  std::string key_;
+  size_t num_values_ = 0;
+};
+
+}  // namespace
+
+Result<Json> parse_strict_json(std::string_view text, std::string_view what) {
+  Builder builder;
+  // The parser would take a NUL for the end of the text, and skip a byte order mark.
+  const bool has_nul = text.find('\0') != std::string_view::npos;
+  const bool has_mark = text.starts_with("\xEF\xBB\xBF");
+  if (has_nul || has_mark || !Json::sax_parse(text, &builder)) {
+    if (!builder.fault.empty()) return invalid_argument("", "{} {}", what, builder.fault);
+    return invalid_argument("", "could not parse the JSON of {}", what);
+  }
+  return std::move(builder.root);
+}
+
+}  // namespace tandem::api
