@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <system_error>
 
@@ -63,15 +62,15 @@ Status Checkpoint::add_indexed_files(const std::string& index_path) {
   JsonFields weight_map = index.object("weight_map");
   index.expect(index.has("weight_map"), "weight_map", "must map tensor names to files; fetch the file again");
   TANDEM_TRY(index.status());
+  const std::vector<std::pair<std::string, std::string>> places = weight_map.text_items();
+  TANDEM_TRY(index.status());
   std::set<std::string> file_names;
-  for (const auto& [tensor, file] : weight_map.json().items()) {
-    if (!file.is_string() || !is_plain_file_name(file.get_ref<const std::string&>())) {
-      weight_map.fail(tensor,
+  for (const auto& [tensor, file] : places) {
+    weight_map.expect(is_plain_file_name(file), tensor,
                       "must be the name of a file in the same folder, without '/' or '..'; fetch the file again");
-      return weight_map.status();
-    }
-    file_names.insert(file.get<std::string>());
+    file_names.insert(file);
   }
+  TANDEM_TRY(index.status());
   if (file_names.empty() || file_names.size() > kMaxShards) {
     return make_error(ErrorKind::kInvalidArgument, "{}: weight_map names {} files, must name 1 to {}; fetch it again",
                       index_path, file_names.size(), kMaxShards);
@@ -83,9 +82,9 @@ Status Checkpoint::add_indexed_files(const std::string& index_path) {
     }
     TANDEM_TRY(add_file(name));
   }
-  for (const auto& [tensor, file] : weight_map.json().items()) {
+  for (const auto& [tensor, file] : places) {
     const StoredTensor* stored = find(tensor);
-    const std::string path = directory_ + "/" + file.get<std::string>();
+    const std::string path = directory_ + "/" + file;
     if (stored == nullptr || stored->file->path() != path) {
       return make_error(ErrorKind::kDataLoss,
                         "{}: puts tensor \"{}\" into {}, which does not hold it; fetch both again", index_path,

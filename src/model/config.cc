@@ -3,7 +3,6 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
 
 #include "src/model/family.h"
 
@@ -108,12 +107,6 @@ void read_common(JsonFields& json, ModelConfig& config) {
               json.has("dtype") ? "dtype" : "torch_dtype", "must be bfloat16, float16 or float32; correct the file");
 }
 
-std::string canonical(const nlohmann::json& json) {
-  nlohmann::json kept = json;
-  for (const std::string_view key : kIgnoredKeys) kept.erase(std::string(key));
-  return kept.dump();
-}
-
 }  // namespace
 
 bool QuantConfig::is_excluded(std::string_view module) const {
@@ -171,7 +164,7 @@ Result<ModelConfig> load_config(const std::string& path) {
   family->read_config(json, config);
   add_eos(json, config.vocab_size, config.generation);
   TANDEM_TRY(json.status());
-  config.canonical_json = canonical(json.json());
+  config.canonical_json = json.canonical_text(kIgnoredKeys);
   const std::string folder = config.path.substr(0, config.path.rfind('/') + 1);
   TANDEM_TRY(read_generation(folder + "generation_config.json", config.vocab_size, config.generation));
   return config;

@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 #include "src/kernels/convert.h"
 #include "src/model/sources.h"
@@ -28,29 +26,28 @@ uint64_t hash_name(std::string_view name) {
   return hash;
 }
 
-// The sum of four random bytes is close to normal: mean 510, variance 4 (256² - 1) / 12 = 147.8². A table of all sums
-// makes an element cost one half of a hash and one look-up.
-constexpr size_t kSums = 4 * 255 + 1;
+// Elements are picked from this many fixed draws, four per hash. A draw is the sum of four random bytes, which is close
+// to normal (mean 510, variance 4 (256² - 1) / 12 = 147.8²) and comes out the same on every machine.
+constexpr uint64_t kDraws = 4096;
+constexpr uint64_t kElementsPerHash = 4;
 constexpr double kSumMean = 510;
 constexpr double kSumDeviation = 147.8005412;
 
-float normal_of_sum(size_t sum) {
-  return static_cast<float>((static_cast<double>(sum) - kSumMean) / kSumDeviation * kStandardDeviation);
-}
-
-std::array<uint16_t, kSums> make_bf16_table() {
-  std::array<uint16_t, kSums> table{};
-  for (size_t sum = 0; sum < kSums; ++sum) table[sum] = kernels::bf16_from_float(normal_of_sum(sum));
-  return table;
-}
-
-size_t sum_of_bytes(uint32_t word) {
-  return (word & 0xFFU) + ((word >> 8) & 0xFFU) + ((word >> 16) & 0xFFU) + (word >> 24);
+std::vector<float> make_draws() {
+  std::vector<float> draws;
+  for (uint64_t i = 0; i < kDraws; ++i) {
+    const uint64_t word = mix(i);
+    const uint64_t sum = (word & 0xFF) + ((word >> 8) & 0xFF) + ((word >> 16) & 0xFF) + ((word >> 24) & 0xFF);
+    draws.push_back(static_cast<float>((static_cast<double>(sum) - kSumMean) / kSumDeviation * kStandardDeviation));
+  }
+  return draws;
 }
 
 class DummySource final : public WeightSource {
  public:
-  explicit DummySource(uint64_t seed) : seed_(seed), bf16_of_sum_(make_bf16_table()) {}
+  explicit DummySource(uint64_t seed) : seed_(seed), draws_(make_draws()) {
+    for (const float draw : draws_) bf16_draws_.push_back(kernels::bf16_from_float(draw));
+  }
 
   // Only what is asked for by its usual name exists, so stacked experts do not.
   bool has(std::string_view) const override { return false; }
@@ -68,23 +65,22 @@ class DummySource final : public WeightSource {
   void read_rows(const MatrixRef& ref, int64_t first, int64_t count, DType dtype, std::byte* out) const override {
     CHECK_EQ(dtype, DType::kBf16);
     const uint64_t key = key_of(ref.tensor);
-    uint64_t index = static_cast<uint64_t>(first * ref.k);
-    const uint64_t end = index + static_cast<uint64_t>(count * ref.k);
-    uint16_t* values = reinterpret_cast<uint16_t*>(out);
-    if (index % 2 == 1) *values++ = bf16_of_sum_[sum_at(key, index++)];
-    for (; index + 1 < end; index += 2) {
-      const uint64_t word = mix(key + index / 2);
-      *values++ = bf16_of_sum_[sum_of_bytes(static_cast<uint32_t>(word))];
-      *values++ = bf16_of_sum_[sum_of_bytes(static_cast<uint32_t>(word >> 32))];
+    const uint64_t end = static_cast<uint64_t>((first + count) * ref.k);
+    uint16_t* value = reinterpret_cast<uint16_t*>(out);
+    for (uint64_t index = static_cast<uint64_t>(first * ref.k); index < end;) {
+      uint64_t word = mix(key + index / kElementsPerHash) >> (16 * (index % kElementsPerHash));
+      const uint64_t stop = std::min(end, (index / kElementsPerHash + 1) * kElementsPerHash);
+      for (; index < stop; ++index, word >>= 16) *value++ = bf16_draws_[word % kDraws];
     }
-    if (index < end) *values = bf16_of_sum_[sum_at(key, index)];
   }
 
   std::vector<float> read_vector(const std::string& tensor, int64_t n) const override {
     const float mean = tensor.ends_with("norm.weight") ? 1.0F : 0.0F;
     const uint64_t key = key_of(tensor);
     std::vector<float> values;
-    for (uint64_t i = 0; i < static_cast<uint64_t>(n); ++i) values.push_back(mean + normal_of_sum(sum_at(key, i)));
+    for (uint64_t i = 0; i < static_cast<uint64_t>(n); ++i) {
+      values.push_back(mean + draws_[(mix(key + i / kElementsPerHash) >> (16 * (i % kElementsPerHash))) % kDraws]);
+    }
     return values;
   }
 
@@ -94,13 +90,10 @@ class DummySource final : public WeightSource {
 
  private:
   uint64_t key_of(std::string_view tensor) const { return mix(seed_ ^ mix(hash_name(tensor))); }
-  static size_t sum_at(uint64_t key, uint64_t index) {
-    const uint64_t word = mix(key + index / 2);
-    return sum_of_bytes(static_cast<uint32_t>(index % 2 == 0 ? word : word >> 32));
-  }
 
   uint64_t seed_;
-  std::array<uint16_t, kSums> bf16_of_sum_;
+  std::vector<float> draws_;
+  std::vector<uint16_t> bf16_draws_;
 };
 
 }  // namespace

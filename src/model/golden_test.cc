@@ -68,11 +68,14 @@ double lead(std::span<const float> logits, TokenId token) {
          static_cast<double>(*std::max_element(logits.begin(), logits.end()));
 }
 
-class GoldenTest : public testing::TestWithParam<std::string> {
+// The case and the backend.
+class GoldenTest : public testing::TestWithParam<std::tuple<std::string, std::string>> {
  protected:
-  const Golden golden_ = read_golden(GetParam());
-  const std::unique_ptr<kernels::Ops> ops_ = must_make_ops("ref");
-  const std::unique_ptr<Model> model_ = must_load(*ops_, golden_options(golden_path(GetParam()), ComputeType::kF32));
+  std::string name() const { return std::get<0>(GetParam()); }
+
+  const Golden golden_ = read_golden(name());
+  const std::unique_ptr<kernels::Ops> ops_ = must_make_ops(std::get<1>(GetParam()));
+  const std::unique_ptr<Model> model_ = must_load(*ops_, golden_options(golden_path(name()), ComputeType::kF32));
 };
 
 TEST_P(GoldenTest, LogitsOfPromptsInChunks) {
@@ -86,7 +89,7 @@ TEST_P(GoldenTest, LogitsOfPromptsInChunks) {
     }
   }
   RecordProperty("relative_error", std::to_string(error / golden_.max_abs));
-  std::printf("%s: largest error %.2e of %.3g\n", GetParam().c_str(), error / golden_.max_abs, golden_.max_abs);
+  std::printf("%s: largest error %.2e of %.3g\n", name().c_str(), error / golden_.max_abs, golden_.max_abs);
   EXPECT_LE(error, kLogitTolerance * golden_.max_abs);
 }
 
@@ -118,7 +121,7 @@ TEST_P(GoldenTest, GreedyTokens) {
 
 // bf16 weights and KV: our own greedy tokens, judged by our fp32 model on the same prefix.
 TEST_P(GoldenTest, GreedyTokensInBf16AreNearTies) {
-  const std::unique_ptr<Model> bf16 = must_load(*ops_, golden_options(golden_path(GetParam()), ComputeType::kBf16));
+  const std::unique_ptr<Model> bf16 = must_load(*ops_, golden_options(golden_path(name()), ComputeType::kBf16));
   double worst = 0;
   for (const Prompt& prompt : golden_.prompts) {
     const size_t length = prompt.ids.size();
@@ -135,14 +138,20 @@ TEST_P(GoldenTest, GreedyTokensInBf16AreNearTies) {
     oracle.run(0, static_cast<int32_t>(length), 64, 64);
     for (size_t i = length; i < tokens.size(); ++i) worst = std::min(worst, lead(oracle.logits(0)[i - 1], tokens[i]));
   }
-  std::printf("%s: bf16 tokens at most %.3f nats behind\n", GetParam().c_str(), -worst);
+  std::printf("%s: bf16 tokens at most %.3f nats behind\n", name().c_str(), -worst);
   EXPECT_GE(worst, -kNearTieNats);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GoldenTest,
-                         testing::Values("ds_base", "ds_no_q_lora", "ds_yarn", "ds_group1_mtp", "ds_fp8", "qwen_base",
-                                         "qwen_dense_layers", "qwen_tied", "qwen_yarn", "qwen_fp8", "qwen_sharded"),
-                         [](const testing::TestParamInfo<std::string>& test) { return test.param; });
+                         testing::Combine(testing::Values("ds_base", "ds_no_q_lora", "ds_yarn", "ds_group1_mtp",
+                                                          "ds_fp8", "qwen_base", "qwen_dense_layers", "qwen_tied",
+                                                          "qwen_yarn", "qwen_fp8", "qwen_sharded"),
+                                          testing::ValuesIn(kernels::available_backends())),
+                         [](const testing::TestParamInfo<std::tuple<std::string, std::string>>& test) {
+                           std::string name = std::get<0>(test.param) + "_" + std::get<1>(test.param);
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
 
 }  // namespace
 }  // namespace tandem::model

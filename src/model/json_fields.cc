@@ -101,6 +101,12 @@ const Json* JsonFields::find(std::string_view key) const {
   return it == node_->end() || it->is_null() ? nullptr : &*it;
 }
 
+std::string JsonFields::canonical_text(std::span<const std::string_view> without) const {
+  Json kept = *node_;
+  for (const std::string_view key : without) kept.erase(std::string(key));
+  return kept.dump();
+}
+
 bool JsonFields::has(std::string_view key) const { return find(key) != nullptr; }
 
 void JsonFields::fail(std::string_view key, std::string_view problem) {
@@ -184,6 +190,18 @@ std::vector<std::string> JsonFields::texts(std::string_view key) {
   }
   expect(valid, key, "must be a list of strings; correct the file or fetch it again");
   return strings;
+}
+
+std::vector<std::pair<std::string, std::string>> JsonFields::text_items() {
+  std::vector<std::pair<std::string, std::string>> items;
+  for (const auto& [key, value] : node_->items()) {
+    if (value.is_string()) {
+      items.emplace_back(key, value.get<std::string>());
+    } else {
+      fail(key, "must be a string; correct the file or fetch it again");
+    }
+  }
+  return items;
 }
 
 JsonFields JsonFields::object(std::string_view key) {

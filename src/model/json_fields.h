@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
+#include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "src/base/result.h"
@@ -28,7 +30,8 @@ class JsonFields {
   static Result<JsonFields> read(const std::string& path, int64_t max_bytes);
 
   const std::string& path() const { return shared_->path; }
-  const nlohmann::json& json() const { return *node_; }
+  // The object as text with sorted keys, without some of its own keys.
+  std::string canonical_text(std::span<const std::string_view> without) const;
 
   // True if the key is present and not null. The readers below treat null as absent too.
   bool has(std::string_view key) const;
@@ -44,6 +47,8 @@ class JsonFields {
   // A list, or a single value standing for a list of one; empty when absent.
   std::vector<int64_t> integers(std::string_view key, int64_t min, int64_t max);
   std::vector<std::string> texts(std::string_view key);
+  // All keys of this object with their values, which must be strings, in the order of the keys.
+  std::vector<std::pair<std::string, std::string>> text_items();
   // A nested object; an empty one when absent.
   JsonFields object(std::string_view key);
 

@@ -1,3 +1,4 @@
+#include <new>
 #include <utility>
 
 #include "src/base/clock.h"
@@ -54,9 +55,7 @@ void log_loaded(const ModelConfig& config, const LoadOptions& options, const Loa
            static_cast<double>(loaded.bytes) / (1 << 20), seconds);
 }
 
-}  // namespace
-
-Result<std::unique_ptr<Model>> load_model(kernels::Ops& ops, const LoadOptions& options) {
+Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions& options) {
   const SteadyClock clock;
   const int64_t start_us = clock.now_us();
   TANDEM_TRY(check_range("max-num-batched-tokens", options.max_num_batched_tokens, 1, kMaxBatchedTokens));
@@ -86,6 +85,18 @@ Result<std::unique_ptr<Model>> load_model(kernels::Ops& ops, const LoadOptions& 
   decoder->allocate(capacity, options.block_size, is_f32 ? DType::kF32 : DType::kBf16, std::move(info));
   log_loaded(decoder->config(), options, loaded, static_cast<double>(clock.now_us() - start_us) / 1e6);
   return std::unique_ptr<Model>(std::move(decoder));
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Model>> load_model(kernels::Ops& ops, const LoadOptions& options) {
+  try {
+    return load_decoder(ops, options);
+  } catch (const std::bad_alloc&) {
+    return make_error(ErrorKind::kUnavailable,
+                      "{}: not enough memory to load the model; use a smaller model or a machine with more",
+                      options.path);
+  }
 }
 
 }  // namespace tandem::model

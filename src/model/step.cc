@@ -18,7 +18,9 @@ StepUploader::StepUploader(kernels::Ops& ops, kernels::Stream& stream, const Ste
       tokens_device_(ops, DType::kI32, limits.max_rows, 1),
       positions_device_(ops, DType::kI32, limits.max_rows, 1),
       slots_device_(ops, DType::kI64, limits.max_rows, 1),
-      block_table_device_(ops, DType::kI32, limits.max_chunks * blocks_for(limits.max_positions, limits.block_size), 1),
+      block_table_device_(
+          ops, DType::kI32,
+          std::min(limits.max_chunks, limits.max_rows) * blocks_for(limits.max_positions, limits.block_size), 1),
       logit_rows_device_(ops, DType::kI32, limits.max_chunks, 1) {}
 
 const Step& StepUploader::upload(const Batch& batch, const KvCache& cache) {
