@@ -25,15 +25,20 @@ bool is_sender(TransferRole role) { return role == TransferRole::kPushSend || ro
 
 const char* finish_reason_name(FinishReason reason) {
   switch (reason) {
-    case FinishReason::kStop: return "stop";
-    case FinishReason::kLength: return "length";
-    case FinishReason::kAbort: return "abort";
-    case FinishReason::kError: return "error";
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kAbort:
+      return "abort";
+    case FinishReason::kError:
+      return "error";
   }
   return "error";
 }
 
-Engine::Engine(model::Model& model, model::KvCache& cache, EngineOptions options, const Clock& clock, Registry& registry)
+Engine::Engine(model::Model& model, model::KvCache& cache, EngineOptions options, const Clock& clock,
+               Registry& registry)
     : model_(model),
       cache_(cache),
       options_(std::move(options)),
@@ -179,8 +184,8 @@ void Engine::accept(Submit submit) {
   Result<TransferRole> role = choose_role(submit.request);
   if (!role.ok()) return refuse(role.error());
 
-  std::unique_ptr<Sequence> sequence = std::make_unique<Sequence>(submit.id, std::move(submit.request),
-                                                                  submit.sink, options_.limits.block_size);
+  std::unique_ptr<Sequence> sequence =
+      std::make_unique<Sequence>(submit.id, std::move(submit.request), submit.sink, options_.limits.block_size);
   sequence->role = *role;
   sequence->arrival_us = clock_.now_us();
   // A prefill leg computes the first token only, whatever the client's max_tokens was.
@@ -195,14 +200,16 @@ Status Engine::check_request(const TokenRequest& request) const {
   const int64_t length = static_cast<int64_t>(request.prompt.size());
   if (length < 1) return invalid_argument("prompt", "the prompt has no tokens");
   if (length >= model_.info().max_model_len) {
-    Error error = invalid_argument("prompt", "the prompt has {} tokens, this server's context is {} including at least one new token",
-                                   length, model_.info().max_model_len);
+    Error error = invalid_argument(
+        "prompt", "the prompt has {} tokens, this server's context is {} including at least one new token", length,
+        model_.info().max_model_len);
     error.code = "context_length_exceeded";
     return error;
   }
   for (TokenId token : request.prompt) {
     if (token < 0 || token >= model_.info().vocab_size) {
-      return invalid_argument("prompt", "token id {} is outside the vocabulary 0 … {}", token, model_.info().vocab_size - 1);
+      return invalid_argument("prompt", "token id {} is outside the vocabulary 0 … {}", token,
+                              model_.info().vocab_size - 1);
     }
   }
   CHECK_GE(request.sampling.max_tokens, 1);
@@ -217,20 +224,25 @@ Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
   }
   if (!params.do_remote_decode && !params.do_remote_prefill) return TransferRole::kNone;
   if (agent_ == nullptr) {
-    return invalid_argument("kv_transfer_params", "this server was started without --kv-transfer-config, so it cannot move KV");
+    return invalid_argument("kv_transfer_params",
+                            "this server was started without --kv-transfer-config, so it cannot move KV");
   }
   const bool push = params.mode == transfer::TransferMode::kPush;
   if (params.do_remote_decode) {
     if (options_.kv_role == KvRole::kConsumer) {
-      return invalid_argument("kv_transfer_params", "do_remote_decode asks for a prefill leg, this server's kv_role is {}; ask one with kv_producer or kv_both",
-                              kv_role_name(options_.kv_role));
+      return invalid_argument(
+          "kv_transfer_params",
+          "do_remote_decode asks for a prefill leg, this server's kv_role is {}; ask one with kv_producer or kv_both",
+          kv_role_name(options_.kv_role));
     }
     if (push && (params.remote_host.empty() || params.remote_port <= 0 || params.remote_request_id.empty())) {
-      return invalid_argument("kv_transfer_params", "a push needs remote_host, remote_port and remote_request_id of the decode side");
+      return invalid_argument("kv_transfer_params",
+                              "a push needs remote_host, remote_port and remote_request_id of the decode side");
     }
     if (push && params.remote_num_tokens != static_cast<int64_t>(request.prompt.size())) {
-      return invalid_argument("kv_transfer_params.remote_num_tokens", "decode expects {} prompt tokens, the prompt has {}",
-                              params.remote_num_tokens, request.prompt.size());
+      return invalid_argument("kv_transfer_params.remote_num_tokens",
+                              "decode expects {} prompt tokens, the prompt has {}", params.remote_num_tokens,
+                              request.prompt.size());
     }
     if (!push) return TransferRole::kPullPublish;
     const int64_t cached = params.remote_cached_tokens;
@@ -242,13 +254,17 @@ Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
     return TransferRole::kPushSend;
   }
   if (options_.kv_role == KvRole::kProducer) {
-    return invalid_argument("kv_transfer_params", "do_remote_prefill asks for a decode leg, this server's kv_role is {}; ask one with kv_consumer or kv_both",
-                            kv_role_name(options_.kv_role));
+    return invalid_argument(
+        "kv_transfer_params",
+        "do_remote_prefill asks for a decode leg, this server's kv_role is {}; ask one with kv_consumer or kv_both",
+        kv_role_name(options_.kv_role));
   }
   if (push) return TransferRole::kPushReceive;
   if (params.remote_host.empty() || params.remote_port <= 0 || params.remote_request_id.empty() ||
       params.remote_engine_id.empty()) {
-    return invalid_argument("kv_transfer_params", "do_remote_prefill needs remote_engine_id, remote_request_id, remote_host and remote_port from the prefill response");
+    return invalid_argument("kv_transfer_params",
+                            "do_remote_prefill needs remote_engine_id, remote_request_id, remote_host and remote_port "
+                            "from the prefill response");
   }
   if (params.remote_num_tokens != 0 && params.remote_num_tokens != static_cast<int64_t>(request.prompt.size())) {
     return invalid_argument("kv_transfer_params.remote_num_tokens", "prefill holds KV of {} tokens, the prompt has {}",
@@ -333,10 +349,9 @@ void Engine::take_results(const StepPlan& plan) {
 }
 
 void Engine::take_token(Sequence& sequence, size_t logit_index) {
-  const std::span<const float> logits =
-      model_.logits(logit_index).first(static_cast<size_t>(options_.sampled_vocab));
-  Result<GeneratedToken> token = sample_token(
-      {logits, sequence.tokens, sequence.prompt_length, options_.eos_ids}, sequence.request.sampling);
+  const std::span<const float> logits = model_.logits(logit_index).first(static_cast<size_t>(options_.sampled_vocab));
+  Result<GeneratedToken> token =
+      sample_token({logits, sequence.tokens, sequence.prompt_length, options_.eos_ids}, sequence.request.sampling);
   if (!token.ok()) {
     probe_.corrupted();
     log_error(kTag, "request {} ({}): {}", sequence.id, sequence.request.external_id, token.error().message);
@@ -438,7 +453,8 @@ void Engine::begin_transfers(const StepPlan& plan) {
     const int64_t deadline_us = sequence.request.deadline_us;
     switch (sequence.role) {
       case TransferRole::kNone:
-      case TransferRole::kPullPublish: break;
+      case TransferRole::kPullPublish:
+        break;
       case TransferRole::kPushSend: {
         const transfer::KvTransferParams& remote = *sequence.request.kv_transfer;
         const int64_t first_block = remote.remote_cached_tokens / options_.limits.block_size;
@@ -483,7 +499,8 @@ void Engine::push_layer(const StepPlan& plan, int64_t layer) {
     Sequence& sequence = *scheduler_.find(rows.id);
     if (sequence.role != TransferRole::kPushSend || !sequence.transfer) continue;
     const int64_t end = rows.first_position + rows.num_tokens;
-    const int64_t complete = end == sequence.prompt_length ? scheduler_.blocks_for(end) : end / options_.limits.block_size;
+    const int64_t complete =
+        end == sequence.prompt_length ? scheduler_.blocks_for(end) : end / options_.limits.block_size;
     if (complete > sequence.blocks_sent) {
       agent_->send_blocks(*sequence.transfer, layer, sequence.blocks_sent, complete - sequence.blocks_sent);
     }

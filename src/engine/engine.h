@@ -27,9 +27,9 @@ struct EngineOptions {
   std::string model_name;
   SchedulerLimits limits;
   std::vector<TokenId> eos_ids;
-  int64_t sampled_vocab = 0;  // ids the tokenizer knows; padded rows of the head above it are never chosen
+  int64_t sampled_vocab = 0;       // ids the tokenizer knows; padded rows of the head above it are never chosen
   KvRole kv_role = KvRole::kBoth;  // which legs this engine takes, once an agent is attached
-  std::string kv_host;        // address peers use to reach this engine's agent
+  std::string kv_host;             // address peers use to reach this engine's agent
 };
 
 class Engine final : public Worker {

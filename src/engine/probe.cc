@@ -24,14 +24,14 @@ Probe::Probe(Registry& registry, const EngineFacts& facts)
       kv_usage_(registry.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", base_labels(facts))),
       blocks_available_(registry.gauge("tandem:kv_blocks_available", "KV blocks that are free or merely cached.",
                                        base_labels(facts))),
-      blocks_pinned_(registry.gauge("tandem:kv_blocks_pinned", "Holds of open transfers on KV blocks.",
-                                    base_labels(facts))),
-      prefix_queries_(registry.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.",
-                                       base_labels(facts))),
+      blocks_pinned_(
+          registry.gauge("tandem:kv_blocks_pinned", "Holds of open transfers on KV blocks.", base_labels(facts))),
+      prefix_queries_(registry.counter("vllm:prefix_cache_queries_total",
+                                       "Prompt tokens looked up in the prefix cache.", base_labels(facts))),
       prefix_hits_(registry.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.",
                                     base_labels(facts))),
-      preemptions_(registry.counter("vllm:num_preemptions_total", "Sequences that gave their blocks back to wait again.",
-                                    base_labels(facts))),
+      preemptions_(registry.counter("vllm:num_preemptions_total",
+                                    "Sequences that gave their blocks back to wait again.", base_labels(facts))),
       corrupted_(registry.counter("vllm:corrupted_requests_total", "Requests that failed with NaN logits.",
                                   base_labels(facts))),
       prompt_tokens_(registry.counter("vllm:prompt_tokens_total", "Prompt tokens processed.", base_labels(facts))),
@@ -46,8 +46,8 @@ Probe::Probe(Registry& registry, const EngineFacts& facts)
       generation_tokens_(registry.counter("vllm:generation_tokens_total", "Tokens generated.", base_labels(facts))),
       iteration_tokens_(registry.histogram("vllm:iteration_tokens_total", "Rows computed per step.",
                                            iteration_token_buckets(), base_labels(facts))),
-      step_seconds_(registry.histogram("tandem:step_seconds", "Duration of a step.", inter_token_buckets(),
-                                       base_labels(facts))),
+      step_seconds_(
+          registry.histogram("tandem:step_seconds", "Duration of a step.", inter_token_buckets(), base_labels(facts))),
       queue_seconds_(registry.histogram("vllm:request_queue_time_seconds", "Time from arrival to the first step.",
                                         request_latency_buckets(), base_labels(facts))),
       prefill_seconds_(registry.histogram("vllm:request_prefill_time_seconds",
@@ -59,10 +59,11 @@ Probe::Probe(Registry& registry, const EngineFacts& facts)
                                             "Time from the first step to the last token.", request_latency_buckets(),
                                             base_labels(facts))),
       sent_ok_(registry.counter("tandem:kv_transfers_total", kTransfersHelp, with(facts, "outcome", "sent"))),
-      sent_failed_(registry.counter("tandem:kv_transfers_total", kTransfersHelp, with(facts, "outcome", "send_failed"))),
+      sent_failed_(
+          registry.counter("tandem:kv_transfers_total", kTransfersHelp, with(facts, "outcome", "send_failed"))),
       received_ok_(registry.counter("tandem:kv_transfers_total", kTransfersHelp, with(facts, "outcome", "received"))),
-      received_failed_(registry.counter("tandem:kv_transfers_total", kTransfersHelp,
-                                        with(facts, "outcome", "receive_failed"))),
+      received_failed_(
+          registry.counter("tandem:kv_transfers_total", kTransfersHelp, with(facts, "outcome", "receive_failed"))),
       transfer_bytes_(registry.counter("tandem:kv_transfer_bytes_total", "KV bytes of transfers that ended well.",
                                        base_labels(facts))),
       transfer_seconds_(registry.histogram("tandem:kv_transfer_seconds", "Duration of KV transfers that ended well.",
@@ -97,7 +98,8 @@ void Probe::prompt_done(int64_t prompt_tokens, int64_t cached_tokens, bool from_
   prompt_tokens_.add(static_cast<uint64_t>(prompt_tokens));
   prompt_tokens_cached_.add(static_cast<uint64_t>(cached_tokens));
   prompt_from_cache_.add(static_cast<uint64_t>(cached_tokens));
-  (from_transfer ? prompt_from_transfer_ : prompt_from_compute_).add(static_cast<uint64_t>(prompt_tokens - cached_tokens));
+  (from_transfer ? prompt_from_transfer_ : prompt_from_compute_)
+      .add(static_cast<uint64_t>(prompt_tokens - cached_tokens));
 }
 
 void Probe::finished(int64_t decode_us, int64_t inference_us) {

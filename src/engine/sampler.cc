@@ -18,7 +18,9 @@ struct Candidate {
   TokenId token;
 };
 
-bool better(const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
+bool better(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+}
 
 bool needs_edit(const SampleInput& input, const SamplingParams& params) {
   const int64_t output_length = static_cast<int64_t>(input.tokens.size()) - input.prompt_length;
@@ -144,7 +146,8 @@ void fill_logprobs(std::span<const float> logits, int64_t count, GeneratedToken&
   candidates.reserve(logits.size());
   for (size_t i = 0; i < logits.size(); ++i) candidates.push_back({logits[i], static_cast<TokenId>(i)});
   const size_t wanted = std::min(static_cast<size_t>(count), candidates.size());
-  std::partial_sort(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(wanted), candidates.end(), better);
+  std::partial_sort(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(wanted), candidates.end(),
+                    better);
   for (size_t i = 0; i < wanted; ++i) {
     chosen.top_logprobs.emplace_back(candidates[i].token, static_cast<float>(candidates[i].logit - log_total));
   }
@@ -156,7 +159,8 @@ Result<GeneratedToken> sample_token(const SampleInput& input, const SamplingPara
   CHECK(!input.logits.empty());
   for (float logit : input.logits) {
     if (std::isnan(logit) || logit == std::numeric_limits<float>::infinity()) {
-      return make_error(ErrorKind::kDataLoss, "the model produced a NaN or infinite logit at position {}; this request fails alone",
+      return make_error(ErrorKind::kDataLoss,
+                        "the model produced a NaN or infinite logit at position {}; this request fails alone",
                         input.tokens.size());
     }
   }
@@ -169,7 +173,8 @@ Result<GeneratedToken> sample_token(const SampleInput& input, const SamplingPara
   GeneratedToken chosen;
   chosen.token = argmax(logits);
   if (chosen.token < 0) {
-    return make_error(ErrorKind::kDataLoss, "no token may be chosen at position {}: every logit is -inf", input.tokens.size());
+    return make_error(ErrorKind::kDataLoss, "no token may be chosen at position {}: every logit is -inf",
+                      input.tokens.size());
   }
   // Below this a temperature cannot be told from greedy in double precision.
   constexpr double kSmallestTemperature = 1e-5;

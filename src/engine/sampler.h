@@ -10,10 +10,10 @@
 namespace tandem::engine {
 
 struct SampleInput {
-  std::span<const float> logits;       // [vocabulary that may be chosen]
-  std::span<const TokenId> tokens;     // prompt and output so far; the chosen token gets position tokens.size()
+  std::span<const float> logits;    // [vocabulary that may be chosen]
+  std::span<const TokenId> tokens;  // prompt and output so far; the chosen token gets position tokens.size()
   int64_t prompt_length = 0;
-  std::span<const TokenId> eos_ids;    // kept back until min_tokens
+  std::span<const TokenId> eos_ids;  // kept back until min_tokens
 };
 
 // Order of operations: logprobs of the untouched logits; logit_bias; eos and stop ids barred before min_tokens;

@@ -49,21 +49,21 @@ TEST(Sampler, BiasPenaltiesAndMinTokens) {
 
   params = greedy();
   params.min_tokens = 1;
-  EXPECT_EQ(choose({3, 2, 1}, params, {7}, 1, {0}), 1);      // eos barred before min_tokens
-  EXPECT_EQ(choose({3, 2, 1}, params, {7, 1}, 1, {0}), 0);   // allowed after
+  EXPECT_EQ(choose({3, 2, 1}, params, {7}, 1, {0}), 1);     // eos barred before min_tokens
+  EXPECT_EQ(choose({3, 2, 1}, params, {7, 1}, 1, {0}), 0);  // allowed after
 
   params = greedy();
   params.repetition_penalty = 2;
-  EXPECT_EQ(choose({3, 2, 1}, params, {0}, 1), 1);           // 3 / 2 < 2
-  EXPECT_EQ(choose({-1, -1.5F, -9}, params, {0}, 1), 1);     // -1 * 2 < -1.5
+  EXPECT_EQ(choose({3, 2, 1}, params, {0}, 1), 1);        // 3 / 2 < 2
+  EXPECT_EQ(choose({-1, -1.5F, -9}, params, {0}, 1), 1);  // -1 * 2 < -1.5
 
   params = greedy();
   params.frequency_penalty = 0.6;
-  EXPECT_EQ(choose({3, 2, 1}, params, {5, 0}, 1), 0);        // 3 - 0.6 > 2
-  EXPECT_EQ(choose({3, 2, 1}, params, {5, 0, 0}, 1), 1);     // 3 - 1.2 < 2
+  EXPECT_EQ(choose({3, 2, 1}, params, {5, 0}, 1), 0);     // 3 - 0.6 > 2
+  EXPECT_EQ(choose({3, 2, 1}, params, {5, 0, 0}, 1), 1);  // 3 - 1.2 < 2
   params = greedy();
   params.presence_penalty = 1.5;
-  EXPECT_EQ(choose({3, 2, 1}, params, {0, 5}, 1), 0);        // the prompt does not count
+  EXPECT_EQ(choose({3, 2, 1}, params, {0, 5}, 1), 0);  // the prompt does not count
   EXPECT_EQ(choose({3, 2, 1}, params, {5, 0}, 1), 1);
 }
 

@@ -76,8 +76,8 @@ bool Scheduler::plan_rows(Draft& draft, const Sequence& sequence) const {
   draft.blocks_left -= blocks_needed;
   draft.tokens_left -= num_tokens;
   draft.scheduled.insert(sequence.id);
-  draft.plan.rows.push_back({sequence.id, sequence.num_computed, num_tokens,
-                             sequence.num_computed + num_tokens == sequence.length()});
+  draft.plan.rows.push_back(
+      {sequence.id, sequence.num_computed, num_tokens, sequence.num_computed + num_tokens == sequence.length()});
   return true;
 }
 
@@ -87,7 +87,8 @@ bool Scheduler::make_room(Draft& draft, const Sequence& sequence, int64_t blocks
   for (size_t i = running_.size(); blocks_needed > draft.blocks_left && i-- > 0;) {
     const Sequence& victim = get(running_[i]);
     const bool only_one_left = running_.size() == draft.preempted.size() + 1;
-    if (victim.transfer || draft.scheduled.contains(victim.id) || draft.preempted.contains(victim.id) || only_one_left) {
+    if (victim.transfer || draft.scheduled.contains(victim.id) || draft.preempted.contains(victim.id) ||
+        only_one_left) {
       continue;
     }
     for (BlockId block : victim.blocks) {
@@ -247,10 +248,18 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id) {
   std::unique_ptr<Sequence> sequence = std::move(found->second);
   sequences_.erase(found);
   switch (sequence->state) {
-    case SequenceState::kWaiting: waiting_.erase(std::find(waiting_.begin(), waiting_.end(), id)); break;
-    case SequenceState::kRunning: running_.erase(std::find(running_.begin(), running_.end(), id)); break;
-    case SequenceState::kReceiving: --num_receiving_; break;
-    case SequenceState::kSending: --num_sending_; break;
+    case SequenceState::kWaiting:
+      waiting_.erase(std::find(waiting_.begin(), waiting_.end(), id));
+      break;
+    case SequenceState::kRunning:
+      running_.erase(std::find(running_.begin(), running_.end(), id));
+      break;
+    case SequenceState::kReceiving:
+      --num_receiving_;
+      break;
+    case SequenceState::kSending:
+      --num_sending_;
+      break;
   }
   pool_.release_all(sequence->blocks);
   sequence->blocks.clear();

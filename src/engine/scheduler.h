@@ -46,9 +46,9 @@ struct Admission {
 };
 
 struct StepPlan {
-  std::vector<RequestId> preempted;   // give back their blocks first
-  std::vector<Admission> admitted;    // then these get theirs
-  std::vector<ScheduledRows> rows;    // then these are computed, growing their blocks as needed
+  std::vector<RequestId> preempted;  // give back their blocks first
+  std::vector<Admission> admitted;   // then these get theirs
+  std::vector<ScheduledRows> rows;   // then these are computed, growing their blocks as needed
 
   bool empty() const { return preempted.empty() && admitted.empty() && rows.empty(); }
 };

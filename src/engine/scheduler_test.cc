@@ -24,8 +24,8 @@ class SchedulerTest : public testing::Test {
     request.prompt = std::move(prompt);
     request.cache_salt = salt;
     const RequestId id(next_id_++);
-    std::unique_ptr<Sequence> sequence =
-        std::make_unique<Sequence>(id, std::move(request), [](TokenEvent&&) {}, limits_.block_size);
+    std::unique_ptr<Sequence> sequence = std::make_unique<Sequence>(
+        id, std::move(request), [](TokenEvent&&) {}, limits_.block_size);
     sequence->role = role;
     EXPECT_TRUE(scheduler_->add(std::move(sequence)));
     return id;
@@ -37,11 +37,14 @@ class SchedulerTest : public testing::Test {
     scheduler_->commit(plan);
     for (const ScheduledRows& rows : plan.rows) {
       const Sequence& sequence = *scheduler_->find(rows.id);
-      EXPECT_GE(static_cast<int64_t>(sequence.blocks.size()) * limits_.block_size, rows.first_position + rows.num_tokens);
+      EXPECT_GE(static_cast<int64_t>(sequence.blocks.size()) * limits_.block_size,
+                rows.first_position + rows.num_tokens);
     }
     scheduler_->advance(plan);
     for (const ScheduledRows& rows : plan.rows) {
-      if (rows.wants_logits) scheduler_->find(rows.id)->tokens.push_back(static_cast<TokenId>(1000 + scheduler_->find(rows.id)->length() % 7));
+      if (rows.wants_logits)
+        scheduler_->find(rows.id)->tokens.push_back(
+            static_cast<TokenId>(1000 + scheduler_->find(rows.id)->length() % 7));
     }
     pool_->check_integrity();
     return plan;
@@ -204,7 +207,8 @@ TEST_F(SchedulerTest, WaitingQueueIsBounded) {
   add(range(0, 4));
   TokenRequest request;
   request.prompt = range(0, 4);
-  EXPECT_FALSE(scheduler_->add(std::make_unique<Sequence>(RequestId(99), request, [](TokenEvent&&) {}, 4)));
+  EXPECT_FALSE(scheduler_->add(std::make_unique<Sequence>(
+      RequestId(99), request, [](TokenEvent&&) {}, 4)));
 }
 
 // Random arrivals, ends and cancels over a pool that is too small; everything must finish and every block come back.

@@ -50,10 +50,10 @@ struct Sequence {
   kv::PrefixHashes hashes;
 
   SequenceState state = SequenceState::kWaiting;
-  int64_t num_computed = 0;       // leading tokens whose KV is in `blocks`
-  std::vector<BlockId> blocks;    // held by this sequence; covers at least num_computed tokens
-  int64_t num_registered = 0;     // leading blocks whose prefix was offered to the cache
-  int64_t cached_tokens = 0;      // of the prompt, found in a prefix cache at the first admission
+  int64_t num_computed = 0;     // leading tokens whose KV is in `blocks`
+  std::vector<BlockId> blocks;  // held by this sequence; covers at least num_computed tokens
+  int64_t num_registered = 0;   // leading blocks whose prefix was offered to the cache
+  int64_t cached_tokens = 0;    // of the prompt, found in a prefix cache at the first admission
 
   TransferRole role = TransferRole::kNone;
   bool kv_received = false;                      // the prompt's KV came from a peer

@@ -19,37 +19,37 @@ namespace tandem::engine {
 
 // Ranges are checked by src/api before a request is submitted.
 struct SamplingParams {
-  int64_t max_tokens = 16;      // >= 1
-  int64_t min_tokens = 0;       // eos and stop ids cannot be chosen before
-  double temperature = 1.0;     // 0: greedy
-  int64_t top_k = 0;            // 0: off
+  int64_t max_tokens = 16;   // >= 1
+  int64_t min_tokens = 0;    // eos and stop ids cannot be chosen before
+  double temperature = 1.0;  // 0: greedy
+  int64_t top_k = 0;         // 0: off
   double top_p = 1.0;
   double min_p = 0.0;
   double repetition_penalty = 1.0;  // over prompt and output
   double presence_penalty = 0.0;    // over output
   double frequency_penalty = 0.0;   // over output
-  uint64_t seed = 0;            // always set: the front end draws one when the client gave none
+  uint64_t seed = 0;                // always set: the front end draws one when the client gave none
   std::vector<std::pair<TokenId, float>> logit_bias;
   std::vector<TokenId> stop_token_ids;  // besides the model's eos ids
   bool ignore_eos = false;
-  int64_t num_logprobs = -1;    // -1: none; 0: of the chosen token; k: and of the k best
+  int64_t num_logprobs = -1;  // -1: none; 0: of the chosen token; k: and of the k best
 };
 
 enum class FinishReason : uint8_t { kStop, kLength, kAbort, kError };
 const char* finish_reason_name(FinishReason reason);  // "stop", "length", "abort", "error"
 
 struct TokenRequest {
-  std::string external_id;          // X-Request-Id, for logs and for both legs
-  std::vector<TokenId> prompt;      // 1 … max_model_len - 1 ids, each < vocab size
+  std::string external_id;      // X-Request-Id, for logs and for both legs
+  std::vector<TokenId> prompt;  // 1 … max_model_len - 1 ids, each < vocab size
   SamplingParams sampling;
-  std::string cache_salt;           // prefixes are shared only among equal salts
-  int64_t deadline_us = 0;          // on SteadyClock; 0: none
+  std::string cache_salt;   // prefixes are shared only among equal salts
+  int64_t deadline_us = 0;  // on SteadyClock; 0: none
   std::optional<transfer::KvTransferParams> kv_transfer;
 };
 
 struct GeneratedToken {
   TokenId token = 0;
-  float logprob = 0;                                   // valid if num_logprobs >= 0; natural log, before temperature
+  float logprob = 0;                                    // valid if num_logprobs >= 0; natural log, before temperature
   std::vector<std::pair<TokenId, float>> top_logprobs;  // best first; num_logprobs of them
 };
 
@@ -65,7 +65,7 @@ struct TokenEvent {
   std::optional<TokenId> stop_token;  // which id ended it, when kStop
   std::optional<Error> error;
   std::optional<transfer::KvTransferParams> kv_transfer;  // a reservation (first event) or a publication (last event)
-  TokenUsage usage;                   // valid in every event with tokens or finish
+  TokenUsage usage;                                       // valid in every event with tokens or finish
 };
 
 // Called on the worker's own thread, in order; must not block and must not call back into the worker.

@@ -4,7 +4,8 @@
 //   free    no holder, content worthless
 //   cached  no holder, content is the KV of a known prefix and may be found again, evicted least recently used first
 //   held    one or more holders: sequences, and transfers that read or write it (a transfer's hold is called a pin)
-// A block leaves `held` only when its last holder has let go, so it cannot be reused while anybody still reads or writes.
+// A block leaves `held` only when its last holder has let go, so it cannot be reused while anybody still reads or
+// writes.
 #pragma once
 
 #include <cstdint>
