@@ -13,6 +13,8 @@ namespace {
 constexpr const char* kTag = "engine";
 // While requests wait for something outside (a transfer, a deadline) the loop looks at its clock this often.
 constexpr int64_t kIdleTickUs = 20'000;
+// How often a peer is told that a request still waits here for the KV it published; far below its lease of 30 s.
+constexpr int64_t kRenewLeasesUs = 5'000'000;
 
 EngineFacts make_facts(const model::KvCache& cache, const EngineOptions& options) {
   return {options.model_name, cache.layout().block_size, cache.num_blocks(), kernels::dtype_name(cache.layout().dtype),
@@ -94,6 +96,7 @@ void Engine::run() {
   while (receive_commands()) {
     collect_transfers();
     expire_deadlines();
+    renew_leases();
     const StepPlan plan = scheduler_.plan();
     if (plan.empty()) {
       wait_for_work();
@@ -165,6 +168,19 @@ void Engine::expire_deadlines() {
                               "the request's deadline passed after {:.1f} s with {} of {} tokens generated",
                               static_cast<double>(now_us - sequence.arrival_us) * 1e-6, sequence.num_generated(),
                               sequence.request.sampling.max_tokens));
+  }
+}
+
+// A request that waits here for blocks must not lose the KV that waits for it over there.
+void Engine::renew_leases() {
+  const int64_t now_us = clock_.now_us();
+  if (agent_ == nullptr || now_us - leases_renewed_us_ < kRenewLeasesUs) return;
+  leases_renewed_us_ = now_us;
+  for (const auto& entry : scheduler_.sequences()) {
+    const Sequence& sequence = *entry.second;
+    if (sequence.state == SequenceState::kWaiting && sequence.role == TransferRole::kPullReceive) {
+      agent_->renew_lease(*sequence.request.kv_transfer);
+    }
   }
 }
 
@@ -277,7 +293,11 @@ Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
 void Engine::drop(RequestId id) {
   Sequence* sequence = scheduler_.find(id);
   if (sequence == nullptr) return;
-  if (sequence->transfer) agent_->abort(*sequence->transfer);
+  if (sequence->transfer) {
+    agent_->abort(*sequence->transfer);
+  } else if (sequence->role == TransferRole::kPullReceive) {
+    agent_->decline(*sequence->request.kv_transfer);
+  }
   scheduler_.remove(id);
 }
 

@@ -71,6 +71,7 @@ class Engine final : public Worker {
   void wait_for_work();
   void collect_transfers();
   void expire_deadlines();
+  void renew_leases();
   void begin_transfers(const StepPlan& plan);
   void compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);
@@ -114,6 +115,7 @@ class Engine final : public Worker {
   model::Batch batch_;
   std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;
   uint64_t next_transfer_ = 1;
+  int64_t leases_renewed_us_ = 0;
   std::thread thread_;
 };
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "src/base/ids.h"
+#include "src/base/kv_transfer_config.h"
 #include "src/base/result.h"
 #include "src/model/kv_cache.h"
 #include "src/transfer/params.h"
@@ -54,6 +55,7 @@ struct AgentOptions {
   int64_t lease_us = 30'000'000;          // of published blocks without a reader or heartbeat
   int64_t connect_timeout_us = 5'000'000;
   int64_t idle_timeout_us = 10'000'000;   // no progress of a transfer for this long fails it
+  KvRole role = KvRole::kBoth;            // two producers or two consumers refuse each other
 };
 
 class Agent {
@@ -81,6 +83,12 @@ class Agent {
   // Prefill, pull: the span's blocks (first_block 0) may be fetched once by who presents the returned handle; they
   // stay pinned until fetched, aborted by the peer, or the lease ends.
   virtual std::string publish(TransferId id, const BlockSpan& span) = 0;
+
+  // Decode, pull, before pull(): the request waits in this engine's queue. Extends the peer's lease; call it every few
+  // seconds. Best effort, without Done.
+  virtual void renew_lease(const KvTransferParams& remote) { (void)remote; }
+  // Decode, pull, instead of pull(): the request has ended here, so the peer may free what it published.
+  virtual void decline(const KvTransferParams& remote) { (void)remote; }
 
   // Ends a transfer early: the peer is told; Done follows when no read or write is left in flight.
   virtual void abort(TransferId id) = 0;
