@@ -188,6 +188,28 @@ TEST(Config, RefusesBadGenerationConfig) {
   }
 }
 
+// Whatever a config says, it is read or refused.
+TEST(Config, SurvivesDamagedFiles) {
+  constexpr int kIterations = 1000;
+  const uint64_t seed = std::random_device()();
+  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  std::mt19937_64 random(seed);
+  const TempDir folder;
+  int refused = 0;
+  for (int i = 0; i < kIterations; ++i) {
+    std::string text = i % 2 == 0 ? kDeepseek : kQwen;
+    for (uint64_t changes = 1 + random() % 3; changes > 0; --changes) {
+      constexpr std::string_view kBytes = "0123456789-.eE[]{}\",:";
+      const size_t at = text.find_first_of("0123456789[{,", random() % text.size());
+      if (at != std::string::npos) text[at] = kBytes[random() % kBytes.size()];
+    }
+    folder.write("config.json", text);
+    refused += load_config(folder.path()).ok() ? 0 : 1;
+  }
+  EXPECT_GT(refused, kIterations / 4);
+  EXPECT_LT(refused, kIterations);
+}
+
 TEST(Config, RefusesMissingAndMonstrousFiles) {
   const TempDir folder;
   EXPECT_THAT(load_config(folder.path()).error().message, testing::HasSubstr("config.json: cannot be read"));

@@ -42,17 +42,17 @@ Result<std::unique_ptr<WeightSource>> open_source(const LoadOptions& options, co
   return make_checkpoint_source(std::move(checkpoint), config.quant);
 }
 
-void log_loaded(const ModelConfig& config, const LoadOptions& options, const LoadedWeights& loaded, double seconds) {
+void log_loaded(const ModelConfig& config, const LoadOptions& options, const ModelInfo& info, double seconds) {
   const char* weights =
       kernels::weight_format_name(options.compute == ComputeType::kF32 ? WeightFormat::kF32 : WeightFormat::kBf16);
   const char* source = options.format == LoadFormat::kDummy ? "dummy"
                        : config.quant.is_fp8_block          ? "fp8-block"
                                                             : "plain";
-  log_info("model",
-           "loaded {}: {} layers, {} experts, {:.1f} M parameters, {} weights packed as {} ({:.1f} MiB) in {:.2f} s",
-           config.architecture, config.num_layers, config.moe.num_experts,
-           static_cast<double>(loaded.num_parameters) / 1e6, source, weights,
-           static_cast<double>(loaded.bytes) / (1 << 20), seconds);
+  log_info(
+      "model",
+      "loaded {}: {} layers, {} experts, {:.1f} M parameters, {} weights packed as {} ({:.1f} MiB), KV {}, in {:.2f} s",
+      config.architecture, config.num_layers, config.moe.num_experts, static_cast<double>(info.num_parameters) / 1e6,
+      source, weights, static_cast<double>(info.weight_bytes) / (1 << 20), info.kv.describe(), seconds);
 }
 
 Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions& options) {
@@ -83,7 +83,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   info.fingerprint = fingerprint.finish().hex();
   const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, info.max_model_len};
   decoder->allocate(capacity, options.block_size, is_f32 ? DType::kF32 : DType::kBf16, std::move(info));
-  log_loaded(decoder->config(), options, loaded, static_cast<double>(clock.now_us() - start_us) / 1e6);
+  log_loaded(decoder->config(), options, decoder->info(), static_cast<double>(clock.now_us() - start_us) / 1e6);
   return std::unique_ptr<Model>(std::move(decoder));
 }
 

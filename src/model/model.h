@@ -1,5 +1,5 @@
-// A loaded model: turns a Batch into logits, writing KV on the way. One short file per family implements it
-// (deepseek_v3.cc, qwen3_moe.cc) on top of the operation table.
+// A loaded model: turns a Batch into logits, writing KV on the way. decoder.cc implements it on top of the operation
+// table; what differs between families is in one short file each (family.h; deepseek_v3.cc, qwen3_moe.cc).
 #pragma once
 
 #include <cstdint>
