@@ -1,0 +1,16 @@
+// The subcommands of the tandem program. Each takes its options and returns the exit code: 0 success, 1 a fault that
+// was printed, 2 wrong usage.
+#pragma once
+
+#include "src/base/options.h"
+
+namespace tandem::commands {
+
+int run_serve(const Options& options);
+int run_route(const Options& options);
+int run_up(const Options& options);
+int run_chat(const Options& options);
+int run_bench_serve(const Options& options);
+int run_options(const Options& options);
+
+}  // namespace tandem::commands

@@ -1,0 +1,192 @@
+// tandem route: the OpenAI front end with remote workers behind it.
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/signal_set.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <condition_variable>
+#include <csignal>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "src/api/frontend.h"
+#include "src/api/served_text.h"
+#include "src/base/clock.h"
+#include "src/base/log.h"
+#include "src/base/metrics.h"
+#include "src/base/version.h"
+#include "src/commands/client_common.h"
+#include "src/commands/commands.h"
+#include "src/commands/server_common.h"
+#include "src/router/routed_worker.h"
+
+namespace tandem::commands {
+namespace {
+
+namespace asio = boost::asio;
+
+constexpr std::chrono::milliseconds kTextRetry{250};    // between two rounds of asking workers for the tokenizer
+constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
+
+router::RouterOptions router_options(const Options& options) {
+  router::RouterOptions out;
+  out.prefill_urls = options.list("prefill");
+  out.decode_urls = options.list("decode");
+  out.pull = options.text("transfer-mode") == "pull";
+  out.policy = options.text("policy") == "round_robin" ? router::PolicyKind::kRoundRobin : router::PolicyKind::kLeastLoad;
+  out.max_retries = static_cast<int>(options.integer("max-retries"));
+  out.max_requests = options.integer("max-concurrent-requests");
+  out.request_timeout = std::chrono::milliseconds(static_cast<int64_t>(options.number("request-timeout-s") * 1000));
+  out.probe_interval = std::chrono::milliseconds(static_cast<int64_t>(options.number("health-check-interval-s") * 1000));
+  out.worker_api_key = options.text("worker-api-key");
+  return out;
+}
+
+// The model's limits from a directory's config.json; workers may be started with smaller ones and then say so.
+Result<api::ServedTextSource> load_text_source(const std::string& directory) {
+  api::ServedTextSource source;
+  TANDEM_ASSIGN(source.bundle, text::TextBundle::load(directory));
+  const nlohmann::json config = nlohmann::json::parse(source.bundle.config_json, nullptr, /*allow_exceptions=*/false);
+  for (auto [key, target] : {std::pair("max_position_embeddings", &source.facts.max_model_len),
+                             std::pair("vocab_size", &source.facts.vocab_size)}) {
+    if (!config.is_object() || !config.contains(key) || !config[key].is_number_integer()) {
+      return make_error(ErrorKind::kDataLoss, "{}/config.json: '{}' is missing or not an integer", directory, key);
+    }
+    *target = config[key].get<int64_t>();
+  }
+  source.facts.names = {default_model_name(directory)};
+  source.facts.root = directory;
+  return source;
+}
+
+Result<api::ServedTextSource> fetch_text_source(const std::string& worker, const std::string& api_key) {
+  TANDEM_ASSIGN(const api::HttpUrl url, api::parse_http_url(worker));
+  TANDEM_ASSIGN(const std::string body, get_text(url, "/tandem/v1/text_bundle", api_key));
+  return api::parse_served_text(body);
+}
+
+// Gets tokenizer and chat template from the first worker that is up, and compiles them, on a thread of its own: a large
+// vocabulary takes seconds.
+class TextLoader {
+ public:
+  // `opened` is called on this thread with the text, once, unless stopped before.
+  TextLoader(const Options& options, std::function<void(Result<api::ServedText>)> opened)
+      : options_(options), opened_(std::move(opened)), thread_([this] { run(); }) {}
+
+  ~TextLoader() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    thread_.join();
+  }
+
+ private:
+  void run() {
+    if (const std::string& directory = options_.text("model"); !directory.empty()) {
+      return finish(load_text_source(directory));
+    }
+    std::vector<std::string> workers = options_.list("decode");
+    workers.insert(workers.end(), options_.list("prefill").begin(), options_.list("prefill").end());
+    while (true) {
+      for (const std::string& worker : workers) {
+        Result<api::ServedTextSource> source = fetch_text_source(worker, options_.text("worker-api-key"));
+        if (source.ok()) {
+          log_info("route", "tokenizer and chat template from {}", worker);
+          return finish(std::move(source));
+        }
+        // A worker that loads is expected at start; anything else is worth a line.
+        const bool is_loading = source.error().kind == ErrorKind::kUnavailable;
+        if (!is_loading) log_warning("route", "{}: {}", worker, source.error().message);
+        if (is_stopping(std::chrono::milliseconds(0))) return;
+      }
+      if (is_stopping(kTextRetry)) return;
+    }
+  }
+
+  bool is_stopping(std::chrono::milliseconds wait) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return wake_.wait_for(lock, wait, [this] { return stopping_; });
+  }
+
+  void finish(Result<api::ServedTextSource> source) {
+    if (!source.ok()) return opened_(source.error());
+    if (!options_.list("served-model-name").empty()) source->facts.names = options_.list("served-model-name");
+    opened_(api::make_served_text(std::move(source->facts), std::move(source->bundle)));
+  }
+
+  const Options& options_;
+  std::function<void(Result<api::ServedText>)> opened_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+api::FrontendOptions make_front(const Options& options, const router::RoutedWorker& router,
+                                const std::shared_ptr<bool>& has_text) {
+  const std::vector<std::string>& names = options.list("served-model-name");
+  api::FrontendOptions out = frontend_options(options, names.empty() ? "" : names.front());
+  out.policy.accepts_kv_transfer = false;  // fields of the inside
+  out.max_concurrent_requests = options.integer("max-concurrent-requests");
+  out.health = [&router, has_text]() -> api::Health {
+    if (!*has_text) return {false, "loading", std::nullopt};
+    if (!router.is_ready()) return {false, "no worker", std::nullopt};
+    return {true, "ok", std::nullopt};
+  };
+  return out;
+}
+
+}  // namespace
+
+int run_route(const Options& options) {
+  start_log(options);
+  log_info("route", "tandem {} {}", kVersion, options.changed_json());
+  asio::io_context io(1);
+  Registry metrics;
+  const SteadyClock clock;
+  Result<std::unique_ptr<router::RoutedWorker>> router =
+      router::RoutedWorker::create(io, router_options(options), metrics);
+  if (!router.ok()) return fail_with(router.error());
+
+  const auto has_text = std::make_shared<bool>(false);
+  api::Frontend frontend(io, make_front(options, **router, has_text), clock, metrics);
+  Result<std::unique_ptr<api::HttpServer>> server =
+      api::HttpServer::listen(io, options.text("host"), static_cast<uint16_t>(options.integer("port")),
+                              frontend.http_options());
+  if (!server.ok()) return fail_with(server.error());
+  frontend.add_routes(**server);
+  (*server)->start();
+  log_info("route", "listening on http://{}:{}, {} prefill and {} decode worker(s), policy {}", options.text("host"),
+           (*server)->port(), options.list("prefill").size(), options.list("decode").size(), options.text("policy"));
+
+  int exit_code = 0;
+  {
+    TextLoader loader(options, [&](Result<api::ServedText> text) {
+      asio::post(io, [&, loaded = std::make_shared<Result<api::ServedText>>(std::move(text))] {
+        if (!loaded->ok()) {
+          exit_code = fail_with(loaded->error());
+          return io.stop();
+        }
+        log_info("route", "serving {}", fmt::join((*loaded)->model.names, ", "));
+        frontend.open(std::move(*loaded).value(), **router);
+        *has_text = true;
+      });
+    });
+    asio::signal_set signals(io, SIGINT, SIGTERM);
+    asio::steady_timer drain_timer(io);
+    signals.async_wait([&](const boost::system::error_code& error, int) {
+      if (error) return;
+      log_info("route", "stopping");
+      (*server)->drain([&io] { io.stop(); });
+      drain_timer.expires_after(kDrainTime);
+      drain_timer.async_wait([&io](const boost::system::error_code&) { io.stop(); });
+    });
+    io.run();
+  }
+  frontend.close(make_error(ErrorKind::kUnavailable, "the router is stopping"));
+  return exit_code;
+}
+
+}  // namespace tandem::commands
