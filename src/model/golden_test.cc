@@ -153,5 +153,41 @@ INSTANTIATE_TEST_SUITE_P(Cases, GoldenTest,
                            return name;
                          });
 
+// The model of the demo: the logits of each prompt's last token, and 48 greedy tokens, prompt rows and generated rows
+// in their own forms.
+TEST(DemoModel, AgreesWithTransformers) {
+  const nlohmann::json json = nlohmann::json::parse(read_text(golden_path("demo") + "/golden.json"));
+  std::vector<FileTensor> golden = read_tensors(golden_path("demo") + "/golden.safetensors");
+  const std::unique_ptr<kernels::Ops> ops = must_make_ops("auto", 2);
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/models/demo";
+  const std::unique_ptr<Model> fp32 = must_load(*ops, golden_options(path, ComputeType::kF32));
+  const std::unique_ptr<Model> bf16 = must_load(*ops, golden_options(path, ComputeType::kBf16));
+  ASSERT_GT(json["prompts"].size(), 0U);
+  for (size_t p = 0; p < json["prompts"].size(); ++p) {
+    const std::vector<TokenId> ids = json["prompts"][p]["ids"].get<std::vector<TokenId>>();
+    const std::vector<TokenId> greedy = json["prompts"][p]["greedy_fp32"].get<std::vector<TokenId>>();
+    std::vector<TokenId> tokens = ids;
+    tokens.insert(tokens.end(), greedy.begin(), greedy.end());
+    Sequences sequences(*ops, *fp32, {tokens});
+    sequences.run(0, static_cast<int32_t>(ids.size()), 64);
+    const std::string& data = find_tensor(golden, "last_logits." + std::to_string(p)).data;
+    std::vector<float> last(data.size() / sizeof(float));
+    std::memcpy(last.data(), data.data(), data.size());
+    float max_abs = 0;
+    for (const float logit : last) max_abs = std::max(max_abs, std::abs(logit));
+    EXPECT_LE(largest_error({sequences.logits(0)[ids.size() - 1]}, {last}),
+              kLogitTolerance * static_cast<double>(max_abs));
+    for (size_t i = 0; i < greedy.size(); ++i) {
+      ASSERT_EQ(argmax(sequences.logits(0)[ids.size() - 1 + i]), greedy[i]) << "prompt " << p << " step " << i;
+    }
+    Sequences in_bf16(*ops, *bf16, {tokens});
+    in_bf16.run(0, static_cast<int32_t>(ids.size()), 64);
+    for (size_t i = 0; i < greedy.size(); ++i) {
+      const TokenId token = argmax(in_bf16.logits(0)[ids.size() - 1 + i]);
+      EXPECT_GE(lead(sequences.logits(0)[ids.size() - 1 + i], token), -kNearTieNats) << "prompt " << p << " step " << i;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tandem::model
