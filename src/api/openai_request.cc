@@ -363,6 +363,7 @@ Result<OpenAiRequest> parse_completion_request(const Json& body, const ServedMod
   const bool only_tokens = !fields.boolean("detokenize").value_or(true);
   read_model(fields, model, /*required=*/!only_tokens, request);
   read_prompts(fields, model, request);
+  request.add_special_tokens = fields.boolean("add_special_tokens").value_or(true);
   request.max_tokens = fields.integer("max_tokens", 1, kMaxTokenCount);
   request.sampling.num_logprobs = fields.integer("logprobs", 0, kMaxLogprobs).value_or(-1);
   read_common(fields, model, policy, request);

@@ -68,9 +68,10 @@ struct ChatPrompt {
 
 struct OpenAiRequest {
   Endpoint endpoint = Endpoint::kCompletions;
-  std::string model;            // as the client wrote it; shown in the response
-  std::vector<Prompt> prompts;  // completions
-  ChatPrompt chat;              // chat
+  std::string model;               // as the client wrote it; shown in the response
+  std::vector<Prompt> prompts;     // completions
+  bool add_special_tokens = true;  // completions: BOS and the like before text prompts
+  ChatPrompt chat;                 // chat
   int64_t n = 1;
 
   // max_tokens is not final, and seed is drawn per choice if `seed` is unset: see make_token_requests().

@@ -1,0 +1,421 @@
+#include "src/api/frontend.h"
+
+#include <algorithm>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <unordered_set>
+
+#include "src/api/api_keys.h"
+#include "src/api/generation.h"
+#include "src/api/request_fields.h"
+#include "src/api/request_metrics.h"
+#include "src/api/text_thread.h"
+#include "src/api/tokenize.h"
+#include "src/base/log.h"
+
+namespace tandem::api {
+
+namespace asio = boost::asio;
+
+namespace {
+
+// The worker ends requests at their deadline; if it does not, because it hangs, the front end does so this much later.
+constexpr int64_t kDeadlineGraceUs = 1'000'000;
+constexpr std::chrono::milliseconds kDeadlineCheck{250};
+constexpr size_t kMaxRequestIdBytes = 128;
+
+// Headers by which other systems steer requests inside a cluster. Obeying them is for the inside, ignoring them would
+// answer another request than the one meant.
+constexpr const char* kForbiddenHeaders[] = {"x-prefiller-host-port", "x-data-parallel-rank"};
+
+// Who serves now. Shared with text jobs and running requests.
+struct Serving {
+  ServedText text;
+  engine::Worker* worker;
+  RequestMetrics metrics;
+};
+
+struct Prepared {
+  OpenAiRequest request;
+  std::vector<engine::TokenRequest> choices;
+};
+
+Result<std::string> read_request_id(const HttpRequest& request) {
+  const std::string* given = find_header(request.headers, "x-request-id");
+  if (given == nullptr) return random_hex(16);
+  const bool is_visible = std::all_of(given->begin(), given->end(), [](char c) { return c > ' ' && c < 0x7f; });
+  if (given->empty() || given->size() > kMaxRequestIdBytes || !is_visible) {
+    return field_error("X-Request-Id", "invalid_value",
+                       fmt::format("X-Request-Id must have 1 … {} visible ASCII characters", kMaxRequestIdBytes));
+  }
+  return *given;
+}
+
+Status check_headers(const HttpRequest& request) {
+  for (const char* name : kForbiddenHeaders) {
+    if (find_header(request.headers, name) != nullptr) {
+      return field_error(name, "unsupported_parameter", fmt::format("the header {} is not supported", name));
+    }
+  }
+  return {};
+}
+
+Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& served, const OpenAiRequest& request) {
+  std::vector<std::vector<TokenId>> prompts;
+  if (request.kv_transfer && request.kv_transfer->do_remote_prefill && !request.kv_transfer->prompt_token_ids.empty()) {
+    // The prefill side has tokenized it; its tokens are what the KV belongs to.
+    const std::vector<TokenId>& ids = request.kv_transfer->prompt_token_ids;
+    for (const TokenId id : ids) {
+      if (id >= 0 && id < served.model.vocab_size) continue;
+      return field_error(
+          "kv_transfer_params.prompt_token_ids", "invalid_value",
+          fmt::format("the token id {} is out of vocabulary; ids are 0 … {}", id, served.model.vocab_size - 1));
+    }
+    prompts.push_back(ids);
+    return prompts;
+  }
+  if (request.endpoint == Endpoint::kChat) {
+    TANDEM_ASSIGN(std::vector<TokenId> ids, encode_chat(served, request.chat));
+    prompts.push_back(std::move(ids));
+    return prompts;
+  }
+  for (const Prompt& prompt : request.prompts) {
+    if (const auto* ids = std::get_if<std::vector<TokenId>>(&prompt)) {
+      prompts.push_back(*ids);
+      continue;
+    }
+    TANDEM_ASSIGN(std::vector<TokenId> ids,
+                  served.tokenizer->encode(std::get<std::string>(prompt), request.add_special_tokens));
+    prompts.push_back(std::move(ids));
+  }
+  return prompts;
+}
+
+// From the body's bytes to token requests; pure, so it may run on the text thread.
+Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, Endpoint endpoint,
+                         const std::string& body, const std::string& request_id, int64_t deadline_us) {
+  TANDEM_ASSIGN(const Json json, parse_strict_json(body, "the request body"));
+  Prepared out;
+  TANDEM_ASSIGN(out.request, endpoint == Endpoint::kChat ? parse_chat_request(json, served.model, policy)
+                                                         : parse_completion_request(json, served.model, policy));
+  TANDEM_ASSIGN(std::vector<std::vector<TokenId>> prompts, encode_prompts(served, out.request));
+  TANDEM_ASSIGN(out.choices,
+                make_token_requests(out.request, std::move(prompts), served.model, request_id, deadline_us));
+  return out;
+}
+
+HttpResponse json_response(const Json& json) {
+  HttpResponse response;
+  response.body = json.dump(-1, ' ', false, Json::error_handler_t::replace);
+  return response;
+}
+
+class Mailbox final : public EventMailbox, public std::enable_shared_from_this<Mailbox> {
+ public:
+  explicit Mailbox(asio::io_context& io) : io_(&io) {}
+
+  void push(std::weak_ptr<Generation> target, size_t choice, engine::TokenEvent event) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (io_ == nullptr) return;
+    letters_.push_back({std::move(target), choice, std::move(event)});
+    // One wake-up for all events of a step of the engine.
+    if (letters_.size() == 1) asio::post(*io_, [self = shared_from_this()] { self->deliver(); });
+  }
+
+  void close() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    io_ = nullptr;
+    letters_.clear();
+  }
+
+ private:
+  struct Letter {
+    std::weak_ptr<Generation> target;
+    size_t choice;
+    engine::TokenEvent event;
+  };
+
+  void deliver() {
+    std::vector<Letter> letters;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      letters.swap(letters_);
+    }
+    for (Letter& letter : letters) {
+      if (const std::shared_ptr<Generation> target = letter.target.lock()) {
+        target->take(letter.choice, std::move(letter.event));
+      }
+    }
+  }
+
+  std::mutex mutex_;
+  asio::io_context* io_;
+  std::vector<Letter> letters_;
+};
+
+}  // namespace
+
+struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
+  Impl(asio::io_context& context, FrontendOptions frontend_options, const Clock& frontend_clock, Registry& metrics)
+      : io(context),
+        options(std::move(frontend_options)),
+        clock(frontend_clock),
+        registry(metrics),
+        keys(options.api_keys),
+        mailbox(std::make_shared<Mailbox>(context)),
+        deadline_timer(context) {}
+
+  // ---- Serving ----
+
+  // Runs `work` in line or, if `bytes` are many, on the text thread; then `then` with its result, here.
+  template <typename T>
+  void run_text(size_t bytes, std::function<Result<T>()> work, std::function<void(Result<T>)> then) {
+    if (bytes <= kInlineBodyBytes) return then(work());
+    // What `then` holds must be released on the I/O thread: it is moved along, not copied.
+    auto job = [this, weak = weak_from_this(), work = std::move(work), then]() mutable {
+      auto result = std::make_shared<Result<T>>(work());
+      asio::post(io, [weak, result, then = std::move(then)] {
+        if (weak.lock()) then(std::move(*result));
+      });
+    };
+    if (!text_thread->post(std::move(job))) {
+      then(make_error(ErrorKind::kResourceExhausted, "{} large requests are waiting already; retry later",
+                      TextThread::kMaxJobs));
+    }
+  }
+
+  // The present serving, or the error that says why there is none.
+  Result<std::shared_ptr<Serving>> find_serving() const {
+    if (serving) return serving;
+    return closed_because;
+  }
+
+  void generate(Endpoint endpoint, std::shared_ptr<HttpExchange> exchange) {
+    const int64_t arrival_us = clock.now_us();
+    HttpRequest& request = exchange->request();
+    const Result<std::string> request_id = read_request_id(request);
+    if (!request_id.ok()) return exchange->respond(error_response(request_id.error()));
+    if (Status status = check_headers(request); !status.ok()) return refuse(*exchange, *request_id, status.error());
+    const Result<std::shared_ptr<Serving>> now_serving = find_serving();
+    if (!now_serving.ok()) return refuse(*exchange, *request_id, now_serving.error());
+    if (num_requests >= options.max_concurrent_requests) {
+      return refuse(*exchange, *request_id,
+                    make_error(ErrorKind::kResourceExhausted, "{} requests are running, the limit is {}; retry later",
+                               num_requests, options.max_concurrent_requests));
+    }
+    const int64_t deadline_us = arrival_us + static_cast<int64_t>(options.request_timeout_s * 1e6);
+    auto body = std::make_shared<std::string>(std::move(request.body));
+    ++num_requests;
+    run_text<Prepared>(
+        body->size(),
+        [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id, deadline_us] {
+          return prepare(used->text, policy, endpoint, *body, id, deadline_us);
+        },
+        [this, used = *now_serving, exchange, id = *request_id, arrival_us](Result<Prepared> prepared) {
+          begin(used, exchange, id, arrival_us, std::move(prepared));
+        });
+  }
+
+  void begin(const std::shared_ptr<Serving>& used, const std::shared_ptr<HttpExchange>& exchange,
+             const std::string& request_id, int64_t arrival_us, Result<Prepared> prepared) {
+    if (prepared.ok() && used != serving) prepared = closed_because;  // the worker went away meanwhile
+    if (!prepared.ok() || !exchange->is_open()) {
+      --num_requests;
+      if (!prepared.ok()) refuse(*exchange, request_id, prepared.error());
+      return;
+    }
+    const GenerationContext context{used->worker, std::shared_ptr<const ServedText>(used, &used->text), &used->metrics,
+                                    &clock};
+    auto generation =
+        std::make_shared<Generation>(context, exchange, std::move(prepared->request), std::move(prepared->choices),
+                                     request_id, arrival_us, [this](Generation& ended) {
+                                       --num_requests;
+                                       generations.erase(ended.shared_from_this());
+                                     });
+    generations.insert(generation);
+    if (generations.size() == 1) watch_deadlines();
+    generation->start(mailbox);
+  }
+
+  void refuse(HttpExchange& exchange, const std::string& request_id, const Error& error) {
+    log_debug("api", "request {} refused: {}", request_id, error.message);
+    HttpResponse response = error_response(error);
+    response.headers.emplace_back("X-Request-Id", request_id);
+    exchange.respond(std::move(response));
+  }
+
+  void watch_deadlines() {
+    deadline_timer.expires_after(kDeadlineCheck);
+    deadline_timer.async_wait([weak = weak_from_this()](boost::system::error_code ec) {
+      const std::shared_ptr<Impl> self = weak.lock();
+      if (ec || !self) return;
+      const int64_t late_us = self->clock.now_us() - kDeadlineGraceUs;
+      std::vector<std::shared_ptr<Generation>> late;
+      for (const auto& generation : self->generations) {
+        if (generation->deadline_us() < late_us) late.push_back(generation);
+      }
+      for (const auto& generation : late) {
+        generation->fail(make_error(ErrorKind::kDeadlineExceeded, "the request was not finished within {} s",
+                                    self->options.request_timeout_s));
+      }
+      if (!self->generations.empty()) self->watch_deadlines();
+    });
+  }
+
+  void close_serving(Error why) {
+    serving.reset();
+    closed_because = std::move(why);
+    const std::vector<std::shared_ptr<Generation>> running(generations.begin(), generations.end());
+    for (const auto& generation : running) generation->fail(closed_because);
+  }
+
+  // ---- The small routes ----
+
+  // Answers with what `work` makes of the parsed body and of what is served.
+  void answer_json(std::shared_ptr<HttpExchange> exchange, Result<Json> (*work)(const Json& body, const ServedText&)) {
+    const Result<std::shared_ptr<Serving>> now_serving = find_serving();
+    if (!now_serving.ok()) return exchange->respond(error_response(now_serving.error()));
+    auto body = std::make_shared<std::string>(std::move(exchange->request().body));
+    run_text<HttpResponse>(
+        body->size(),
+        [used = *now_serving, body, work]() -> Result<HttpResponse> {
+          TANDEM_ASSIGN(const Json json, parse_strict_json(*body, "the request body"));
+          TANDEM_ASSIGN(const Json out, work(json, used->text));
+          return json_response(out);
+        },
+        [exchange](Result<HttpResponse> response) {
+          exchange->respond(response.ok() ? std::move(*response) : error_response(response.error()));
+        });
+  }
+
+  static Json model_card(const ServedModel& model, const std::string& name) {
+    return {{"id", name},
+            {"object", "model"},
+            {"created", model.created},
+            {"owned_by", "tandem"},
+            {"root", model.root},
+            {"parent", nullptr},
+            {"max_model_len", model.max_model_len},
+            {"permission", Json::array()}};
+  }
+
+  void list_models(HttpExchange& exchange) {
+    const Result<std::shared_ptr<Serving>> now_serving = find_serving();
+    if (!now_serving.ok()) return exchange.respond(error_response(now_serving.error()));
+    Json list = {{"object", "list"}, {"data", Json::array()}};
+    for (const std::string& name : (*now_serving)->text.model.names) {
+      list["data"].push_back(model_card((*now_serving)->text.model, name));
+    }
+    exchange.respond(json_response(list));
+  }
+
+  void show_model(HttpExchange& exchange) {
+    const Result<std::shared_ptr<Serving>> now_serving = find_serving();
+    if (!now_serving.ok()) return exchange.respond(error_response(now_serving.error()));
+    std::string name;
+    const ServedModel& model = (*now_serving)->text.model;
+    const bool decoded = decode_percent(exchange.request().path_tail, name);
+    if (!decoded || std::find(model.names.begin(), model.names.end(), name) == model.names.end()) {
+      return exchange.respond(
+          error_response({ErrorKind::kNotFound, fmt::format("the model {} does not exist", quote_for_message(name)),
+                          "model", "model_not_found"}));
+    }
+    exchange.respond(json_response(model_card(model, name)));
+  }
+
+  void show_health(HttpExchange& exchange) {
+    Health health;
+    if (options.health) {
+      health = options.health();
+    } else if (serving) {
+      health = {true, "ok", std::nullopt};
+    }
+    Json body = {{"status", health.status}};
+    if (health.progress) body["progress"] = *health.progress;
+    HttpResponse response = json_response(body);
+    response.status = health.ready ? 200 : 503;
+    exchange.respond(std::move(response));
+  }
+
+  asio::io_context& io;
+  const FrontendOptions options;
+  const Clock& clock;
+  Registry& registry;
+  const ApiKeys keys;
+  const std::shared_ptr<Mailbox> mailbox;
+  asio::steady_timer deadline_timer;
+  std::shared_ptr<Serving> serving;  // null: `closed_because` says why
+  Error closed_because = Error{ErrorKind::kUnavailable, "the model is still loading", "", "loading"};
+  std::unordered_set<std::shared_ptr<Generation>> generations;
+  int64_t num_requests = 0;  // with those whose text is still worked on
+  std::unique_ptr<TextThread> text_thread = std::make_unique<TextThread>();
+};
+
+Frontend::Frontend(asio::io_context& io, FrontendOptions options, const Clock& clock, Registry& registry)
+    : impl_(std::make_shared<Impl>(io, std::move(options), clock, registry)) {}
+
+Frontend::~Frontend() {
+  close(make_error(ErrorKind::kUnavailable, "the server is shutting down"));
+  impl_->mailbox->close();
+  impl_->deadline_timer.cancel();
+  impl_->text_thread.reset();
+}
+
+HttpServerOptions Frontend::http_options() const {
+  HttpServerOptions http;
+  http.authorize = [impl = impl_](const HttpRequest& request) { return impl->keys.check(request); };
+  http.on_complete = [impl = impl_](const HttpRecord& record) { count_http_request(impl->registry, record); };
+  return http;
+}
+
+void Frontend::add_routes(HttpServer& server) {
+  const auto add = [&server](const char* method, const char* path, bool needs_auth, auto handler) {
+    server.add_route({method, path, needs_auth,
+                      [handler](std::shared_ptr<HttpExchange> exchange) { handler(std::move(exchange)); }});
+  };
+  using ExchangePtr = std::shared_ptr<HttpExchange>;
+  const std::shared_ptr<Impl> impl = impl_;
+  add("POST", "/v1/completions", true, [impl](ExchangePtr e) { impl->generate(Endpoint::kCompletions, e); });
+  add("POST", "/v1/chat/completions", true, [impl](ExchangePtr e) { impl->generate(Endpoint::kChat, e); });
+  add("GET", "/v1/models", true, [impl](ExchangePtr e) { impl->list_models(*e); });
+  add("GET", "/v1/models/*", true, [impl](ExchangePtr e) { impl->show_model(*e); });
+  add("POST", "/tokenize", true, [impl](ExchangePtr e) { impl->answer_json(e, tokenize); });
+  add("POST", "/detokenize", true, [impl](ExchangePtr e) { impl->answer_json(e, detokenize); });
+  add("GET", "/tandem/v1/text_bundle", true, [impl](ExchangePtr e) {
+    const auto serving = impl->find_serving();
+    if (!serving.ok()) return e->respond(error_response(serving.error()));
+    HttpResponse response;
+    response.body = served_text_to_json((*serving)->text);
+    e->respond(std::move(response));
+  });
+  add("GET", "/load", true, [impl](ExchangePtr e) {
+    e->respond(json_response({{"server_load", impl->num_requests}}));
+  });
+  add("GET", "/health", false, [impl](ExchangePtr e) { impl->show_health(*e); });
+  add("GET", "/ping", false, [impl](ExchangePtr e) { impl->show_health(*e); });
+  add("GET", "/version", false, [impl](ExchangePtr e) {
+    e->respond(json_response({{"version", impl->options.version}}));
+  });
+  add("GET", "/metrics", false, [impl](ExchangePtr e) {
+    HttpResponse response;
+    response.content_type = kMetricsContentType;
+    response.body = impl->registry.expose();
+    e->respond(std::move(response));
+  });
+}
+
+void Frontend::open(ServedText served, engine::Worker& worker) {
+  CHECK_GT(served.model.max_model_len, 1);
+  CHECK_GT(served.model.vocab_size, 0);
+  RequestMetrics metrics(impl_->registry, served.model.names.front(), served.model.max_model_len);
+  impl_->serving = std::make_shared<Serving>(Serving{std::move(served), &worker, metrics});
+}
+
+void Frontend::close(Error why) { impl_->close_serving(std::move(why)); }
+
+int64_t Frontend::num_requests() const { return impl_->num_requests; }
+
+}  // namespace tandem::api

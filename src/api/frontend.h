@@ -1,0 +1,79 @@
+// The OpenAI API in front of a Worker: HTTP in, token requests out; token events in, JSON and server-sent events out.
+// `tandem serve` puts it before an engine, `tandem route` before a routed worker.
+//
+//   Frontend frontend(io, options, clock, registry);
+//   auto server = HttpServer::listen(io, host, port, frontend.http_options());
+//   frontend.add_routes(**server);
+//   (*server)->start();              // answers /health with 503 and everything else with "loading"
+//   …
+//   frontend.open(served, worker);        // on the I/O thread, once the model is there
+//
+// Threads: everything runs on the thread of `io`. The worker calls its sinks on a thread of its own; they only put the
+// event into a mailbox. Detokenizing a token takes about a microsecond and is done in line. Parsing, rendering and
+// tokenizing are done in line for bodies up to kInlineBodyBytes, which takes less than two thread switches are worth;
+// larger ones go to one text thread, so that a long prompt does not stop the streams of others.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "src/api/http_server.h"
+#include "src/api/openai_request.h"
+#include "src/api/served_text.h"
+#include "src/base/clock.h"
+#include "src/base/metrics.h"
+#include "src/engine/worker.h"
+
+namespace boost::asio {
+class io_context;
+}
+
+namespace tandem::api {
+
+// What /health says. Ready: 200, else 503; the body is {"status":…,"progress":…}.
+struct Health {
+  bool ready = false;
+  std::string status = "loading";  // "ok", "loading", "dead", …
+  std::optional<double> progress;  // 0 … 1
+};
+
+struct FrontendOptions {
+  std::string model_name;  // the first served name, for metrics before the model is there
+  std::vector<std::string> api_keys;
+  RequestPolicy policy;
+  double request_timeout_s = 600;
+  int64_t max_concurrent_requests = 4096;  // more are answered with 429
+  std::string version;
+  std::function<Health()> health;  // unset: ready once open() was called
+};
+
+class Frontend {
+ public:
+  static constexpr size_t kInlineBodyBytes = 16UL << 10;
+
+  // `clock` must be the one that the worker's deadlines are on. All three references must outlive this.
+  Frontend(boost::asio::io_context& io, FrontendOptions options, const Clock& clock, Registry& registry);
+  ~Frontend();  // requests that still run end with 503
+  Frontend(const Frontend&) = delete;
+  Frontend& operator=(const Frontend&) = delete;
+
+  // Limits, keys and the metrics of HTTP. The front end must outlive the server.
+  HttpServerOptions http_options() const;
+  void add_routes(HttpServer& server);
+
+  // Serves from now on. `worker` must outlive this or the next close().
+  void open(ServedText served, engine::Worker& worker);
+  // Running requests end with `why`, later ones are refused with it.
+  void close(Error why);
+  int64_t num_requests() const;
+
+ private:
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace tandem::api
