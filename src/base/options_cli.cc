@@ -5,12 +5,11 @@
 
 #include "src/base/options.h"
 #include "src/base/options_yaml.h"
+#include "src/base/version.h"
 #include <yaml-cpp/yaml.h>
 
 namespace tandem {
 namespace {
-
-constexpr const char* kVersion = "tandem 0.1.0";
 
 struct Binding {
   const OptionSpec* spec;
@@ -126,7 +125,7 @@ Result<CommandLine> parse_command_line(const std::vector<std::string>& given) {
   TANDEM_TRY(check_option_names(arguments));
 
   CLI::App root("Tandem serves mixture-of-experts language models with prefill and decode on separate workers.", "tandem");
-  root.set_version_flag("--version", kVersion);
+  root.set_version_flag("--version", std::string("tandem ") + kVersion);
   root.require_subcommand(1);
   root.get_formatter()->column_width(34);
   std::deque<BoundCommand> commands;
@@ -147,7 +146,7 @@ Result<CommandLine> parse_command_line(const std::vector<std::string>& given) {
     line.text_to_print = info != nullptr ? options_help(*info) : root.help();
     return line;
   } catch (const CLI::CallForVersion&) {
-    line.text_to_print = std::string(kVersion) + "\n";
+    line.text_to_print = std::string("tandem ") + kVersion + "\n";
     return line;
   } catch (const CLI::ParseError& error) {
     return invalid_argument("", "{}; see `tandem --help`", error.what());

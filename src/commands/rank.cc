@@ -1,0 +1,131 @@
+#include "src/commands/rank.h"
+
+#include <algorithm>
+
+#include "src/base/log.h"
+
+namespace tandem::commands {
+namespace {
+
+std::string choose_backend(const Options& options) {
+  const std::string& device = options.text("device");
+  const std::string& isa = options.text("cpu-isa");
+  if (device == "ref") return "ref";
+  return isa == "auto" ? "auto" : "cpu-" + isa;
+}
+
+// Every option that a transfer sees is named as the user wrote it.
+Result<std::optional<KvTransferConfig>> read_kv_transfer(const Options& options) {
+  const std::string& text = options.text("kv-transfer-config");
+  if (text.empty()) return std::optional<KvTransferConfig>();
+  TANDEM_ASSIGN(KvTransferConfig config, parse_kv_transfer_config(text));
+  if (config.engine_id.empty()) config.engine_id = random_hex(8);
+  return std::optional<KvTransferConfig>(std::move(config));
+}
+
+}  // namespace
+
+Result<RankConfig> make_rank_config(const Options& options) {
+  RankConfig config;
+  config.backend = choose_backend(options);
+  config.threads = static_cast<int>(options.integer("threads"));
+  config.limits.max_num_batched_tokens = options.integer("max-num-batched-tokens");
+  config.limits.max_num_seqs = options.integer("max-num-seqs");
+  config.limits.max_num_waiting = options.integer("max-num-waiting");
+  config.limits.block_size = options.integer("block-size");
+  config.limits.prefix_caching = options.flag("enable-prefix-caching");
+  if (config.limits.max_num_seqs > config.limits.max_num_batched_tokens) {
+    return invalid_argument("max-num-seqs",
+                            "--max-num-seqs {} is more than --max-num-batched-tokens {}: every running request needs a "
+                            "row per step; lower the first or raise the second",
+                            config.limits.max_num_seqs, config.limits.max_num_batched_tokens);
+  }
+  config.num_blocks = options.integer("num-gpu-blocks-override");
+  config.kv_memory_bytes = options.integer("kv-cache-memory-bytes");
+  TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
+
+  config.load.path = options.text("model");
+  config.load.format =
+      options.text("load-format") == "dummy" ? model::LoadFormat::kDummy : model::LoadFormat::kSafetensors;
+  config.load.compute = options.text("dtype") == "float32" ? model::ComputeType::kF32 : model::ComputeType::kBf16;
+  config.load.max_num_batched_tokens = config.limits.max_num_batched_tokens;
+  config.load.max_num_seqs = config.limits.max_num_seqs;
+  config.load.max_model_len = options.integer("max-model-len");
+  config.load.block_size = config.limits.block_size;
+  config.load.dummy_seed = static_cast<uint64_t>(options.integer("seed"));
+  TANDEM_ASSIGN(config.model, model::load_config(config.load.path));
+  return config;
+}
+
+Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_vocab, const Clock& clock,
+                                         Registry& registry, std::function<void(double)> on_progress) {
+  std::unique_ptr<Rank> rank(new Rank());
+  TANDEM_ASSIGN(rank->ops_, kernels::make_ops(config.backend, config.threads));
+  log_info("serve", "kernels: {}, {} threads", rank->ops_->name(), rank->ops_->num_threads());
+  config.load.on_progress = std::move(on_progress);
+  TANDEM_ASSIGN(rank->model_, model::load_model(*rank->ops_, config.load));
+  TANDEM_TRY(rank->open_cache(config));
+
+  engine::EngineOptions options;
+  options.model_name = config.model_name;
+  options.limits = config.limits;
+  options.limits.rows_depend_on_role = rank->info().rows_depend_on_role;
+  options.eos_ids = config.model.generation.eos_token_ids;
+  options.sampled_vocab = std::min(sampled_vocab, rank->info().vocab_size);
+  if (config.kv_transfer) {
+    options.kv_role = config.kv_transfer->role;
+    options.kv_host = config.kv_transfer->ip;
+  }
+  rank->engine_ = std::make_unique<engine::Engine>(*rank->model_, *rank->cache_, options, clock, registry);
+  TANDEM_TRY(rank->open_agent(config));
+  return rank;
+}
+
+// The pool must hold one sequence of full length, or such a request could never end.
+Status Rank::open_cache(const RankConfig& config) {
+  const model::KvLayout& layout = info().kv;
+  const int64_t num_blocks =
+      config.num_blocks > 0 ? config.num_blocks : config.kv_memory_bytes / layout.total_block_bytes();
+  const int64_t needed = (info().max_model_len + layout.block_size - 1) / layout.block_size;
+  if (num_blocks < needed) {
+    return invalid_argument(
+        config.num_blocks > 0 ? "num-gpu-blocks-override" : "kv-cache-memory-bytes",
+        "{} KV blocks ({:.1f} MiB) cannot hold one request of --max-model-len {}, which needs {} ({:.1f} MiB); raise "
+        "--{} "
+        "or lower --max-model-len to {}",
+        num_blocks, static_cast<double>(num_blocks * layout.total_block_bytes()) / (1 << 20), info().max_model_len,
+        needed, static_cast<double>(needed * layout.total_block_bytes()) / (1 << 20),
+        config.num_blocks > 0 ? "num-gpu-blocks-override" : "kv-cache-memory-bytes", num_blocks * layout.block_size);
+  }
+  cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks);
+  log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB; room for {:.1f} requests of {} tokens",
+           layout.describe(), num_blocks, num_blocks * layout.block_size,
+           static_cast<double>(cache_->bytes()) / (1 << 20),
+           static_cast<double>(num_blocks * layout.block_size) / static_cast<double>(info().max_model_len),
+           info().max_model_len);
+  return {};
+}
+
+Status Rank::open_agent(const RankConfig& config) {
+  if (!config.kv_transfer) return {};
+  const KvTransferConfig& kv = *config.kv_transfer;
+  if (!kv.connector_note.empty()) log_info("serve", "{}", kv.connector_note);
+  transfer::AgentOptions options;
+  options.engine_id = kv.engine_id;
+  options.listen_host = kv.ip;
+  options.listen_port = kv.port;
+  options.model_fingerprint = info().fingerprint;
+  options.role = kv.role;
+  TANDEM_ASSIGN(agent_, transfer::make_ucx_agent(*cache_, options, [this] { engine_->wake(); }));
+  engine_->attach(agent_.get());
+  log_info("serve", "prefill/decode: {} as {}, KV on {}:{}", kv.connector, kv_role_name(kv.role), kv.ip,
+           agent_->port());
+  return {};
+}
+
+Rank::~Rank() {
+  if (engine_) engine_->stop();
+  agent_.reset();
+}
+
+}  // namespace tandem::commands

@@ -1,0 +1,62 @@
+// One engine rank, put together from the options of `tandem serve`: device, model, KV cache, transfer agent, engine.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "src/base/clock.h"
+#include "src/base/kv_transfer_config.h"
+#include "src/base/metrics.h"
+#include "src/base/options.h"
+#include "src/base/result.h"
+#include "src/engine/engine.h"
+#include "src/kernels/ops.h"
+#include "src/model/config.h"
+#include "src/model/model.h"
+#include "src/transfer/agent.h"
+
+namespace tandem::commands {
+
+struct RankConfig {
+  std::string backend;  // as for kernels::make_ops
+  int threads = 0;
+  model::LoadOptions load;
+  model::ModelConfig model;
+  engine::SchedulerLimits limits;
+  int64_t num_blocks = 0;  // 0: from kv_memory_bytes
+  int64_t kv_memory_bytes = 0;
+  std::optional<KvTransferConfig> kv_transfer;
+  std::string model_name;
+};
+
+// Reads and cross-checks the options and config.json; nothing is loaded or opened yet.
+Result<RankConfig> make_rank_config(const Options& options);
+
+class Rank {
+ public:
+  // Loads the weights: seconds to minutes. `on_progress` is called with 0 once every header was found good, then up
+  // to 1. `sampled_vocab` is the number of ids the tokenizer knows. The engine is not started.
+  static Result<std::unique_ptr<Rank>> load(RankConfig config, int64_t sampled_vocab, const Clock& clock,
+                                            Registry& registry, std::function<void(double)> on_progress);
+  ~Rank();
+
+  engine::Engine& engine() { return *engine_; }
+  const model::ModelInfo& info() const { return model_->info(); }
+
+ private:
+  Rank() = default;
+  Status open_cache(const RankConfig& config);
+  Status open_agent(const RankConfig& config);
+
+  // In order of dependence; the agent goes before the cache that it reads and writes.
+  std::unique_ptr<kernels::Ops> ops_;
+  std::unique_ptr<model::Model> model_;
+  std::unique_ptr<model::KvCache> cache_;
+  std::unique_ptr<engine::Engine> engine_;
+  std::unique_ptr<transfer::Agent> agent_;
+};
+
+}  // namespace tandem::commands

@@ -1,0 +1,36 @@
+#include "src/commands/server_common.h"
+
+#include <filesystem>
+
+#include "src/base/log.h"
+#include "src/base/version.h"
+
+namespace tandem::commands {
+
+void start_log(const Options& options) {
+  const std::string& level = options.text("log-level");
+  init_log(level == "debug"     ? LogLevel::kDebug
+           : level == "warning" ? LogLevel::kWarning
+           : level == "error"   ? LogLevel::kError
+                                : LogLevel::kInfo,
+           options.text("log-name"));
+}
+
+std::string default_model_name(const std::string& path) {
+  std::filesystem::path folder = std::filesystem::path(path).lexically_normal();
+  if (folder.filename().empty()) folder = folder.parent_path();
+  if (folder.filename() == "config.json") folder = folder.parent_path();
+  const std::string name = folder.filename().string();
+  return name.empty() || name == "." ? "model" : name;
+}
+
+api::FrontendOptions frontend_options(const Options& options, const std::string& model_name) {
+  api::FrontendOptions front;
+  front.model_name = model_name;
+  front.api_keys = options.list("api-key");
+  front.request_timeout_s = options.number("request-timeout-s");
+  front.version = kVersion;
+  return front;
+}
+
+}  // namespace tandem::commands

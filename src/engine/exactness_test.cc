@@ -1,0 +1,336 @@
+// The same request gives the same tokens and logprobs, bit for bit, whatever runs beside it and wherever it runs.
+// Real models, the real engine, the real transfer agent over UCX; every comparison is ==.
+#include <gtest/gtest.h>
+
+#include <condition_variable>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <random>
+#include <tuple>
+
+#include "src/engine/engine.h"
+#include "src/transfer/agent.h"
+
+namespace tandem::engine {
+namespace {
+
+constexpr int64_t kMaxModelLen = 512;
+constexpr size_t kNumPrompts = 100;
+constexpr int64_t kMaxTokens = 12;
+
+struct Answer {
+  std::vector<TokenId> tokens;
+  std::vector<float> logprobs;
+  std::vector<std::pair<TokenId, float>> top_logprobs;
+  std::string error;
+  bool operator==(const Answer&) const = default;
+};
+
+struct RankSetup {
+  std::string backend = "auto";
+  int threads = 1;
+  int64_t max_num_batched_tokens = 512;
+  int64_t max_num_seqs = 1;
+  int64_t num_blocks = 2 * kMaxModelLen / 16 * 16;
+  bool prefix_caching = false;
+  std::optional<KvRole> kv_role;
+};
+
+// A model, its cache, an engine and, for a kv_role, an agent: what one worker process has.
+class Rank {
+ public:
+  Rank(const std::string& model_path, const RankSetup& setup) {
+    ops_ = kernels::make_ops(setup.backend, setup.threads).value();
+    model::LoadOptions load;
+    load.path = model_path;
+    load.max_num_batched_tokens = setup.max_num_batched_tokens;
+    load.max_num_seqs = setup.max_num_seqs;
+    load.max_model_len = kMaxModelLen;
+    model_ = model::load_model(*ops_, load).value();
+    const model::ModelInfo& info = model_->info();
+    cache_ = std::make_unique<model::KvCache>(*ops_, info.kv, setup.num_blocks);
+    EngineOptions options;
+    options.model_name = "exact";
+    options.limits.max_num_batched_tokens = setup.max_num_batched_tokens;
+    options.limits.max_num_seqs = setup.max_num_seqs;
+    options.limits.max_num_waiting = 4096;
+    options.limits.block_size = info.kv.block_size;
+    options.limits.prefix_caching = setup.prefix_caching;
+    options.limits.rows_depend_on_role = info.rows_depend_on_role;
+    options.sampled_vocab = info.vocab_size;
+    options.kv_role = setup.kv_role.value_or(KvRole::kBoth);
+    options.kv_host = "127.0.0.1";
+    engine_ = std::make_unique<Engine>(*model_, *cache_, options, clock_, registry_);
+    if (setup.kv_role) {
+      transfer::AgentOptions agent;
+      agent.engine_id = kv_role_name(*setup.kv_role);
+      agent.model_fingerprint = info.fingerprint;
+      agent.role = *setup.kv_role;
+      agent_ = transfer::make_ucx_agent(*cache_, agent, [engine = engine_.get()] { engine->wake(); }).value();
+      engine_->attach(agent_.get());
+    }
+    engine_->start();
+  }
+  ~Rank() {
+    engine_->stop();
+    agent_.reset();
+  }
+  Engine& engine() { return *engine_; }
+  int64_t vocab_size() const { return model_->info().vocab_size; }
+  double metric(const std::string& name) {
+    const std::string text = registry_.expose();
+    const size_t at = text.find("\n" + name + "{");
+    return at == std::string::npos ? -1 : std::stod(text.substr(text.find("} ", at) + 2));
+  }
+
+ private:
+  SteadyClock clock_;
+  Registry registry_;
+  std::unique_ptr<kernels::Ops> ops_;
+  std::unique_ptr<model::Model> model_;
+  std::unique_ptr<model::KvCache> cache_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<transfer::Agent> agent_;
+};
+
+// Collects the events of one request; `on_reservation` gets a push reservation, `on_publication` a pull publication.
+class Collector {
+ public:
+  EventSink sink() {
+    return [this](TokenEvent&& event) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const GeneratedToken& token : event.tokens) {
+        answer_.tokens.push_back(token.token);
+        answer_.logprobs.push_back(token.logprob);
+        answer_.top_logprobs.insert(answer_.top_logprobs.end(), token.top_logprobs.begin(), token.top_logprobs.end());
+      }
+      if (event.kv_transfer) kv_transfer_ = event.kv_transfer;
+      if (event.error) answer_.error = event.error->message;
+      done_ = done_ || event.finish || event.error;
+      changed_.notify_all();
+    };
+  }
+  Answer wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    EXPECT_TRUE(changed_.wait_for(lock, std::chrono::seconds(120), [this] { return done_; }));
+    return answer_;
+  }
+  std::optional<transfer::KvTransferParams> wait_for_kv_transfer() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    EXPECT_TRUE(changed_.wait_for(lock, std::chrono::seconds(120), [this] { return done_ || kv_transfer_; }));
+    return kv_transfer_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  Answer answer_;
+  std::optional<transfer::KvTransferParams> kv_transfer_;
+  bool done_ = false;
+};
+
+// Mixed lengths around block borders; every fifth shares a prefix with the others; half greedy, half seeded.
+std::vector<TokenRequest> make_requests(int64_t vocab_size, size_t count) {
+  std::mt19937 random(7);
+  const auto token = [&] { return static_cast<TokenId>(random() % static_cast<uint64_t>(vocab_size)); };
+  std::vector<TokenId> shared(200);
+  for (TokenId& id : shared) id = token();
+  constexpr size_t kBorders[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65};
+  std::vector<TokenRequest> requests(count);
+  for (size_t i = 0; i < count; ++i) {
+    TokenRequest& request = requests[i];
+    const size_t length = i % 2 == 0 ? kBorders[random() % std::size(kBorders)] : 1 + random() % 150;
+    if (i % 5 == 0) request.prompt.assign(shared.begin(), shared.begin() + static_cast<std::ptrdiff_t>(length));
+    while (request.prompt.size() < length + i % 3) request.prompt.push_back(token());
+    request.sampling.max_tokens = kMaxTokens;
+    request.sampling.ignore_eos = true;
+    request.sampling.num_logprobs = 2;
+    request.sampling.temperature = 0;
+    if (i % 2 == 1) {
+      request.sampling.temperature = 0.8;
+      request.sampling.top_p = 0.95;
+      request.sampling.top_k = 50;
+      request.sampling.seed = 100 + i;
+      request.sampling.repetition_penalty = 1.2;
+    }
+  }
+  return requests;
+}
+
+// At most `parallel` requests at a time.
+std::vector<Answer> run_all(Rank& rank, const std::vector<TokenRequest>& requests, size_t parallel) {
+  std::vector<Answer> answers(requests.size());
+  std::vector<std::unique_ptr<Collector>> open(requests.size());
+  for (size_t i = 0; i < requests.size() + parallel; ++i) {
+    if (i >= parallel) answers[i - parallel] = open[i - parallel]->wait();
+    if (i < requests.size()) {
+      open[i] = std::make_unique<Collector>();
+      rank.engine().submit(requests[i], open[i]->sink());
+    }
+  }
+  return answers;
+}
+
+class Exactness : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    path_ = std::string(TANDEM_SOURCE_DIR) + "/" + GetParam();
+    ASSERT_TRUE(std::filesystem::exists(path_)) << path_;
+    // Computed once per model: each prompt alone, whole, cold, on one thread.
+    static std::map<std::string, std::pair<std::vector<TokenRequest>, std::vector<Answer>>> known;
+    if (!known.contains(path_)) {
+      Rank alone(path_, {});
+      requests_ = make_requests(alone.vocab_size(), kNumPrompts);
+      known[path_] = {requests_, run_all(alone, requests_, 1)};
+    }
+    std::tie(requests_, expected_) = known[path_];
+    for (const Answer& answer : expected_) {
+      ASSERT_EQ(answer.error, "");
+      ASSERT_EQ(answer.tokens.size(), static_cast<size_t>(kMaxTokens));
+    }
+  }
+  void expect_same(const std::vector<Answer>& answers, const std::string& what) {
+    ASSERT_EQ(answers.size(), expected_.size());
+    size_t different = 0;
+    for (size_t i = 0; i < answers.size(); ++i) {
+      if (answers[i] == expected_[i]) continue;
+      if (++different <= 3) {
+        ADD_FAILURE() << what << ": request " << i << " of " << requests_[i].prompt.size() << " tokens differs"
+                      << (answers[i].tokens == expected_[i].tokens ? " in logprobs " : " in tokens ")
+                      << answers[i].error;
+      }
+    }
+    EXPECT_EQ(different, 0U) << what;
+  }
+
+  std::string path_;
+  std::vector<TokenRequest> requests_;
+  std::vector<Answer> expected_;
+};
+
+TEST_P(Exactness, BatchOf16) {
+  RankSetup setup;
+  setup.max_num_seqs = 16;
+  Rank rank(path_, setup);
+  expect_same(run_all(rank, requests_, 16), "batch of 16");
+}
+
+TEST_P(Exactness, ChunkSizes) {
+  for (const int64_t chunk : {1, 7, 64}) {
+    RankSetup setup;
+    setup.max_num_batched_tokens = chunk;
+    Rank rank(path_, setup);
+    expect_same(run_all(rank, requests_, 1), "chunks of " + std::to_string(chunk));
+  }
+  RankSetup mixed;
+  mixed.max_num_batched_tokens = 23;
+  mixed.max_num_seqs = 8;
+  Rank rank(path_, mixed);
+  expect_same(run_all(rank, requests_, 8), "8 at once in steps of 23 rows");
+}
+
+TEST_P(Exactness, PrefixHits) {
+  RankSetup setup;
+  setup.prefix_caching = true;
+  setup.max_num_seqs = 4;
+  Rank rank(path_, setup);
+  expect_same(run_all(rank, requests_, 4), "cold with a shared prefix");
+  const double hits = rank.metric("vllm:prefix_cache_hits_total");
+  expect_same(run_all(rank, requests_, 4), "full hits");
+  EXPECT_GT(rank.metric("vllm:prefix_cache_hits_total"), hits);
+}
+
+TEST_P(Exactness, ForcedPreemption) {
+  for (const bool prefix_caching : {false, true}) {
+    RankSetup setup;
+    setup.num_blocks = kMaxModelLen / 16;
+    setup.max_num_seqs = 16;
+    setup.prefix_caching = prefix_caching;
+    Rank rank(path_, setup);
+    expect_same(run_all(rank, requests_, 16), "preemption");
+    EXPECT_GT(rank.metric("vllm:num_preemptions_total"), 0);
+  }
+}
+
+TEST_P(Exactness, ThreadCounts) {
+  for (const int threads : {2, 3}) {
+    RankSetup setup;
+    setup.threads = threads;
+    setup.max_num_seqs = 8;
+    Rank rank(path_, setup);
+    expect_same(run_all(rank, requests_, 8), std::to_string(threads) + " threads");
+  }
+}
+
+TEST_P(Exactness, PushedFromPrefillToDecode) {
+  for (const bool prefix_caching : {false, true}) {
+    RankSetup setup;
+    setup.max_num_seqs = 8;
+    setup.max_num_batched_tokens = 40;
+    setup.prefix_caching = prefix_caching;
+    setup.kv_role = KvRole::kProducer;
+    Rank prefill(path_, setup);
+    setup.kv_role = KvRole::kConsumer;
+    Rank decode(path_, setup);
+    std::vector<Answer> answers;
+    for (const TokenRequest& request : requests_) {
+      TokenRequest to_decode = request;
+      to_decode.kv_transfer.emplace();
+      to_decode.kv_transfer->do_remote_prefill = true;
+      to_decode.kv_transfer->mode = transfer::TransferMode::kPush;
+      Collector decoded;
+      decode.engine().submit(to_decode, decoded.sink());
+      TokenRequest to_prefill = request;
+      to_prefill.kv_transfer = decoded.wait_for_kv_transfer();
+      ASSERT_TRUE(to_prefill.kv_transfer) << decoded.wait().error;
+      Collector prefilled;
+      prefill.engine().submit(to_prefill, prefilled.sink());
+      const Answer first = prefilled.wait();
+      ASSERT_EQ(first.error, "");
+      answers.push_back(decoded.wait());
+      EXPECT_EQ(first.tokens[0], answers.back().tokens.at(0));
+    }
+    expect_same(answers, "push");
+    EXPECT_EQ(decode.metric("tandem:kv_blocks_pinned"), 0);
+  }
+}
+
+TEST_P(Exactness, PulledByDecodeFromPrefill) {
+  RankSetup setup;
+  setup.max_num_seqs = 8;
+  setup.prefix_caching = true;
+  setup.kv_role = KvRole::kBoth;
+  Rank prefill(path_, setup);
+  Rank decode(path_, setup);
+  std::vector<Answer> answers;
+  for (const TokenRequest& request : requests_) {
+    TokenRequest to_prefill = request;
+    to_prefill.kv_transfer.emplace().do_remote_decode = true;
+    Collector prefilled;
+    prefill.engine().submit(to_prefill, prefilled.sink());
+    ASSERT_EQ(prefilled.wait().error, "");
+    TokenRequest to_decode = request;
+    to_decode.prompt = {1};
+    to_decode.kv_transfer = prefilled.wait_for_kv_transfer();
+    Collector decoded;
+    decode.engine().submit(to_decode, decoded.sink());
+    answers.push_back(decoded.wait());
+  }
+  expect_same(answers, "pull");
+}
+
+std::string path_as_name(const testing::TestParamInfo<const char*>& param) {
+  std::string name = param.param;
+  for (char& letter : name) {
+    if (std::isalnum(static_cast<unsigned char>(letter)) == 0) letter = '_';
+  }
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Exactness,
+                         testing::Values("models/demo", "tests/golden/qwen_base", "tests/golden/ds_yarn"),
+                         path_as_name);
+
+}  // namespace
+}  // namespace tandem::engine
