@@ -8,51 +8,70 @@
 namespace tandem::kernels::cpu {
 namespace {
 
-// Lanes run over d, so that keys are read as they lie in the cache; a score is kLanes chains and one tree.
+// Scores of kQueryBlock queries and KEYS keys. Lanes run over d, so that keys are read as they lie in the cache; a
+// score is kLanes chains and one tree, whatever KEYS.
+template <int KEYS>
 TANDEM_INLINE void score_block(const float* q, int64_t q_stride, const float* keys, int64_t key_stride, int64_t dim,
                                float* out) {
-  Vec sums[kQueryBlock][kScoreKeys];
+  VecGrid<KEYS, kQueryBlock> sums;
 #pragma GCC unroll 4
-  for (int i = 0; i < kQueryBlock; ++i) {
+  for (int j = 0; j < KEYS; ++j) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kScoreKeys; ++j) sums[i][j] = zero();
+    for (int i = 0; i < kQueryBlock; ++i) sums[j][i] = zero();
   }
   for (int64_t d = 0; d < dim; d += kLanes) {
-    Vec key[kScoreKeys];
+    Vecs<KEYS> key;
 #pragma GCC unroll 4
-    for (int j = 0; j < kScoreKeys; ++j) key[j] = load(keys + j * key_stride + d);
+    for (int j = 0; j < KEYS; ++j) key[j] = load(keys + j * key_stride + d);
 #pragma GCC unroll 4
     for (int i = 0; i < kQueryBlock; ++i) {
       const Vec query = load(q + i * q_stride + d);
 #pragma GCC unroll 4
-      for (int j = 0; j < kScoreKeys; ++j) sums[i][j] = fma(query, key[j], sums[i][j]);
+      for (int j = 0; j < KEYS; ++j) sums[j][i] = fma(query, key[j], sums[j][i]);
     }
   }
-  if constexpr (kScoreKeys == 4) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kQueryBlock; ++i) {
-      sum_lanes(sums[i][0], sums[i][1], sums[i][kScoreKeys - 2], sums[i][kScoreKeys - 1], out + i * kTile);
-    }
-  } else {
-    static_assert(kScoreKeys == 2 || kScoreKeys == 4);
+  for (int j = 0; j < KEYS; ++j) {
+    const __m128 four = sum_lanes(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+    _mm_store_ss(out + j, four);
+    _mm_store_ss(out + kTile + j, _mm_shuffle_ps(four, four, 1));
+    _mm_store_ss(out + 2 * kTile + j, _mm_shuffle_ps(four, four, 2));
+    _mm_store_ss(out + 3 * kTile + j, _mm_shuffle_ps(four, four, 3));
+  }
+}
+
+// The same scores for one query: more keys at once instead.
+template <int KEYS>
+TANDEM_INLINE void score_single(const float* q, const float* keys, int64_t key_stride, int64_t dim, float* out) {
+  static_assert(KEYS % 4 == 0);
+  Vecs<KEYS> sums;
+#pragma GCC unroll 8
+  for (int j = 0; j < KEYS; ++j) sums[j] = zero();
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Vec query = load(q + d);
+#pragma GCC unroll 8
+    for (int j = 0; j < KEYS; ++j) sums[j] = fma(query, load(keys + j * key_stride + d), sums[j]);
+  }
 #pragma GCC unroll 2
-    for (int i = 0; i < kQueryBlock; i += 2) {
-      float four[4];
-      sum_lanes(sums[i][0], sums[i][1], sums[i + 1][0], sums[i + 1][1], four);
-      out[i * kTile] = four[0];
-      out[i * kTile + 1] = four[1];
-      out[(i + 1) * kTile] = four[2];
-      out[(i + 1) * kTile + 1] = four[3];
-    }
+  for (int j = 0; j < KEYS; j += 4) {
+    _mm_storeu_ps(out + j, sum_lanes(sums[j], sums[j + 1], sums[j + 2], sums[j + 3]));
   }
 }
 
 void scores(const float* q, int64_t q_stride, int64_t queries, const float* keys, int64_t key_stride, int64_t positions,
             int64_t dim, float* out) {
+  static_assert(kQueryBlock == 4);
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
-    for (int64_t j = 0; j < positions; j += kScoreKeys) {
-      score_block(q + i * q_stride, q_stride, keys + j * key_stride, key_stride, dim, out + i * kTile + j);
+    const float* query = q + i * q_stride;
+    float* row = out + i * kTile;
+    int64_t j = 0;
+    if (queries - i == 1) {
+      for (; j + 8 <= positions; j += 8) score_single<8>(query, keys + j * key_stride, key_stride, dim, row + j);
     }
+    for (; j + kScoreKeys <= positions; j += kScoreKeys) {
+      score_block<kScoreKeys>(query, q_stride, keys + j * key_stride, key_stride, dim, row + j);
+    }
+    for (; j < positions; ++j) score_block<1>(query, q_stride, keys + j * key_stride, key_stride, dim, row + j);
   }
 }
 

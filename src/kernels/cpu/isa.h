@@ -67,8 +67,8 @@ struct Isa {
                        float* out);
 
   // Attention. Vectors lie `*_stride` floats apart; `dim` is a multiple of kPadding.
-  // out[i * kTile + j] = Σ_d q[i][d] * keys[j][d] for i < queries, j < positions. Reads queries rounded up to
-  // kQueryBlock and positions rounded up to kQueryBlock, and writes that many.
+  // out[i * kTile + j] = Σ_d q[i][d] * keys[j][d] for i < queries, j < positions. Reads and writes queries rounded up to
+  // kQueryBlock.
   void (*scores)(const float* q, int64_t q_stride, int64_t queries, const float* keys, int64_t key_stride,
                  int64_t positions, int64_t dim, float* out);
   // Turns the scores of `visible` positions into weights exp(scale * s_j - largest), takes them into `state`, and
@@ -81,6 +81,12 @@ struct Isa {
   void (*fold)(SoftmaxState* total, float* total_acc, const SoftmaxState* part, const float* part_acc, int64_t dim);
   // out[d] = acc[d] / state.sum.
   void (*finish)(const SoftmaxState* state, const float* acc, int64_t count, float* out);
+
+  // The machine's limits (limits_inl.h): a loop of f32 multiply-adds in registers, and one that reads memory. The
+  // results only keep the compiler from leaving the loops out.
+  float (*run_fma)(int64_t rounds);
+  int64_t fma_flops_per_round;
+  float (*run_read)(const std::byte* memory, int64_t bytes);
 };
 
 const Isa& isa_avx2();

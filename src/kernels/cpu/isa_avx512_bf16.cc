@@ -6,6 +6,7 @@
 #include "src/kernels/cpu/rows_inl.h"
 #include "src/kernels/cpu/gemm_inl.h"
 #include "src/kernels/cpu/attention_inl.h"
+#include "src/kernels/cpu/limits_inl.h"
 #include "src/kernels/cpu/isa_table_inl.h"
 // clang-format on
 

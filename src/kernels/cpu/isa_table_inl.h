@@ -31,6 +31,9 @@ constexpr Isa make_table(const char* name) {
   isa.accumulate = accumulate;
   isa.fold = fold;
   isa.finish = finish;
+  isa.run_fma = run_fma;
+  isa.fma_flops_per_round = kFmaFlopsPerRound;
+  isa.run_read = run_read;
   return isa;
 }
 

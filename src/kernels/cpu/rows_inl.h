@@ -39,6 +39,13 @@ void to_bf16(const float* x, int64_t count, uint16_t* out) {
 
 void from_bf16(const uint16_t* x, int64_t count, float* out) {
   int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    Vec low;
+    Vec high;
+    load_bf16(x + i, &low, &high);
+    store(out + i, low);
+    store(out + i + kLanes, high);
+  }
   for (; i + kLanes <= count; i += kLanes) store(out + i, load_bf16(x + i));
   if (i == count) return;
   uint16_t tail[kLanes] = {};

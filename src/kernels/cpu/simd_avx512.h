@@ -59,17 +59,15 @@ TANDEM_INLINE Vec scale_by_power(Vec x, Vec n) {
 TANDEM_INLINE __m256 add_halves(Vec a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
-// Upper half added to the lower, then ((0+1)+(2+3)) + ((4+5)+(6+7)), of each of four vectors.
-TANDEM_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
-  const __m256 sums =
-      _mm256_hadd_ps(_mm256_hadd_ps(add_halves(a), add_halves(b)), _mm256_hadd_ps(add_halves(c), add_halves(d)));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+// The sum of each of four vectors: halves added lane by lane, then quarters, then (0+2) + (1+3).
+TANDEM_INLINE __m128 sum_lanes(Vec a, Vec b, Vec c, Vec d) {
+  const __m256 w = add_halves(a), x = add_halves(b), y = add_halves(c), z = add_halves(d);
+  const __m256 wx = _mm256_add_ps(_mm256_unpacklo_ps(w, x), _mm256_unpackhi_ps(w, x));
+  const __m256 yz = _mm256_add_ps(_mm256_unpacklo_ps(y, z), _mm256_unpackhi_ps(y, z));
+  const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(wx, yz, 0x44), _mm256_shuffle_ps(wx, yz, 0xEE));
+  return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
-TANDEM_INLINE float sum_lanes(Vec a) {
-  float out[4];
-  sum_lanes(a, a, a, a, out);
-  return out[0];
-}
+TANDEM_INLINE float sum_lanes(Vec a) { return _mm_cvtss_f32(sum_lanes(a, a, a, a)); }
 TANDEM_INLINE float max_lanes(Vec a) {
   const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -89,6 +87,10 @@ TANDEM_INLINE Vec load_second_of_pairs(const uint16_t* p) {
 TANDEM_INLINE Vec load_bf16(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+TANDEM_INLINE void load_bf16(const uint16_t* p, Vec* low, Vec* high) {
+  *low = load_bf16(p);
+  *high = load_bf16(p + kLanes);
 }
 TANDEM_INLINE void store_bf16(uint16_t* p, Vec x) {
   const __m512i bits = _mm512_castps_si512(x);

@@ -1,0 +1,272 @@
+// Measures the kernels of one backend beside the machine's limits, in the same run:
+//   kernels_bench [backend [threads]]
+// Best of several repetitions throughout; limits are taken again before every kernel, since a shared machine drifts.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "src/base/clock.h"
+#include "src/kernels/convert.h"
+#include "src/kernels/cpu/isa_choice.h"
+#include "src/kernels/cpu/thread_pool.h"
+#include "src/kernels/host_ops.h"
+#include "src/kernels/ops.h"
+
+namespace tandem::kernels {
+namespace {
+
+constexpr int64_t kReadBytes = int64_t{256} << 20;  // far beyond the caches
+constexpr int kRepetitions = 7;
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double best_seconds(const std::function<void()>& run, int repetitions = kRepetitions) {
+  double best = 1e30;
+  for (int i = 0; i <= repetitions; ++i) {
+    const double start = seconds_now();
+    run();
+    if (i > 0) best = std::min(best, seconds_now() - start);  // the first fills caches and page tables
+  }
+  return best;
+}
+
+struct Limits {
+  double gflops;
+  double read_gbytes;
+};
+
+class Bench {
+ public:
+  Bench(const cpu::Isa& isa, std::unique_ptr<Ops> ops)
+      : isa_(isa), ops_(std::move(ops)), stream_(ops_->make_stream()), pool_(ops_->num_threads()), memory_(kReadBytes) {
+    std::fill_n(memory_.address(), kReadBytes, std::byte{1});
+  }
+
+  void run_all();
+
+ private:
+  Limits measure_limits();
+  void report(const std::string& name, double seconds, double flops, double bytes);
+  Tensor make(DType dtype, int64_t rows, int64_t cols);
+  Tensor make_random(int64_t rows, int64_t cols);
+  std::unique_ptr<Weight> make_weight(int64_t batch, int64_t n, int64_t k);
+
+  void bench_linear(int64_t rows, int64_t n, int64_t k);
+  void bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width);
+  void bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim);
+  void bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope);
+
+  const cpu::Isa& isa_;
+  std::unique_ptr<Ops> ops_;
+  std::unique_ptr<Stream> stream_;
+  cpu::ThreadPool pool_;
+  HostBuffer memory_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::mt19937 random_{1};
+};
+
+Limits Bench::measure_limits() {
+  constexpr int64_t kRounds = 1 << 20;
+  const int threads = pool_.num_threads();
+  std::vector<float> sinks(static_cast<size_t>(threads) * 16);
+  const double compute = best_seconds(
+      [&] { pool_.run(threads, [&](int64_t i, int) { sinks[static_cast<size_t>(i) * 16] = isa_.run_fma(kRounds); }); },
+      3);
+  const int64_t share = kReadBytes / threads;
+  const double read = best_seconds(
+      [&] {
+        pool_.run(threads, [&](int64_t i, int) {
+          sinks[static_cast<size_t>(i) * 16] += isa_.run_read(memory_.address() + i * share, share);
+        });
+      },
+      3);
+  const double flops = static_cast<double>(isa_.fma_flops_per_round * kRounds * threads);
+  return {flops / compute * 1e-9, static_cast<double>(share * threads) / read * 1e-9};
+}
+
+void Bench::report(const std::string& name, double seconds, double flops, double bytes) {
+  const Limits limits = measure_limits();
+  const double gflops = flops / seconds * 1e-9;
+  const double gbytes = bytes / seconds * 1e-9;
+  fmt::print("{:<44} {:>10.1f} us {:>8.1f} GFLOP/s ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f})\n",
+             name, seconds * 1e6, gflops, 100 * gflops / limits.gflops, limits.gflops, gbytes,
+             100 * gbytes / limits.read_gbytes, limits.read_gbytes);
+  std::fflush(stdout);
+  buffers_.clear();
+}
+
+Tensor Bench::make(DType dtype, int64_t rows, int64_t cols) {
+  buffers_.push_back(ops_->allocate(rows * cols * dtype_bytes(dtype)));
+  return Tensor{buffers_.back()->address(), dtype, rows, cols, cols};
+}
+
+Tensor Bench::make_random(int64_t rows, int64_t cols) {
+  const Tensor tensor = make(DType::kF32, rows, cols);
+  std::vector<float> values(static_cast<size_t>(rows * cols));
+  std::normal_distribution<float> normal;
+  for (float& value : values) value = normal(random_);
+  ops_->upload(*stream_, tensor.address, std::as_bytes(std::span(values)));
+  return tensor;
+}
+
+std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k) {
+  std::vector<uint16_t> values(static_cast<size_t>(n * k));
+  std::uniform_real_distribution<float> uniform(-0.1F, 0.1F);
+  for (uint16_t& value : values) value = bf16_from_float(uniform(random_));
+  const HostMatrix matrix{.data = reinterpret_cast<const std::byte*>(values.data()), .n = n, .k = k};
+  const std::vector<HostMatrix> matrices(static_cast<size_t>(batch), matrix);
+  return ops_->pack_weight(matrices, WeightFormat::kBf16);
+}
+
+// How often a working set must be repeated, so that its copies together do not fit in the caches.
+int64_t copies_beyond_caches(int64_t bytes) { return (kReadBytes + bytes - 1) / bytes; }
+
+void Bench::bench_linear(int64_t rows, int64_t n, int64_t k) {
+  const int64_t copies = rows == 1 ? copies_beyond_caches(n * k * 2) : 1;
+  std::vector<std::unique_ptr<Weight>> weights;
+  for (int64_t i = 0; i < copies; ++i) weights.push_back(make_weight(1, n, k));
+  const Tensor x = make_random(rows, k);
+  const Tensor out = make(DType::kF32, rows, n);
+  const double seconds = best_seconds([&] {
+    for (const std::unique_ptr<Weight>& weight : weights) ops_->linear(*stream_, x, *weight, out);
+  });
+  const double total = static_cast<double>(copies * n * k);
+  report(fmt::format("linear bf16 M={} N={} K={}", rows, n, k), seconds, 2.0 * total * static_cast<double>(rows),
+         2.0 * total);
+}
+
+void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width) {
+  const std::unique_ptr<Weight> gate_up = make_weight(experts, 2 * width, hidden);
+  const std::unique_ptr<Weight> down = make_weight(experts, hidden, width);
+  const Tensor x = make_random(rows, hidden);
+  const Tensor out = make(DType::kF32, rows * top_k, hidden);
+  const int64_t steps = rows == 1 ? experts / top_k : 1;  // one after another, all experts are read
+  std::vector<Tensor> orders;
+  std::vector<Tensor> offsets;
+  for (int64_t step = 0; step < steps; ++step) {
+    std::vector<int32_t> ids;
+    for (int64_t slot = 0; slot < rows * top_k; ++slot) {
+      ids.push_back(static_cast<int32_t>((step * top_k + slot) % experts));
+    }
+    const Tensor ids_tensor = make(DType::kI32, rows, top_k);
+    ops_->upload(*stream_, ids_tensor.address, std::as_bytes(std::span(ids)));
+    orders.push_back(make(DType::kI32, rows * top_k, 1));
+    offsets.push_back(make(DType::kI32, experts + 1, 1));
+    ops_->sort_by_expert(*stream_, ids_tensor, experts, orders.back(), offsets.back());
+  }
+  const double seconds = best_seconds([&] {
+    for (size_t step = 0; step < orders.size(); ++step) {
+      ops_->expert_mlp(*stream_, x, orders[step], offsets[step], top_k, *gate_up, *down, out);
+    }
+  });
+  const double weights_per_expert = static_cast<double>(3 * hidden * width);
+  const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
+  report(fmt::format("expert_mlp M={} E={} k={} H={} I={}", rows, experts, top_k, hidden, width), seconds,
+         2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k), 2.0 * weights_per_expert * used);
+}
+
+void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
+  constexpr int64_t kBlock = 16;
+  const int64_t blocks = (positions + kBlock - 1) / kBlock;
+  const int64_t block_bytes = 2 * kv_heads * kBlock * dim * 2;
+  const int64_t copies = rows == 1 ? copies_beyond_caches(blocks * block_bytes) : 1;
+  const std::unique_ptr<Buffer> memory = ops_->allocate(copies * blocks * block_bytes);
+  const KvLayerView cache{memory->address(), block_bytes, kBlock, copies * blocks, DType::kBf16};
+  const Tensor kv = make_random(kBlock, kv_heads * dim);
+  for (int64_t block = 0; block < copies * blocks; ++block) {
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < kBlock; ++i) slots.push_back(block * kBlock + i);
+    const Tensor column{reinterpret_cast<std::byte*>(slots.data()), DType::kI64, kBlock, 1, 1};
+    ops_->write_kv(*stream_, kv, kv, kv_heads, column, cache);
+  }
+  std::vector<int32_t> table(static_cast<size_t>(copies * blocks));
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  const Tensor block_table = make(DType::kI32, copies * blocks, 1);
+  ops_->upload(*stream_, block_table.address, std::as_bytes(std::span(table)));
+  const Tensor q = make_random(rows, q_heads * dim);
+  const Tensor out = make(DType::kF32, rows, q_heads * dim);
+  const double seconds = best_seconds([&] {
+    for (int64_t copy = 0; copy < copies; ++copy) {
+      const SequenceRows sequence{0, static_cast<int32_t>(rows), static_cast<int32_t>(positions - rows),
+                                  static_cast<int32_t>(copy * blocks), static_cast<int32_t>(blocks)};
+      ops_->attention(*stream_, q, q_heads, kv_heads, 0.1F, std::span(&sequence, 1), block_table, cache, out);
+    }
+  });
+  const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
+  report(fmt::format("attention rows={} of {} heads={}/{} d={}", rows, positions, q_heads, kv_heads, dim), seconds,
+         static_cast<double>(copies * 4 * q_heads * dim) * seen, static_cast<double>(copies * blocks * block_bytes));
+}
+
+void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope) {
+  constexpr int64_t kBlock = 16;
+  const int64_t blocks = (positions + kBlock - 1) / kBlock;
+  const int64_t block_bytes = kBlock * (latent + rope) * 2;
+  const int64_t copies = copies_beyond_caches(blocks * block_bytes);
+  const std::unique_ptr<Buffer> memory = ops_->allocate(copies * blocks * block_bytes);  // zeros are as fast as others
+  const KvLayerView cache{memory->address(), block_bytes, kBlock, copies * blocks, DType::kBf16};
+  std::fill_n(memory->address(), copies * blocks * block_bytes, std::byte{0x3C});
+  std::vector<int32_t> table(static_cast<size_t>(copies * blocks));
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  const Tensor block_table = make(DType::kI32, copies * blocks, 1);
+  ops_->upload(*stream_, block_table.address, std::as_bytes(std::span(table)));
+  const Tensor q_latent = make_random(1, heads * latent);
+  const Tensor q_pe = make_random(1, heads * rope);
+  const Tensor out = make(DType::kF32, 1, heads * latent);
+  const double seconds = best_seconds([&] {
+    for (int64_t copy = 0; copy < copies; ++copy) {
+      const SequenceRows sequence{0, 1, static_cast<int32_t>(positions - 1), static_cast<int32_t>(copy * blocks),
+                                  static_cast<int32_t>(blocks)};
+      ops_->mla_attention_absorbed(*stream_, q_latent, q_pe, rope, heads, 0.1F, std::span(&sequence, 1), block_table,
+                                   cache, out);
+    }
+  });
+  report(fmt::format("mla absorbed rows=1 of {} heads={} {}+{}", positions, heads, latent, rope), seconds,
+         static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
+         static_cast<double>(copies * blocks * block_bytes));
+}
+
+void Bench::run_all() {
+  fmt::print("{}, {} threads; shares are of f32 multiply-adds and of memory reads measured beside each line\n",
+             ops_->name(), ops_->num_threads());
+  bench_linear(1, 2048, 2048);
+  bench_linear(1, 7168, 2048);
+  bench_linear(4, 2048, 2048);
+  bench_linear(16, 2048, 2048);
+  bench_linear(256, 2048, 2048);
+  bench_linear(256, 2048, 7168);
+  bench_experts(1, 64, 8, 2048, 768);
+  bench_experts(256, 64, 8, 2048, 768);
+  bench_attention(1, 8192, 32, 4, 128);
+  bench_attention(1, 8192, 16, 16, 128);
+  bench_attention(512, 512, 32, 4, 128);
+  bench_attention(128, 4096, 32, 4, 128);
+  bench_latent_attention(8192, 16, 512, 64);
+}
+
+int run_bench(const std::string& name, int threads) {
+  Result<std::unique_ptr<Ops>> ops = make_ops(name, threads);
+  if (!ops.ok()) {
+    fmt::print(stderr, "{}\n", ops.error().message);
+    return 1;
+  }
+  const cpu::Isa* isa = cpu::find_isa((*ops)->name());
+  if (isa == nullptr) {
+    fmt::print(stderr, "backend \"{}\" has no limits to compare with, choose one of the cpu backends\n", name);
+    return 1;
+  }
+  Bench(*isa, std::move(ops).value()).run_all();
+  return 0;
+}
+
+}  // namespace
+}  // namespace tandem::kernels
+
+int main(int argc, char** argv) {
+  return tandem::kernels::run_bench(argc > 1 ? argv[1] : "auto", argc > 2 ? std::atoi(argv[2]) : 0);
+}

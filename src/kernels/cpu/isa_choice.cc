@@ -1,0 +1,33 @@
+#include "src/kernels/cpu/isa_choice.h"
+
+namespace tandem::kernels::cpu {
+namespace {
+
+// These ask the processor and whether the system saves the registers.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+}  // namespace
+
+std::vector<const Isa*> possible_isas() {
+  std::vector<const Isa*> isas;
+  if (has_avx512_bf16()) isas.push_back(&isa_avx512_bf16());
+  if (has_avx512()) isas.push_back(&isa_avx512());
+  if (has_avx2()) isas.push_back(&isa_avx2());
+  return isas;
+}
+
+const Isa* find_isa(std::string_view name) {
+  for (const Isa* isa : possible_isas()) {
+    if (isa->name == name) return isa;
+  }
+  return nullptr;
+}
+
+}  // namespace tandem::kernels::cpu

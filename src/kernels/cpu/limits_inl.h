@@ -1,0 +1,40 @@
+// Loops that do nothing but what a kernel is limited by, to measure the machine's limits. Included by isa_*.cc after
+// its simd_*.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tandem::kernels::cpu {
+namespace {
+
+// 12 independent chains, more than FMA latency (4) times units (2), and all different, or the compiler would keep one.
+float run_fma(int64_t rounds) {
+  Vec a = broadcast(0.1F), b = broadcast(0.2F), c = broadcast(0.3F), d = broadcast(0.4F);
+  Vec e = broadcast(0.5F), f = broadcast(0.6F), g = broadcast(0.7F), h = broadcast(0.8F);
+  Vec i = broadcast(0.9F), j = broadcast(1.1F), k = broadcast(1.2F), l = broadcast(1.3F);
+  const Vec x = broadcast(0.999F);
+  const Vec y = broadcast(0.001F);
+  for (int64_t round = 0; round < rounds; ++round) {
+    a = fma(a, x, y), b = fma(b, x, y), c = fma(c, x, y), d = fma(d, x, y), e = fma(e, x, y), f = fma(f, x, y);
+    g = fma(g, x, y), h = fma(h, x, y), i = fma(i, x, y), j = fma(j, x, y), k = fma(k, x, y), l = fma(l, x, y);
+  }
+  const Vec sums = add(add(add(a, b), add(c, d)), add(add(e, f), add(g, h)));
+  return sum_lanes(add(sums, add(add(i, j), add(k, l))));
+}
+constexpr int64_t kFmaFlopsPerRound = 12 * kLanes * 2;
+
+float run_read(const std::byte* memory, int64_t bytes) {
+  constexpr int64_t kStep = 4 * kLanes;
+  const float* values = reinterpret_cast<const float*>(memory);
+  const int64_t count = bytes / int64_t{sizeof(float)};
+  Vec a = zero(), b = a, c = a, d = a;
+  for (int64_t i = 0; i + kStep <= count; i += kStep) {
+    a = max(a, load(values + i)), b = max(b, load(values + i + kLanes));
+    c = max(c, load(values + i + 2 * kLanes)), d = max(d, load(values + i + 3 * kLanes));
+  }
+  return max_lanes(max(max(a, b), max(c, d)));
+}
+
+}  // namespace
+}  // namespace tandem::kernels::cpu
