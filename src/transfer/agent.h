@@ -56,6 +56,7 @@ struct AgentOptions {
   int64_t connect_timeout_us = 5'000'000;
   int64_t idle_timeout_us = 10'000'000;   // no progress of a transfer for this long fails it
   KvRole role = KvRole::kBoth;            // two producers or two consumers refuse each other
+  bool shared_memory = true;              // with peers on this host; false: TCP everywhere
 };
 
 class Agent {

@@ -1,0 +1,159 @@
+// The agent without thread, socket and clock: tables of transfers and links, and the dispatch between engine commands,
+// messages and state machines. ucx_agent.cc runs it on a thread over UCX; tests run it over a made-up network.
+//
+// Ownership of blocks: the only places that touch KV memory are write_payload() and stage(), both called while the
+// transfer is in the table. A transfer leaves the table in the same step in which its Done is emitted. Hence nothing
+// can be read or written after Done, whatever the peer or the transport does: the transport reads staging buffers only.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "src/base/clock.h"
+#include "src/comm/messenger.h"
+#include "src/transfer/agent.h"
+#include "src/transfer/receive_machine.h"
+#include "src/transfer/send_machine.h"
+
+namespace tandem::transfer {
+
+inline constexpr int64_t kMaxTransfers = 8192;           // open at a time, publications included
+inline constexpr int64_t kMaxRetired = 16384;            // ended handles whose fate is remembered for error messages
+inline constexpr int64_t kMaxStagingBuffers = 256;       // of comm::kMaxPayloadBytes each
+inline constexpr int64_t kMaxDataPerPump = 64;           // messages between two looks at commands and arrivals
+inline constexpr int64_t kMaxMessagesBeforeHello = 4096;  // waiting for a link to stand
+inline constexpr int64_t kLingerUs = 1'000'000;          // for a refusal to reach the peer
+inline constexpr int64_t kIdleLinkUs = 300'000'000;      // a link that we opened and that serves no transfer
+
+// The KV cache as the agent sees it: block b of layer l begins at base + l * layer_stride_bytes + b * block bytes.
+struct KvMemory {
+  std::byte* base = nullptr;
+  int64_t layer_stride_bytes = 0;
+  int64_t num_blocks = 0;
+  model::KvLayout layout;
+};
+
+class AgentCore final : public comm::MessageHandler {
+ public:
+  // `on_done` is called from inside any other method.
+  AgentCore(const KvMemory& memory, const AgentOptions& options, std::string engine_id, const Clock& clock,
+            std::function<void(Done&&)> on_done);
+  // Before anything else is called. The messenger must not call back after the core is gone.
+  void set_messenger(comm::Messenger* messenger) { messenger_ = messenger; }
+
+  // As in agent.h; handles are made by the caller.
+  void expect(TransferId id, const Handle& handle, const BlockSpan& span, int64_t deadline_us);
+  void pull(TransferId id, const KvTransferParams& remote, const BlockSpan& span, int64_t deadline_us);
+  void begin_send(TransferId id, const KvTransferParams& remote, const BlockSpan& span, int64_t deadline_us);
+  void send_blocks(TransferId id, int64_t layer, int64_t first, int64_t count);
+  void commit_send(TransferId id, const FirstToken& first_token);
+  void publish(TransferId id, const Handle& handle, const BlockSpan& span);
+  void renew_lease(const KvTransferParams& remote);
+  void decline(const KvTransferParams& remote);
+  void abort(TransferId id);
+
+  // Sends some of what may be sent now; true if there is more. Call after commands and after the messenger's poll().
+  bool pump();
+  // Time-outs and heartbeats.
+  void run_timers();
+  int64_t next_timer_us() const;
+
+  int64_t num_open() const { return std::ssize(transfers_); }
+  int64_t num_links() const { return std::ssize(links_); }
+  int64_t num_staged() const { return std::ssize(staged_); }
+
+  // comm::MessageHandler
+  void on_accept(comm::ConnectionId connection) override;
+  void on_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                  std::span<const std::byte> payload) override;
+  void on_sent(comm::ConnectionId connection, uint64_t token) override;
+  void on_closed(comm::ConnectionId connection, const Error& why) override;
+
+ private:
+  // A connection and what is known of who is at its other end.
+  struct Link {
+    comm::ConnectionId id;
+    std::string address;             // "host:port" while new transfers to there use this link
+    bool opened_here = false;
+    std::string peer = "the peer";   // for messages: engine id and address
+    std::optional<Hello> hello;      // set once the peer is known and compatible
+    bool refused = false;            // closes at deadline_us
+    int64_t deadline_us = 0;         // for the hello, or for the end of a refusal
+    int64_t last_used_us = 0;
+    int64_t last_heard_us = 0;
+    std::vector<Message> waiting;    // for the hello
+    std::set<TransferId> transfers;
+  };
+  // A transfer of this process; exactly one of the two machines exists.
+  struct Transfer {
+    TransferId id;
+    std::unique_ptr<SendMachine> sender;
+    std::unique_ptr<ReceiveMachine> receiver;
+    PartGrid grid;
+    BlockSpan span;
+    std::string wanted_engine;  // the peer's engine id in the handle's parameters; may be empty
+    comm::ConnectionId link;    // 0: none yet
+    int64_t start_us = 0;
+
+    const Handle& handle() const { return sender ? sender->handle() : receiver->handle(); }
+    Side side() const { return sender ? Side::kSender : Side::kReceiver; }
+  };
+  struct StagedData {
+    TransferId transfer;
+    std::unique_ptr<std::byte[]> buffer;
+  };
+  using HandleKey = std::pair<Side, Handle>;
+
+  Transfer* add_transfer(TransferId id, const Handle& handle, Side side, const BlockSpan& span);
+  void refuse_start(TransferId id, Error error);
+  Transfer* find(TransferId id);
+  Transfer* find(Side side, const Handle& handle);
+  // Carries out what a machine asked for; the transfer may be gone afterwards. `payload` is that of the message being
+  // handled.
+  void perform(Transfer& transfer, Actions&& actions, std::span<const std::byte> payload = {});
+  void end_transfer(Transfer& transfer, Finish&& finish);
+  void write_payload(const Transfer& transfer, const Write& write, std::span<const std::byte> payload);
+  std::byte* part_address(const Transfer& transfer, int64_t layer, int64_t part) const;
+  bool send_next(Transfer& transfer);
+  std::optional<uint64_t> stage(const Transfer& transfer, const PartRange& range, std::byte* buffer) const;
+  std::unique_ptr<std::byte[]> take_buffer();
+
+  Result<Link*> open_link(const KvTransferParams& remote);
+  void attach(Transfer& transfer, Link& link);
+  void tell(Link& link, Message&& message);
+  void tell_now(comm::ConnectionId connection, const Message& message);
+  void on_hello(Link& link, const Hello& hello);
+  void refuse_link(Link& link, const Error& why);
+  void drop_link(comm::ConnectionId id, const Error& why);
+  void fail_transfers(Link& link, const Error& why);
+  void dispatch(Link& link, const Message& message, std::span<const std::byte> payload);
+  void answer_stray(Link& link, const Message& message);
+  void retire(const Handle& handle, Side side, FaultCode fate);
+
+  const KvMemory memory_;
+  const AgentOptions options_;
+  const Hello hello_;
+  const Clock& clock_;
+  const std::function<void(Done&&)> on_done_;
+  comm::Messenger* messenger_ = nullptr;
+
+  std::unordered_map<TransferId, Transfer> transfers_;
+  std::map<HandleKey, TransferId> by_handle_;
+  std::map<HandleKey, FaultCode> retired_;
+  std::deque<HandleKey> retired_order_;
+  std::unordered_map<comm::ConnectionId, Link> links_;
+  std::unordered_map<std::string, comm::ConnectionId> link_by_address_;
+  std::deque<TransferId> senders_;  // with something to send, in turn
+  std::set<TransferId> sender_queued_;
+  std::unordered_map<uint64_t, StagedData> staged_;  // by token: being sent
+  std::vector<std::unique_ptr<std::byte[]>> spare_buffers_;
+  uint64_t next_token_ = 1;
+};
+
+}  // namespace tandem::transfer

@@ -1,0 +1,68 @@
+// The decode side of one transfer. States:
+//   kExpecting   push: a handle was given out; waits for Begin
+//   kRequested   pull: Pull was sent; waits for the first answer
+//   kReceiving   Data and Commit arrive, in any order
+//   kEnded       Finish was emitted; every further event is ignored
+// All or nothing: success needs a Commit that agrees in tokens and bytes, and every part of every layer.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "src/transfer/actions.h"
+#include "src/transfer/part_grid.h"
+
+namespace tandem::transfer {
+
+struct ReceiveSpec {
+  Handle handle;
+  bool pull = false;
+  PartGrid grid;
+  int64_t num_tokens = 0;
+  int64_t first_block = 0;      // earlier blocks are here already
+  int64_t deadline_us = 0;      // 0: none
+  int64_t idle_timeout_us = 0;
+};
+
+class ReceiveMachine {
+ public:
+  enum class State : uint8_t { kExpecting, kRequested, kReceiving, kEnded };
+
+  ReceiveMachine(const ReceiveSpec& spec, int64_t now_us);
+
+  // Pull: emits the Pull message.
+  void start(int64_t now_us, Actions& out);
+  // Begin, Data, Commit, Heartbeat, Abort or Fault of this handle. For Data, `payload_bytes` came with it and `intact`
+  // is false if the checksum disagrees.
+  void receive(const Message& message, int64_t payload_bytes, bool intact, int64_t now_us, Actions& out);
+  void lose_peer(const Error& why, Actions& out);
+  void abort(Actions& out);
+  void expire(int64_t now_us, Actions& out);
+
+  // When expire() has something to do.
+  int64_t next_expiry_us() const;
+  State state() const { return state_; }
+  const Handle& handle() const { return spec_.handle; }
+
+ private:
+  void on_begin(const Begin& begin, int64_t now_us, Actions& out);
+  void on_data(const Data& data, int64_t payload_bytes, bool intact, int64_t now_us, Actions& out);
+  void on_commit(const Commit& commit, int64_t now_us, Actions& out);
+  // Tells the peer, and ends with the same text.
+  void refuse(FaultCode code, ErrorKind kind, std::string text, Actions& out);
+  void finish(Status status, Actions& out);
+  void try_complete(Actions& out);
+  std::string describe_progress() const;
+
+  ReceiveSpec spec_;
+  State state_;
+  int64_t last_heard_us_;
+  int64_t last_progress_us_;
+  int64_t expected_bytes_;
+  int64_t received_bytes_ = 0;
+  std::vector<bool> have_;  // per layer and part
+  std::optional<Commit> commit_;
+};
+
+}  // namespace tandem::transfer
