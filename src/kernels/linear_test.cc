@@ -8,10 +8,11 @@ struct Shape {
   int64_t rows, n, k;
 };
 
-// Edges of tiles (5, 6, 8 rows; 15, 18, 24 rows), of panels (16) and groups of them, of passes over k (256), odd k.
-constexpr Shape kShapes[] = {{1, 1, 1},      {1, 16, 2},   {2, 17, 3},    {3, 15, 31},   {4, 100, 64},  {5, 33, 257},
-                             {6, 64, 128},   {7, 50, 300}, {8, 16, 33},   {15, 70, 20},  {16, 31, 511}, {19, 48, 256},
-                             {25, 130, 513}, {97, 40, 90}, {200, 36, 70}, {1, 700, 640}, {2, 300, 777}};
+// Edges of tiles (5, 6, 8 rows), of many rows (24, 45), of panels (16) and groups of them, of passes over k (256, 512),
+// odd k.
+constexpr Shape kShapes[] = {{1, 1, 1},      {1, 16, 2},   {2, 17, 3},     {3, 15, 31},   {4, 100, 64},  {5, 33, 257},
+                             {6, 64, 128},   {7, 50, 300}, {8, 16, 33},    {15, 70, 20},  {16, 31, 511}, {19, 48, 256},
+                             {25, 130, 513}, {97, 40, 90}, {46, 35, 1025}, {200, 36, 70}, {1, 700, 640}, {2, 300, 777}};
 
 class LinearTest : public BackendTest {
  protected:
@@ -44,11 +45,11 @@ TEST_P(LinearTest, AgreesWithTheReference) {
 TEST_P(LinearTest, ARowDoesNotDependOnItsCompanions) {
   Random random(2);
   for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
-    for (const Shape& shape : {Shape{64, 83, 301}, Shape{200, 36, 70}, Shape{11, 500, 515}}) {
+    for (const Shape& shape : {Shape{64, 83, 1101}, Shape{200, 36, 70}, Shape{11, 500, 515}}) {
       const Matrix<float> x = random.matrix(shape.rows, shape.k);
       const Matrix<float> w = random.matrix(shape.n, shape.k);
       const Matrix<float> together = multiply(x, w, format);
-      for (const int64_t count : {1, 2, 3, 5, 6, 9, 16, 17, 25, 60}) {
+      for (const int64_t count : {1, 2, 3, 5, 6, 9, 16, 24, 25, 45, 46, 60}) {
         const int64_t first = random.integer(0, std::max(int64_t{0}, shape.rows - count));
         const int64_t rows = std::min(count, shape.rows - first);
         EXPECT_TRUE(same_bits(multiply(x.rows_slice(first, rows), w, format), together.rows_slice(first, rows)))

@@ -8,43 +8,43 @@ namespace tandem::kernels {
 namespace {
 
 // Index of the largest value among those not taken; ties to the lowest index.
-int64_t largest_index(const float* values, const std::vector<bool>& taken) {
+int64_t largest_index(const float* values, const std::vector<uint8_t>& taken) {
   int64_t best = -1;
   for (int64_t i = 0; i < static_cast<int64_t>(taken.size()); ++i) {
-    if (taken[static_cast<size_t>(i)]) continue;
+    if (taken[static_cast<size_t>(i)] != 0) continue;
     if (best < 0 || values[i] > values[best]) best = i;
   }
   return best;
 }
 
 float sum_of_two_largest(const float* values, int64_t count) {
-  std::vector<bool> taken(static_cast<size_t>(count));
+  std::vector<uint8_t> taken(static_cast<size_t>(count));
   const int64_t first = largest_index(values, taken);
   if (count == 1) return values[first];
-  taken[static_cast<size_t>(first)] = true;
+  taken[static_cast<size_t>(first)] = 1;
   return values[first] + values[largest_index(values, taken)];
 }
 
 // Takes every expert outside the best groups, so that none of them can be chosen.
-void take_weak_groups(const float* biased, const RouterParams& params, std::vector<bool>& taken) {
+void take_weak_groups(const float* biased, const RouterParams& params, std::vector<uint8_t>& taken) {
   const int64_t group_size = static_cast<int64_t>(taken.size()) / params.num_groups;
   std::vector<float> scores(static_cast<size_t>(params.num_groups));
   for (int64_t g = 0; g < params.num_groups; ++g) {
     scores[static_cast<size_t>(g)] = sum_of_two_largest(biased + g * group_size, group_size);
   }
-  std::vector<bool> kept(static_cast<size_t>(params.num_groups));
-  for (int64_t i = 0; i < params.top_groups; ++i) kept[static_cast<size_t>(largest_index(scores.data(), kept))] = true;
-  for (size_t i = 0; i < taken.size(); ++i) taken[i] = !kept[i / static_cast<size_t>(group_size)];
+  std::vector<uint8_t> kept(static_cast<size_t>(params.num_groups));
+  for (int64_t i = 0; i < params.top_groups; ++i) kept[static_cast<size_t>(largest_index(scores.data(), kept))] = 1;
+  for (size_t i = 0; i < taken.size(); ++i) taken[i] = kept[i / static_cast<size_t>(group_size)] == 0 ? 1 : 0;
 }
 
 }  // namespace
 
 void choose_experts(const float* biased, int64_t experts, const RouterParams& params, int32_t* chosen) {
-  std::vector<bool> taken(static_cast<size_t>(experts));
+  std::vector<uint8_t> taken(static_cast<size_t>(experts));
   if (params.num_groups > 1) take_weak_groups(biased, params, taken);
   for (int64_t j = 0; j < params.top_k; ++j) {
     const int64_t best = largest_index(biased, taken);
-    taken[static_cast<size_t>(best)] = true;
+    taken[static_cast<size_t>(best)] = 1;
     chosen[j] = static_cast<int32_t>(best);
   }
 }

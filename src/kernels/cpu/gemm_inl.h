@@ -242,7 +242,7 @@ template <typename Product, bool kWiden>
 TANDEM_INLINE void multiply_wide(const GemmBlock& block) {
   using Inner = std::conditional_t<kWiden, F32Product, Product>;
   constexpr int kPanels = gemm_panels(Inner::kMaxRows);
-  static_assert(kPanels <= kMaxWidePanels);
+  static_assert(!kWiden || kPanels * kGemmDepth * kPanelWidth <= kGemmScratch);
   const int64_t panels = (block.cols + kPanelWidth - 1) / kPanelWidth;
   const int64_t row_blocks = (block.rows + Inner::kMaxRows - 1) / Inner::kMaxRows;
   for (int64_t k = 0; k < block.k; k += kGemmDepth) {
@@ -264,12 +264,9 @@ TANDEM_INLINE void multiply_wide(const GemmBlock& block) {
   }
 }
 
-// From this many tiles of rows on, cutting k pays.
-constexpr int64_t kWideBlocks = 3;
-
 template <typename Product, bool kWiden>
 TANDEM_INLINE void multiply(const GemmBlock& block) {
-  if (block.rows <= kWideBlocks * Product::kMaxRows) return multiply_narrow<Product>(block);
+  if (block.rows <= kWideRows) return multiply_narrow<Product>(block);
   multiply_wide<Product, kWiden>(block);
 }
 
@@ -278,7 +275,7 @@ void gemm_f32(const GemmBlock& block) { multiply<F32Product, false>(block); }
 #ifdef TANDEM_DOT_PAIRS
 void gemm_bf16(const GemmBlock& block) { multiply<Bf16DotProduct, false>(block); }
 #else
-void gemm_bf16(const GemmBlock& block) { multiply<Bf16Product, true>(block); }
+void gemm_bf16(const GemmBlock& block) { multiply<Bf16Product, kWidenPanels>(block); }
 #endif
 
 }  // namespace

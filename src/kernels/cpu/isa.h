@@ -11,14 +11,12 @@
 
 namespace tandem::kernels::cpu {
 
-inline constexpr int64_t kPanelWidth = 16;    // outputs per packed panel: two AVX2 registers, one of AVX-512
-inline constexpr int64_t kMaxGemmRows = 96;   // rows of one GemmBlock: with kGemmDepth columns 96 KiB, in L2
-inline constexpr int64_t kGemmDepth = 256;    // k per pass: one panel in f32 is 16 KiB, half of L1
-inline constexpr int64_t kMaxWidePanels = 2;  // panels that a tile of many rows takes at once
-inline constexpr int64_t kGemmScratch = kMaxWidePanels * kGemmDepth * kPanelWidth;  // floats
-inline constexpr int64_t kTile = 64;                                                // positions per attention tile
-inline constexpr int64_t kQueryBlock = 4;  // query vectors that `scores` takes at once
-inline constexpr int64_t kPadding = 16;    // attention vectors are padded with zeros to a multiple of this
+inline constexpr int64_t kPanelWidth = 16;   // outputs per packed panel: two AVX2 registers, one of AVX-512
+inline constexpr int64_t kMaxGemmRows = 96;  // rows of one GemmBlock: with the k of one pass, in L2
+inline constexpr int64_t kGemmScratch = 2 * 256 * kPanelWidth;  // floats: two panels of one pass, widened
+inline constexpr int64_t kTile = 64;                            // positions per attention tile
+inline constexpr int64_t kQueryBlock = 4;                       // query vectors that `scores` takes at once
+inline constexpr int64_t kPadding = 16;  // attention vectors are padded with zeros to a multiple of this
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -67,8 +65,8 @@ struct Isa {
                        float* out);
 
   // Attention. Vectors lie `*_stride` floats apart; `dim` is a multiple of kPadding.
-  // out[i * kTile + j] = Σ_d q[i][d] * keys[j][d] for i < queries, j < positions. Reads and writes queries rounded up to
-  // kQueryBlock.
+  // out[i * kTile + j] = Σ_d q[i][d] * keys[j][d] for i < queries, j < positions. Reads and writes queries rounded up
+  // to kQueryBlock.
   void (*scores)(const float* q, int64_t q_stride, int64_t queries, const float* keys, int64_t key_stride,
                  int64_t positions, int64_t dim, float* out);
   // Turns the scores of `visible` positions into weights exp(scale * s_j - largest), takes them into `state`, and

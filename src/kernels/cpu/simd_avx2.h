@@ -13,12 +13,15 @@ namespace {
 
 using Vec = __m256;
 constexpr int64_t kLanes = 8;
-constexpr int kGemmRows = 6;  // rows per tile; with one panel 12 sums, 2 weights, 1 x: 15 of 16 registers
-constexpr int kPairRows = 5;  // the same for bf16 pairs, which want one register more for a mask
+constexpr int kGemmRows = 6;          // rows per tile; with one panel 12 sums, 2 weights, 1 x: 15 of 16 registers
+constexpr int kPairRows = 5;          // the same for bf16 pairs, which want one register more for a mask
+constexpr int64_t kGemmDepth = 512;   // k per pass of many rows: a panel in bf16 is 16 KiB, half of L1
+constexpr int64_t kWideRows = 45;     // up to here each panel goes over all of k at once (measured)
+constexpr bool kWidenPanels = false;  // widening is free: it runs on units that FMA does not use
 constexpr int gemm_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 // Vectors of values per pass of `accumulate`.
 constexpr int accumulate_vectors(int queries) { return queries <= 2 ? 4 : 2; }
-constexpr int kScoreKeys = 3;       // 4 queries x 3 keys of sums, 3 keys, 1 query: 16 registers
+constexpr int kScoreKeys = 3;  // 4 queries x 3 keys of sums, 3 keys, 1 query: 16 registers
 
 TANDEM_INLINE Vec zero() { return _mm256_setzero_ps(); }
 TANDEM_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }

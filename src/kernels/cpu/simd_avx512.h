@@ -13,9 +13,13 @@ namespace {
 
 using Vec = __m512;
 constexpr int64_t kLanes = 16;
-constexpr int kGemmRows = 8;  // rows per tile; with two panels 16 sums: twice FMA latency (4) x units (2)
-constexpr int kPairRows = 8;  // the same for bf16 pairs
-constexpr int gemm_panels(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+constexpr int kGemmRows = 8;         // rows per tile; with two panels 16 sums: twice FMA latency (4) x units (2)
+constexpr int kPairRows = 8;         // the same for bf16 pairs
+constexpr int64_t kGemmDepth = 256;  // k per pass of many rows: two widened panels are 32 KiB of L1's 48
+constexpr int64_t kWideRows = 24;    // up to here each panel goes over all of k at once
+constexpr bool kWidenPanels = true;  // widening takes the units of FMA: once per pass, not once per tile (84 to 99 %)
+// One row is bound by memory: more panels at once would only be more streams for the prefetcher to lose.
+constexpr int gemm_panels(int rows) { return rows <= 2 ? 4 : 2; }
 // Vectors of values per pass of `accumulate`.
 constexpr int accumulate_vectors(int queries) { return queries <= 2 ? 8 : 4; }
 constexpr int kScoreKeys = 4;  // 4 queries x 4 keys of sums
