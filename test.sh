@@ -17,6 +17,7 @@ fi
 
 if [ "$PART" = all ] || [ "$PART" = e2e ]; then
   build_preset release tandem
+  need_packages "${TEST_PACKAGES[@]}"
   need_python
   say "end-to-end tests: real processes, real sockets, the real openai client"
   .venv/bin/python -m pytest -q -p no:cacheprovider tests/e2e

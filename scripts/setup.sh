@@ -10,6 +10,8 @@ BUILD_PACKAGES=(
   libboost1.81-dev nlohmann-json3-dev libcli11-dev libyaml-cpp-dev libspdlog-dev libfmt-dev
   libucx-dev libssl-dev libgtest-dev libgmock-dev libbenchmark-dev
 )
+# What the end-to-end tests use beside the program.
+TEST_PACKAGES=(python3-venv procps iproute2)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -63,7 +65,6 @@ build_preset() {
 need_python() {
   local stamp="$TANDEM_ROOT/.venv/installed"
   if [ -f "$stamp" ] && cmp -s "$stamp" "$TANDEM_ROOT/tests/requirements.txt"; then return 0; fi
-  python3 -c 'import ensurepip' 2>/dev/null || need_packages python3-venv
   say "installing Python packages for the tests into .venv"
   python3 -m venv "$TANDEM_ROOT/.venv"
   "$TANDEM_ROOT/.venv/bin/pip" install -q --disable-pip-version-check -r "$TANDEM_ROOT/tests/requirements.txt"
