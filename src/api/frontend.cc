@@ -332,6 +332,8 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
       health = options.health();
     } else if (serving) {
       health = {true, "ok", std::nullopt};
+    } else {
+      health = {false, closed_because.code.empty() ? "unavailable" : closed_because.code, std::nullopt};
     }
     Json body = {{"status", health.status}};
     if (health.progress) body["progress"] = *health.progress;
@@ -410,7 +412,8 @@ void Frontend::add_routes(HttpServer& server) {
 void Frontend::open(ServedText served, engine::Worker& worker) {
   CHECK_GT(served.model.max_model_len, 1);
   CHECK_GT(served.model.vocab_size, 0);
-  RequestMetrics metrics(impl_->registry, served.model.names.front(), served.model.max_model_len);
+  const std::string& label = impl_->options.model_name.empty() ? served.model.names.front() : impl_->options.model_name;
+  RequestMetrics metrics(impl_->registry, label, served.model.max_model_len);
   impl_->serving = std::make_shared<Serving>(Serving{std::move(served), &worker, metrics});
 }
 

@@ -42,7 +42,7 @@ struct Health {
 };
 
 struct FrontendOptions {
-  std::string model_name;  // the first served name, for metrics before the model is there
+  std::string model_name;  // the label of request metrics; empty: the first served name
   std::vector<std::string> api_keys;
   RequestPolicy policy;
   double request_timeout_s = 600;
