@@ -4,6 +4,7 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <charconv>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <unordered_set>
@@ -52,6 +53,20 @@ Result<std::string> read_request_id(const HttpRequest& request) {
                        fmt::format("X-Request-Id must have 1 … {} visible ASCII characters", kMaxRequestIdBytes));
   }
   return *given;
+}
+
+// What a router says is left of its own deadline; it can only shorten ours.
+Result<int64_t> read_timeout_us(const HttpRequest& request, int64_t longest_us) {
+  const std::string* given = find_header(request.headers, "x-request-timeout-ms");
+  if (given == nullptr) return longest_us;
+  int64_t milliseconds = 0;
+  const char* const end = given->data() + given->size();
+  const auto [rest, ec] = std::from_chars(given->data(), end, milliseconds);
+  if (ec != std::errc() || rest != end || milliseconds < 1) {
+    return field_error("X-Request-Timeout-Ms", "invalid_value",
+                       "X-Request-Timeout-Ms must be a positive number of milliseconds");
+  }
+  return milliseconds < longest_us / 1000 ? milliseconds * 1000 : longest_us;
 }
 
 Status check_headers(const HttpRequest& request) {
@@ -206,7 +221,10 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
                     make_error(ErrorKind::kResourceExhausted, "{} requests are running, the limit is {}; retry later",
                                num_requests, options.max_concurrent_requests));
     }
-    const int64_t deadline_us = arrival_us + static_cast<int64_t>(options.request_timeout_s * 1e6);
+    const Result<int64_t> timeout_us =
+        read_timeout_us(request, static_cast<int64_t>(options.request_timeout_s * 1e6));
+    if (!timeout_us.ok()) return refuse(*exchange, *request_id, timeout_us.error());
+    const int64_t deadline_us = arrival_us + *timeout_us;
     auto body = std::make_shared<std::string>(std::move(request.body));
     ++num_requests;
     run_text<Prepared>(

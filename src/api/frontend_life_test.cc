@@ -91,6 +91,24 @@ TEST_F(FrontendLifeTest, CutsASlowReaderAndCancelsItsRequest) {
   EXPECT_EQ(num_requests(), 0);
 }
 
+TEST_F(FrontendLifeTest, KeepsToTheTimeThatARouterHasLeft) {
+  FrontendOptions options;
+  options.request_timeout_s = 60;
+  start(std::move(options));
+  const auto send = [this](const std::string& milliseconds_left) {
+    const std::string body = R"({"model":"demo","prompt":"x"})";
+    return post_text("/v1/completions", body, "X-Request-Timeout-Ms: " + milliseconds_left + "\r\n");
+  };
+  RawSocket shorter(port), longer(port), wrong(port);
+  shorter.send(send("2500"));
+  ASSERT_TRUE(worker->wait_for(1));
+  EXPECT_NEAR(static_cast<double>(worker->request(0).deadline_us - clock.now_us()) * 1e-6, 2.5, 0.5);
+  longer.send(send("99999999999999"));
+  ASSERT_TRUE(worker->wait_for(2));
+  EXPECT_NEAR(static_cast<double>(worker->request(1).deadline_us - clock.now_us()) * 1e-6, 60, 0.5);
+  for (const char* value : {"0", "-5", "1.5", "soon", ""}) EXPECT_EQ(wrong.exchange(send(value)).status, 400) << value;
+}
+
 // ---- Life of the server ----
 
 TEST_F(FrontendLifeTest, SaysThatItIsLoadingAndThatItDied) {

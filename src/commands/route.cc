@@ -4,7 +4,9 @@
 #include <boost/asio/signal_set.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <condition_variable>
+#include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -27,6 +29,7 @@ namespace asio = boost::asio;
 
 constexpr std::chrono::milliseconds kTextRetry{250};    // between two rounds of asking workers for the tokenizer
 constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
+constexpr std::chrono::milliseconds kDrainCheck{20};
 
 router::RouterOptions router_options(const Options& options) {
   router::RouterOptions out;
@@ -176,12 +179,21 @@ int run_route(const Options& options) {
     });
     asio::signal_set signals(io, SIGINT, SIGTERM);
     asio::steady_timer drain_timer(io);
+    std::chrono::steady_clock::time_point drain_until{};
+    std::function<void()> stop_when_idle = [&] {
+      const bool is_late = std::chrono::steady_clock::now() >= drain_until;
+      drain_timer.expires_after(kDrainCheck);
+      drain_timer.async_wait([&, is_last = is_late || frontend.num_requests() == 0](const boost::system::error_code&) {
+        is_last ? io.stop() : stop_when_idle();  // one more round after the last answer, for its bytes to leave
+      });
+    };
     signals.async_wait([&](const boost::system::error_code& error, int) {
       if (error) return;
       log_info("route", "stopping");
-      (*server)->drain([&io] { io.stop(); });
-      drain_timer.expires_after(kDrainTime);
-      drain_timer.async_wait([&io](const boost::system::error_code&) { io.stop(); });
+      if (!*has_text) std::_Exit(0);  // the loader's thread cannot be interrupted, and nothing else is under way
+      (*server)->drain([] {});
+      drain_until = std::chrono::steady_clock::now() + kDrainTime;
+      stop_when_idle();
     });
     io.run();
   }

@@ -12,16 +12,20 @@ namespace {
 
 // A worker on this host or in this rack accepts in microseconds; two seconds tell one that is gone from one that is slow.
 constexpr std::chrono::milliseconds kConnectTimeout{2'000};
+constexpr size_t kMaxRequestIdBytes = 128;
 constexpr int64_t kDeadlineSlackUs = 20'000;  // timers fire a little early or late
 
 // What the client may know of a transport fault; addresses go to the log only.
-Error transport_error(const Error& error, const api::HttpUrl& url, int64_t deadline_us) {
-  log_warning("router", "worker {}: {}", url.origin(), error.message);
+Error transport_error(const Error& error, const char* role, int64_t deadline_us) {
+  log_warning("router", "{} worker {}", role, error.message);  // begins with the address
   if (error.kind == ErrorKind::kDeadlineExceeded && SteadyClock().now_us() + kDeadlineSlackUs >= deadline_us) {
     return make_error(ErrorKind::kDeadlineExceeded, "the request's deadline passed");
   }
-  if (error.kind == ErrorKind::kDataLoss) return make_error(ErrorKind::kDataLoss, "a worker's answer cannot be read");
-  return make_error(ErrorKind::kUnavailable, "a worker cannot be reached or went away; try again");
+  if (error.kind == ErrorKind::kDataLoss) {
+    return make_error(ErrorKind::kDataLoss, "the {} worker's answer cannot be read", role);
+  }
+  return make_error(ErrorKind::kUnavailable, "the {} worker cannot be reached or went away; try again",
+                    role);
 }
 
 // The state of one decode stream, shared by the handlers of its call.
@@ -47,7 +51,7 @@ struct DecodeStream {
 
   void finish(Result<api::ClientResponse> response, const api::HttpUrl& url, int64_t deadline_us) {
     if (ended) return;
-    if (!response.ok()) return fail(transport_error(response.error(), url, deadline_us), /*reached=*/false);
+    if (!response.ok()) return fail(transport_error(response.error(), "decode", deadline_us), /*reached=*/false);
     if (!response->is_success()) return fail(error_of_response(response->status, response->body), /*reached=*/true);
     log_warning("router", "worker {}: its stream ended without a finish reason", url.origin());
     fail(make_error(ErrorKind::kUnavailable, "the decode worker ended its stream early"), /*reached=*/true);
@@ -61,7 +65,8 @@ RemoteWorker::RemoteWorker(api::HttpClient& client, api::HttpUrl url, std::strin
 
 api::ClientRequest RemoteWorker::make_request(const LegRequest& leg, std::string body) const {
   api::ClientRequest request = api::json_request("/v1/completions", std::move(body));
-  request.headers.emplace_back("X-Request-Id", leg.request.external_id);
+  // One choice of several has a suffix; workers take no longer ids than the front end does.
+  request.headers.emplace_back("X-Request-Id", leg.request.external_id.substr(0, kMaxRequestIdBytes));
   request.headers.emplace_back("X-Request-Timeout-Ms", std::to_string(leg.remaining_ms));
   if (!api_key_.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key_);
   const std::chrono::milliseconds remaining(leg.remaining_ms);
@@ -87,8 +92,8 @@ api::CallId RemoteWorker::start_decode(const LegRequest& leg, DecodeHandlers han
 api::CallId RemoteWorker::start_prefill(const LegRequest& leg, PrefillHandlers handlers) {
   const int64_t deadline_us = SteadyClock().now_us() + leg.remaining_ms * 1000;
   api::ClientHandlers on_wire;
-  on_wire.on_done = [handlers = std::move(handlers), url = url_, deadline_us](Result<api::ClientResponse> response) {
-    if (!response.ok()) return handlers.on_failed(transport_error(response.error(), url, deadline_us), false);
+  on_wire.on_done = [handlers = std::move(handlers), deadline_us](Result<api::ClientResponse> response) {
+    if (!response.ok()) return handlers.on_failed(transport_error(response.error(), "prefill", deadline_us), false);
     if (!response->is_success()) return handlers.on_failed(error_of_response(response->status, response->body), true);
     Result<std::string> transfer = read_prefill_response(response->body);
     if (!transfer.ok()) return handlers.on_failed(transfer.error(), true);
