@@ -29,6 +29,19 @@ impl UserSpans {
             }
         }
     }
+
+    /// The same for the part `part` of the text, counted from its start.
+    pub fn within(&self, part: Range<usize>) -> UserSpans {
+        match self {
+            UserSpans::All => UserSpans::All,
+            UserSpans::Ranges(ranges) => {
+                let inside = ranges.iter().filter(|range| range.start < part.end && range.end > part.start);
+                let moved =
+                    inside.map(|range| range.start.max(part.start) - part.start..range.end.min(part.end) - part.start);
+                UserSpans::Ranges(moved.collect())
+            }
+        }
+    }
 }
 
 pub struct Added {
@@ -103,6 +116,11 @@ impl AddedTokens {
 
     pub fn get(&self, id: u32) -> Option<&Added> {
         self.by_id.get(&id)
+    }
+
+    /// Whether a control token is looked for in normalised text.
+    pub fn has_normalized_control(&self) -> bool {
+        self.by_id.values().any(|added| added.control && added.token.normalized)
     }
 
     /// Splits un-normalised `text` at the added tokens that are matched before normalisation.

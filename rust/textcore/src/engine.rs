@@ -11,16 +11,18 @@ use crate::fault::{excerpt, Fallible, Fault};
 use crate::meter;
 use crate::pyjson::tojson;
 
-/// A rendering may take this many steps, plus a step for every byte it is given. minijinja counts one step per instruction and
-/// per 64 bytes of string work; the longest templates of known models take about 2,000 steps per message.
-pub const BASE_STEPS: u64 = 2_000_000;
+/// A rendering may take this many steps, plus some for every byte it is given. minijinja counts one step per instruction
+/// and per 64 bytes of string work. The templates of known models take up to 250 steps per message; templates that walk
+/// all messages for each message must get through a thousand of them too.
+pub const BASE_STEPS: u64 = 5_000_000;
+pub const STEPS_PER_INPUT: u64 = 4;
 pub const MAX_STEPS: u64 = 50_000_000;
 /// A rendering may put out this much, plus some bytes for every byte it is given.
 pub const BASE_OUTPUT: usize = 1 << 20;
 pub const OUTPUT_PER_INPUT: usize = 8;
 pub const MAX_OUTPUT: usize = 256 << 20;
 /// A rendering may hold this much memory, plus some for every byte it is given.
-pub const BASE_MEMORY: usize = 256 << 20;
+pub const BASE_MEMORY: usize = 64 << 20;
 pub const MEMORY_PER_INPUT: usize = 32;
 /// Enough for the recursion that minijinja allows (500 levels), whatever stack the caller has.
 pub const STACK_BYTES: usize = 16 << 20;
@@ -108,6 +110,15 @@ fn tojson_filter(state: &State, value: Value, positional: Rest<Value>, kwargs: K
     tojson(state, value, positional.first().cloned(), kwargs)
 }
 
+/// Python's idea of a sequence: strings and mappings have a length and items too, and undefined values pretend to.
+fn is_sequence(value: &Value) -> bool {
+    value.is_undefined() || matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+}
+
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
 pub fn new_environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -115,6 +126,8 @@ pub fn new_environment() -> Environment<'static> {
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python_method);
     environment.add_filter("tojson", tojson_filter);
+    environment.add_test("sequence", is_sequence);
+    environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment
@@ -159,7 +172,7 @@ pub fn render(
     context: Value,
     input_bytes: usize,
 ) -> Fallible<Option<String>> {
-    let steps = BASE_STEPS.saturating_add(input_bytes as u64).min(MAX_STEPS);
+    let steps = BASE_STEPS.saturating_add((input_bytes as u64).saturating_mul(STEPS_PER_INPUT)).min(MAX_STEPS);
     let limit = BASE_OUTPUT.saturating_add(input_bytes.saturating_mul(OUTPUT_PER_INPUT)).min(MAX_OUTPUT);
     let memory = BASE_MEMORY.saturating_add(input_bytes.saturating_mul(MEMORY_PER_INPUT));
     let mut environment = environment.clone();

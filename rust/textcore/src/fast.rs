@@ -8,9 +8,10 @@
 use ahash::AHashMap;
 use regex_automata::{meta, Anchored, Input};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::sync::RwLock;
 use tokenizers::{ModelWrapper, Tokenizer as Library};
-use unicode_normalization_alignments::{is_nfc_quick, IsNormalized};
+use unicode_normalization_alignments::{is_nfc_quick, IsNormalized, UnicodeNormalization};
 
 use crate::fault::{Fallible, Fault};
 use crate::pieces::BYTE_CHARS;
@@ -155,11 +156,15 @@ impl FastPath {
         Ok(Some(FastPath { nfc, splitters, cache: RwLock::new(AHashMap::new()) }))
     }
 
-    /// False for text that the normaliser might change.
-    pub fn applies_to(&self, text: &str) -> bool {
-        !self.nfc || text.is_ascii() || matches!(is_nfc_quick(text.chars()), IsNormalized::Yes)
+    /// The text as the normaliser leaves it.
+    pub fn normalize<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        if !self.nfc || text.is_ascii() || matches!(is_nfc_quick(text.chars()), IsNormalized::Yes) {
+            return Cow::Borrowed(text);
+        }
+        Cow::Owned(text.nfc().map(|(c, _)| c).collect())
     }
 
+    /// Encodes normalised text without added tokens.
     pub fn encode(&self, text: &str, encode_word: WordEncoder, ids: &mut Vec<u32>) -> Fallible<()> {
         let mut learned: AHashMap<Box<str>, Box<[u32]>> = AHashMap::new();
         {

@@ -3,6 +3,8 @@
 
 use ahash::AHashSet;
 use serde::Deserialize;
+use std::borrow::Cow;
+use std::ops::Range;
 use tokenizers::{
     AddedToken, Encoding, Model, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper, OffsetType,
     PostProcessor, PreTokenizedString, PreTokenizer, Token, Tokenizer as Library,
@@ -208,18 +210,15 @@ impl Tokenizer {
     /// Encodes text of which only `user` was written by a user; adds nothing around it.
     pub fn encode_spans(&self, text: &str, user: &UserSpans) -> Fallible<Vec<u32>> {
         let mut ids = Vec::new();
-        let may_be_control = |start: usize, end: usize, _: &str| !user.touches(start, end);
-        let pieces = self.added.split_raw(text, may_be_control);
-        match &self.fast {
-            Some(fast) if pieces.iter().all(|(id, span)| id.is_some() || fast.applies_to(&text[span.clone()])) => {
-                for (id, span) in pieces {
-                    match id {
-                        Some(id) => ids.push(id),
-                        None => self.encode_fast(fast, text, span, user, &mut ids)?,
-                    }
-                }
+        let Some(fast) = &self.fast else {
+            self.encode_by_library(text, user, &mut ids)?;
+            return Ok(ids);
+        };
+        for (id, span) in self.added.split_raw(text, |start, end, _| !user.touches(start, end)) {
+            match id {
+                Some(id) => ids.push(id),
+                None => self.encode_fast(fast, text, span, user, &mut ids)?,
             }
-            _ => self.encode_by_library(text, user, &mut ids)?,
         }
         Ok(ids)
     }
@@ -228,19 +227,25 @@ impl Tokenizer {
         &self,
         fast: &FastPath,
         text: &str,
-        span: std::ops::Range<usize>,
+        span: Range<usize>,
         user: &UserSpans,
         ids: &mut Vec<u32>,
     ) -> Fallible<()> {
         let base = span.start;
-        let piece = &text[span];
+        let written = &text[span];
+        let normalized = fast.normalize(written);
+        let unchanged = matches!(normalized, Cow::Borrowed(_));
+        if !unchanged && self.added.has_normalized_control() && !matches!(user, UserSpans::All) {
+            // Whose text a control token is in can only be told by the library's map between the two texts.
+            return self.encode_by_library(written, &user.within(base..base + written.len()), ids);
+        }
         let allow = |start: usize, end: usize, content: &str| {
-            !user.touches(base + start, base + end) && &piece[start..end] == content
+            unchanged && !user.touches(base + start, base + end) && &written[start..end] == content
         };
-        for (id, inner) in self.added.split_normalized(piece, allow) {
+        for (id, inner) in self.added.split_normalized(&normalized, allow) {
             match id {
                 Some(id) => ids.push(id),
-                None => fast.encode(&piece[inner], &|word, out| self.encode_word(word, out), ids)?,
+                None => fast.encode(&normalized[inner], &|word, out| self.encode_word(word, out), ids)?,
             }
         }
         Ok(())

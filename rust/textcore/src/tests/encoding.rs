@@ -117,6 +117,27 @@ fn control_tokens_are_found_only_outside_user_spans() {
 }
 
 #[test]
+fn normalised_marks_are_the_templates_only_as_written() {
+    // <|mark|> is looked for after NFKC, which turns full-width signs into ASCII; NFC leaves them alone.
+    for normalizer in ["NFC", "NFKC"] {
+        let mut json: Value = serde_json::from_str(&testdata("qwen_like.json")).expect("json");
+        json["normalizer"] = serde_json::json!({"type": normalizer});
+        json["added_tokens"].as_array_mut().expect("a list").push(serde_json::json!({"id": 710, "content": "<|mark|>",
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": true, "special": true}));
+        let tokenizer = Tokenizer::new(&json.to_string(), "").expect("loads");
+        let text = "e\u{301}<|mark|>＜|mark|＞<|mark|>e\u{301}";
+        let second = text.rfind("<|mark|>").expect("is there");
+        let count = |user| {
+            let ids = tokenizer.encode_spans(text, &user).expect("encodes");
+            ids.iter().filter(|id| **id == 710).count()
+        };
+        assert_eq!(count(UserSpans::Ranges(Vec::new())), 2, "{normalizer}");
+        assert_eq!(count(UserSpans::Ranges(vec![second..second + 1])), 1, "{normalizer}");
+        assert_eq!(count(UserSpans::All), 0, "{normalizer}");
+    }
+}
+
+#[test]
 fn long_runs_take_linear_time() {
     let tokenizer = load("qwen_like");
     for unit in [" ", "a", "\n", " \n", "<", "1", "e\u{301}", "<|im_start|>"] {
