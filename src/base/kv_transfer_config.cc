@@ -9,8 +9,14 @@
 namespace tandem {
 namespace {
 
-const std::array<std::string, 8> kFields = {"kv_connector", "kv_role",          "kv_ip",            "kv_port",
-                                            "engine_id",    "kv_buffer_device", "kv_parallel_size", "kv_connector_extra_config"};
+const std::array<std::string, 8> kFields = {"kv_connector",
+                                            "kv_role",
+                                            "kv_ip",
+                                            "kv_port",
+                                            "engine_id",
+                                            "kv_buffer_device",
+                                            "kv_parallel_size",
+                                            "kv_connector_extra_config"};
 
 Error bad_field(const std::string& field, const nlohmann::json& value, std::string_view expected) {
   return invalid_argument("kv-transfer-config." + field, "--kv-transfer-config: {} is {}; it must be {}", field,
@@ -37,8 +43,8 @@ Status take_connector(const nlohmann::json& object, KvTransferConfig& config) {
   TANDEM_ASSIGN(config.connector, take_text(object, "kv_connector", ""));
   if (config.connector == "UcxConnector") return {};
   if (config.connector == "NixlConnector" || config.connector == "MooncakeConnectorV1") {
-    config.connector_note = fmt::format("kv_connector {} is served by UcxConnector; its peers must be Tandem workers",
-                                        config.connector);
+    config.connector_note =
+        fmt::format("kv_connector {} is served by UcxConnector; its peers must be Tandem workers", config.connector);
     return {};
   }
   return bad_field("kv_connector", object.value("kv_connector", nlohmann::json()),
@@ -60,9 +66,12 @@ Status take_role(const nlohmann::json& object, KvTransferConfig& config) {
 
 const char* kv_role_name(KvRole role) {
   switch (role) {
-    case KvRole::kProducer: return "kv_producer";
-    case KvRole::kConsumer: return "kv_consumer";
-    case KvRole::kBoth: return "kv_both";
+    case KvRole::kProducer:
+      return "kv_producer";
+    case KvRole::kConsumer:
+      return "kv_consumer";
+    case KvRole::kBoth:
+      return "kv_both";
   }
   return "?";
 }

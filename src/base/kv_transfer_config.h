@@ -12,14 +12,14 @@ enum class KvRole : uint8_t { kProducer, kConsumer, kBoth };
 const char* kv_role_name(KvRole role);  // "kv_producer", "kv_consumer", "kv_both"
 
 struct KvTransferConfig {
-  std::string connector;             // as given: UcxConnector, NixlConnector or MooncakeConnectorV1
+  std::string connector;  // as given: UcxConnector, NixlConnector or MooncakeConnectorV1
   KvRole role = KvRole::kBoth;
-  std::string ip = "127.0.0.1";      // address that peers connect to
-  int64_t port = 14579;              // 0: any free port
-  std::string engine_id;             // "": drawn at start
+  std::string ip = "127.0.0.1";  // address that peers connect to
+  int64_t port = 14579;          // 0: any free port
+  std::string engine_id;         // "": drawn at start
   std::string buffer_device = "cpu";
   int64_t parallel_size = 1;
-  std::string extra_config = "{}";   // kv_connector_extra_config, a JSON object
+  std::string extra_config = "{}";  // kv_connector_extra_config, a JSON object
   // Not empty when the connector is another system's name for ours; log it at start.
   std::string connector_note;
 };

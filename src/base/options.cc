@@ -86,13 +86,18 @@ OptionValue default_of(const OptionSpec& spec) {
   }
   switch (spec.type) {
     case OptionType::kInteger:
-    case OptionType::kBytes: return OptionValue(int64_t{0});
-    case OptionType::kNumber: return OptionValue(0.0);
-    case OptionType::kFlag: return OptionValue(false);
-    case OptionType::kList: return OptionValue(std::vector<std::string>());
+    case OptionType::kBytes:
+      return OptionValue(int64_t{0});
+    case OptionType::kNumber:
+      return OptionValue(0.0);
+    case OptionType::kFlag:
+      return OptionValue(false);
+    case OptionType::kList:
+      return OptionValue(std::vector<std::string>());
     case OptionType::kText:
     case OptionType::kChoice:
-    case OptionType::kObject: break;
+    case OptionType::kObject:
+      break;
   }
   return OptionValue(std::string());
 }
@@ -150,15 +155,20 @@ Result<OptionValue> parse_option_value(const OptionSpec& spec, const std::vector
   const std::string& text = texts.front();
   switch (spec.type) {
     case OptionType::kInteger:
-    case OptionType::kBytes: return parse_integer(spec, text);
-    case OptionType::kNumber: return parse_number(spec, text);
-    case OptionType::kChoice: return parse_choice(spec, text);
-    case OptionType::kObject: return parse_object(spec, text);
+    case OptionType::kBytes:
+      return parse_integer(spec, text);
+    case OptionType::kNumber:
+      return parse_number(spec, text);
+    case OptionType::kChoice:
+      return parse_choice(spec, text);
+    case OptionType::kObject:
+      return parse_object(spec, text);
     case OptionType::kFlag:
       if (text == "true" || text == "false") return OptionValue(text == "true");
       return bad_value(spec, text, "true or false");
     case OptionType::kText:
-    case OptionType::kList: break;
+    case OptionType::kList:
+      break;
   }
   return OptionValue(text);
 }

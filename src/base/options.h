@@ -27,27 +27,27 @@ std::span<const SubcommandInfo> subcommand_table();
 
 enum class OptionType : uint8_t {
   kText,
-  kChoice,   // one of `choices`
+  kChoice,  // one of `choices`
   kInteger,
-  kNumber,   // a real number; "inf" where `max` is infinite
-  kBytes,    // an integer with an optional suffix: k m g t = powers of 1000, K M G T = powers of 1024
-  kFlag,     // --name and --no-name
-  kObject,   // a JSON object, kept as text
-  kList,     // one or more texts
+  kNumber,  // a real number; "inf" where `max` is infinite
+  kBytes,   // an integer with an optional suffix: k m g t = powers of 1000, K M G T = powers of 1024
+  kFlag,    // --name and --no-name
+  kObject,  // a JSON object, kept as text
+  kList,    // one or more texts
 };
 
 struct OptionSpec {
-  const char* name;           // without dashes
-  uint32_t commands;          // bits of Subcommand
+  const char* name;   // without dashes
+  uint32_t commands;  // bits of Subcommand
   const char* group;
   OptionType type;
-  const char* default_text;   // as a user would write it; "" is: unset, 0, false, or no elements
-  const char* help;           // one sentence
-  double min = 0;             // kInteger, kNumber, kBytes: smallest and largest allowed value
+  const char* default_text;  // as a user would write it; "" is: unset, 0, false, or no elements
+  const char* help;          // one sentence
+  double min = 0;            // kInteger, kNumber, kBytes: smallest and largest allowed value
   double max = 0;
-  const char* choices = "";   // kChoice: separated by '|'
-  bool positional = false;    // required, given without its name on the command line
-  bool secret = false;        // not shown in the echo
+  const char* choices = "";  // kChoice: separated by '|'
+  bool positional = false;   // required, given without its name on the command line
+  bool secret = false;       // not shown in the echo
 };
 std::span<const OptionSpec> option_table();
 

@@ -1,12 +1,13 @@
 // The command line, by CLI11 (kept to this file because the header is large). CLI11 only splits words into options;
 // values are checked by parse_option_value, so that a file and a command line give the same messages.
+#include <yaml-cpp/yaml.h>
+
 #include <CLI/CLI.hpp>
 #include <deque>
 
 #include "src/base/options.h"
 #include "src/base/options_yaml.h"
 #include "src/base/version.h"
-#include <yaml-cpp/yaml.h>
 
 namespace tandem {
 namespace {
@@ -124,7 +125,8 @@ Result<CommandLine> parse_command_line(const std::vector<std::string>& given) {
   for (const std::string& argument : given) arguments.push_back(with_dashed_name(argument));
   TANDEM_TRY(check_option_names(arguments));
 
-  CLI::App root("Tandem serves mixture-of-experts language models with prefill and decode on separate workers.", "tandem");
+  CLI::App root("Tandem serves mixture-of-experts language models with prefill and decode on separate workers.",
+                "tandem");
   root.set_version_flag("--version", std::string("tandem ") + kVersion);
   root.require_subcommand(1);
   root.get_formatter()->column_width(34);

@@ -64,14 +64,20 @@ std::string help_of(const OptionSpec& spec) {
 
 std::string option_values(const OptionSpec& spec) {
   switch (spec.type) {
-    case OptionType::kText: return "text";
-    case OptionType::kChoice: return spec.choices;
+    case OptionType::kText:
+      return "text";
+    case OptionType::kChoice:
+      return spec.choices;
     case OptionType::kInteger:
     case OptionType::kNumber:
-    case OptionType::kBytes: return fmt::format("{} … {}", number_text(spec.min), number_text(spec.max));
-    case OptionType::kFlag: return "flag";
-    case OptionType::kObject: return "JSON object";
-    case OptionType::kList: return "texts";
+    case OptionType::kBytes:
+      return fmt::format("{} … {}", number_text(spec.min), number_text(spec.max));
+    case OptionType::kFlag:
+      return "flag";
+    case OptionType::kObject:
+      return "JSON object";
+    case OptionType::kList:
+      return "texts";
   }
   return "";
 }
@@ -101,9 +107,9 @@ std::string options_as_markdown() {
                        info.help);
     for (const OptionSpec& spec : option_table()) {
       if (!belongs_to(spec, info)) continue;
-      const std::string name = spec.positional                   ? fmt::format("`{}`", spec.name)
+      const std::string name = spec.positional                  ? fmt::format("`{}`", spec.name)
                                : spec.type == OptionType::kFlag ? fmt::format("`--{0}`, `--no-{0}`", spec.name)
-                                                                 : fmt::format("`--{}`", spec.name);
+                                                                : fmt::format("`--{}`", spec.name);
       std::string values;
       for (const char c : option_values(spec)) values += c == '|' ? std::string("\\|") : std::string(1, c);
       const std::string shown_default = *spec.default_text != '\0' ? fmt::format("`{}`", spec.default_text) : "";

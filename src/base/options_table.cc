@@ -27,6 +27,8 @@ constexpr SubcommandInfo kSubcommands[] = {
 
 using enum OptionType;
 
+// One option reads best as one block of text.
+// clang-format off
 constexpr OptionSpec kTable[] = {
     // serve: what runs
     {.name = "model", .commands = kServe, .group = "Model", .type = kText, .default_text = "",
@@ -202,6 +204,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "config", .commands = kServe | kRoute | kBench, .group = "Configuration", .type = kText,
      .default_text = "", .help = "YAML file with the same option names; the command line wins over it."},
 };
+// clang-format on
 
 }  // namespace
 

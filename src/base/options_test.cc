@@ -38,8 +38,8 @@ TEST(OptionTable, EveryRowIsConsistent) {
     EXPECT_EQ(std::string_view(spec.help).back(), '.');
     EXPECT_EQ(std::string_view(spec.name).find('_'), std::string_view::npos);
     EXPECT_EQ(spec.type == OptionType::kChoice, *spec.choices != '\0');
-    const bool numeric = spec.type == OptionType::kInteger || spec.type == OptionType::kNumber ||
-                         spec.type == OptionType::kBytes;
+    const bool numeric =
+        spec.type == OptionType::kInteger || spec.type == OptionType::kNumber || spec.type == OptionType::kBytes;
     EXPECT_EQ(numeric, spec.max > spec.min);
   }
 }
@@ -64,8 +64,7 @@ TEST(CommandLine, NamesTheFaultAndTheRemedy) {
   EXPECT_EQ(error_of({"serve", "m", "--prot", "1"}), "tandem serve: unknown option 'prot'; did you mean 'port'?");
   EXPECT_EQ(error_of({"serve", "m", "--port", "0"}), "--port is '0'; it must be an integer from 1 to 65535");
   EXPECT_EQ(error_of({"serve", "m", "--port", "8x"}), "--port is '8x'; it must be an integer from 1 to 65535");
-  EXPECT_EQ(error_of({"serve", "m", "--dtype", "fp64"}),
-            "--dtype is 'fp64'; it must be one of auto|bfloat16|float32");
+  EXPECT_EQ(error_of({"serve", "m", "--dtype", "fp64"}), "--dtype is 'fp64'; it must be one of auto|bfloat16|float32");
   EXPECT_EQ(error_of({"serve"}), "'model' is missing; give it as the first argument");
   EXPECT_EQ(error_of({"serve", "m", "--kv-transfer-config", "[1]"}),
             R"(--kv-transfer-config is '[1]'; it must be a JSON object such as '{"kv_role":"kv_both"}')");
@@ -87,9 +86,10 @@ TEST(CommandLine, PrintsHelp) {
 }
 
 TEST(ConfigFile, GivesWayToTheCommandLine) {
-  const std::string path = write_file("ok.yaml",
-                                      "model: models/demo\nport: 9000\nmax_num_seqs: 4\nserved-model-name: [x, y]\n"
-                                      "kv-transfer-config: {kv_connector: UcxConnector, kv_role: kv_both, kv_port: 5}\n");
+  const std::string path =
+      write_file("ok.yaml",
+                 "model: models/demo\nport: 9000\nmax_num_seqs: 4\nserved-model-name: [x, y]\n"
+                 "kv-transfer-config: {kv_connector: UcxConnector, kv_role: kv_both, kv_port: 5}\n");
   const Options options = options_of({"serve", "--config", path, "--port", "9001"});
   EXPECT_EQ(options.text("model"), "models/demo");
   EXPECT_EQ(options.integer("port"), 9001);
@@ -149,8 +149,8 @@ TEST(Markdown, ListsEveryOption) {
 }
 
 TEST(KvTransferConfig, TakesVllmsFields) {
-  const Result<KvTransferConfig> config = parse_kv_transfer_config(
-      R"({"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_port":"x"})");
+  const Result<KvTransferConfig> config =
+      parse_kv_transfer_config(R"({"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_port":"x"})");
   EXPECT_EQ(config.error().message, "--kv-transfer-config: kv_port is \"x\"; it must be an integer from 0 to 65535");
   const Result<KvTransferConfig> nixl =
       parse_kv_transfer_config(R"({"kv_connector":"NixlConnector","kv_role":"kv_producer"})");
@@ -158,7 +158,8 @@ TEST(KvTransferConfig, TakesVllmsFields) {
   EXPECT_EQ(nixl->role, KvRole::kProducer);
   EXPECT_EQ(nixl->port, 14579);
   EXPECT_FALSE(nixl->connector_note.empty());
-  EXPECT_TRUE(parse_kv_transfer_config(R"({"kv_connector":"UcxConnector","kv_role":"kv_both"})")->connector_note.empty());
+  EXPECT_TRUE(
+      parse_kv_transfer_config(R"({"kv_connector":"UcxConnector","kv_role":"kv_both"})")->connector_note.empty());
 }
 
 TEST(KvTransferConfig, RefusesByName) {

@@ -85,11 +85,18 @@ TEST(Report, PercentilesInterpolateAsNumpyDoes) {
 }
 
 TEST(Report, CountsWhatHappened) {
-  RequestRecord good{.success = true, .error = "", .input_len = 10, .output_len = 3, .start = 0.5, .ttft = 0.15,
-                     .latency = 0.5, .itls = {0.2, 0.2}};
+  RequestRecord good{.success = true,
+                     .error = "",
+                     .input_len = 10,
+                     .output_len = 3,
+                     .start = 0.5,
+                     .ttft = 0.15,
+                     .latency = 0.5,
+                     .itls = {0.2, 0.2}};
   RequestRecord other = good;
   other.start = 0.9;
-  RequestRecord bad{.success = false, .error = "status 503: no", .input_len = 10, .start = 1.1, .latency = 0.1, .itls = {}};
+  RequestRecord bad{
+      .success = false, .error = "status 503: no", .input_len = 10, .start = 1.1, .latency = 0.1, .itls = {}};
   const ReportOptions options = parse_report_options("ttft,tpot,itl,e2el", "50,99").value();
   const Report report = make_report({good, other, bad}, 2.0, options);
   EXPECT_EQ(report.completed, 2);
@@ -104,10 +111,11 @@ TEST(Report, CountsWhatHappened) {
   EXPECT_NEAR(report.latencies_ms.at("tpot").mean, 175, 1e-9);
   EXPECT_NEAR(report.latencies_ms.at("e2el").median, 500, 1e-9);
   EXPECT_EQ(report.errors.at("status 503: no"), 1);
-  const nlohmann::json json = nlohmann::json::parse(report_as_json(report, {good, other, bad}, {{"label", "\"x\""}}, true));
+  const nlohmann::json json =
+      nlohmann::json::parse(report_as_json(report, {good, other, bad}, {{"label", "\"x\""}}, true));
   for (const char* key : {"label", "duration", "completed", "total_input_tokens", "request_throughput",
-                          "output_throughput", "total_token_throughput", "mean_ttft_ms", "median_tpot_ms",
-                          "std_itl_ms", "p99_e2el_ms", "p50_ttft_ms", "itls", "errors"}) {
+                          "output_throughput", "total_token_throughput", "mean_ttft_ms", "median_tpot_ms", "std_itl_ms",
+                          "p99_e2el_ms", "p50_ttft_ms", "itls", "errors"}) {
     EXPECT_TRUE(json.contains(key)) << key;
   }
   EXPECT_EQ(json["output_lens"], nlohmann::json({3, 3, 0}));
@@ -127,7 +135,8 @@ class LoadTest : public testing::Test {
     loop.run([this] {
       server = api::HttpServer::listen(loop.io, "127.0.0.1", 0, {}).value();
       for (const char* path : {"/v1/completions", "/v1/chat/completions"}) {
-        server->add_route({"POST", path, false, [this](std::shared_ptr<api::HttpExchange> exchange) { answer(exchange); }});
+        server->add_route(
+            {"POST", path, false, [this](std::shared_ptr<api::HttpExchange> exchange) { answer(exchange); }});
       }
       server->start();
     });
@@ -157,7 +166,8 @@ class LoadTest : public testing::Test {
       chat ? choice["delta"]["content"] = "x" : choice["text"] = "x";
       exchange->write("data: " + nlohmann::json{{"choices", {choice}}}.dump() + "\n\n");
       if (left > 1) return send(exchange, chat, left - 1);
-      exchange->write("data: {\"choices\":[],\"usage\":{\"prompt_tokens\":20,\"completion_tokens\":5}}\n\ndata: [DONE]\n\n");
+      exchange->write(
+          "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":20,\"completion_tokens\":5}}\n\ndata: [DONE]\n\n");
       exchange->finish();
       --open;
     });
@@ -175,7 +185,8 @@ TEST_F(LoadTest, MeasuresEveryRequestAndCountsFailures) {
   int64_t last_progress = 0;
   options.on_progress = [&](int64_t ended, int64_t) { last_progress = ended; };
   const LoadResult result = run_load(make_random_prompts(dataset(20)), options);
-  const Report report = make_report(result.records, result.duration, parse_report_options("ttft,tpot,itl,e2el", "99").value());
+  const Report report =
+      make_report(result.records, result.duration, parse_report_options("ttft,tpot,itl,e2el", "99").value());
   EXPECT_EQ(report.completed, 16);
   EXPECT_EQ(report.failed, 4);
   EXPECT_EQ(report.errors.begin()->first, "status 503: full");

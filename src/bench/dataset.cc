@@ -12,10 +12,10 @@ namespace tandem::bench {
 namespace {
 
 constexpr std::array<std::string_view, 48> kWords = {
-    "the",   "a",     "one",    "every",  "small", "old",   "bright", "quiet", "river", "stone", "garden", "letter",
-    "child", "ship",  "winter", "market", "house", "road",  "teacher", "song", "finds", "sees",  "keeps",  "carries",
-    "draws", "opens", "leaves", "builds", "under", "over",  "beside", "near",  "after", "before", "with",  "without",
-    "and",   "but",   "while",  "because", "often", "never", "slowly", "today", "again", "here",  "there",  "then"};
+    "the",   "a",     "one",    "every",   "small", "old",   "bright",  "quiet", "river", "stone",  "garden", "letter",
+    "child", "ship",  "winter", "market",  "house", "road",  "teacher", "song",  "finds", "sees",   "keeps",  "carries",
+    "draws", "opens", "leaves", "builds",  "under", "over",  "beside",  "near",  "after", "before", "with",   "without",
+    "and",   "but",   "while",  "because", "often", "never", "slowly",  "today", "again", "here",   "there",  "then"};
 
 int64_t draw_length(std::mt19937_64& random, int64_t length, double ratio) {
   const double center = static_cast<double>(length);
@@ -80,7 +80,8 @@ std::vector<PromptRequest> make_text_prompts(const DatasetOptions& options) {
 
 Result<std::vector<PromptRequest>> load_custom_prompts(const std::string& path, const DatasetOptions& options) {
   std::ifstream file(path);
-  if (!file) return make_error(ErrorKind::kNotFound, "{}: cannot be read; give --dataset-path a file of JSON lines", path);
+  if (!file)
+    return make_error(ErrorKind::kNotFound, "{}: cannot be read; give --dataset-path a file of JSON lines", path);
   std::vector<PromptRequest> requests;
   int64_t number = 0;
   for (std::string line; std::ssize(requests) < options.num_prompts && std::getline(file, line);) {
@@ -107,7 +108,8 @@ Result<std::vector<PromptRequest>> load_custom_prompts(const std::string& path, 
     }
     if (object.contains("output_len")) {
       const nlohmann::json& length = object["output_len"];
-      if (!length.is_number_integer() || length.get<int64_t>() < 1) return fault("'output_len' must be a positive integer");
+      if (!length.is_number_integer() || length.get<int64_t>() < 1)
+        return fault("'output_len' must be a positive integer");
       request.max_tokens = length.get<int64_t>();
     }
     requests.push_back(std::move(request));

@@ -13,7 +13,7 @@ namespace tandem::bench {
 
 struct PromptRequest {
   std::variant<std::vector<TokenId>, std::string> prompt;  // token ids, or text
-  int64_t input_len = 0;   // tokens, or words of a text; the server's usage replaces it where it is given
+  int64_t input_len = 0;  // tokens, or words of a text; the server's usage replaces it where it is given
   int64_t max_tokens = 0;
 };
 
@@ -21,9 +21,9 @@ struct DatasetOptions {
   int64_t num_prompts = 0;
   int64_t input_len = 0;
   int64_t output_len = 0;
-  int64_t prefix_len = 0;    // common to all, in front
-  double range_ratio = 0;    // lengths are even in [len * (1 - ratio), len * (1 + ratio)], at least 1
-  int64_t vocab_size = 0;    // random ids only
+  int64_t prefix_len = 0;  // common to all, in front
+  double range_ratio = 0;  // lengths are even in [len * (1 - ratio), len * (1 + ratio)], at least 1
+  int64_t vocab_size = 0;  // random ids only
   uint64_t seed = 0;
 };
 
@@ -33,7 +33,8 @@ std::vector<PromptRequest> make_text_prompts(const DatasetOptions& options);
 // again if there are fewer. Faults name file and line.
 Result<std::vector<PromptRequest>> load_custom_prompts(const std::string& path, const DatasetOptions& options);
 
-// Seconds from the start at which each request is sent: a Poisson process of `rate` per second, or all zero if infinite.
+// Seconds from the start at which each request is sent: a Poisson process of `rate` per second, or all zero if
+// infinite.
 std::vector<double> make_arrivals(int64_t count, double rate, uint64_t seed);
 
 }  // namespace tandem::bench

@@ -47,14 +47,12 @@ class LoadRun {
     std::string error;
   };
 
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
-  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
 
   void schedule_next() {
     if (next_ == prompts_.size()) return;
-    arrival_timer_.expires_at(begin_ + std::chrono::duration_cast<SteadyTime::duration>(
-                                           std::chrono::duration<double>(arrivals_[next_])));
+    arrival_timer_.expires_at(
+        begin_ + std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(arrivals_[next_])));
     arrival_timer_.async_wait([this](const boost::system::error_code& error) {
       if (error) return;
       waiting_.push_back(next_++);

@@ -92,7 +92,8 @@ Result<ReportOptions> parse_report_options(const std::string& metrics, const std
     double value = -1;
     const std::from_chars_result parsed = std::from_chars(text.data(), text.data() + text.size(), value);
     if (parsed.ec != std::errc() || parsed.ptr != text.data() + text.size() || !(value >= 0 && value <= 100)) {
-      return invalid_argument("metric-percentiles", "--metric-percentiles has '{}'; it takes numbers from 0 to 100", text);
+      return invalid_argument("metric-percentiles", "--metric-percentiles has '{}'; it takes numbers from 0 to 100",
+                              text);
     }
     options.percentiles.push_back(value);
   }
@@ -136,8 +137,7 @@ Report make_report(const std::vector<RequestRecord>& records, double duration, c
   const double seconds = std::max(duration, 1e-9);
   report.request_throughput = static_cast<double>(report.completed) / seconds;
   report.output_throughput = static_cast<double>(report.total_output_tokens) / seconds;
-  report.total_token_throughput =
-      static_cast<double>(report.total_input_tokens + report.total_output_tokens) / seconds;
+  report.total_token_throughput = static_cast<double>(report.total_input_tokens + report.total_output_tokens) / seconds;
   report.max_output_tokens_per_s = best_second(records, duration);
   report.max_concurrent_requests = most_at_once(records);
   for (const std::string& metric : options.metrics) {
@@ -197,8 +197,10 @@ std::string report_as_text(const Report& report, const ReportOptions& options) {
   out += "\n";
   for (const std::string& metric : options.metrics) {
     const Distribution& values = report.latencies_ms.at(metric);
-    out += fmt::format("{:<24}{:>10.2f}{:>10.2f}{:>10.2f}", metric_title(metric), values.mean, values.median, values.std);
-    for (const double percentile : options.percentiles) out += fmt::format("{:>10.2f}", values.percentiles.at(percentile));
+    out +=
+        fmt::format("{:<24}{:>10.2f}{:>10.2f}{:>10.2f}", metric_title(metric), values.mean, values.median, values.std);
+    for (const double percentile : options.percentiles)
+      out += fmt::format("{:>10.2f}", values.percentiles.at(percentile));
     out += "\n";
   }
   for (const auto& [message, count] : report.errors) out += fmt::format("failed {:>6} x  {}\n", count, message);

@@ -23,8 +23,8 @@ struct RequestRecord {
 };
 
 struct ReportOptions {
-  std::vector<std::string> metrics;     // of ttft, tpot, itl, e2el
-  std::vector<double> percentiles;      // 0 … 100
+  std::vector<std::string> metrics;  // of ttft, tpot, itl, e2el
+  std::vector<double> percentiles;   // 0 … 100
 };
 // "ttft,itl" and "50,99.9"; an unknown name or a number out of range is an error.
 Result<ReportOptions> parse_report_options(const std::string& metrics, const std::string& percentiles);
@@ -47,7 +47,7 @@ struct Report {
   double request_throughput = 0;
   double output_throughput = 0;
   double total_token_throughput = 0;
-  double max_output_tokens_per_s = 0;    // in the best second
+  double max_output_tokens_per_s = 0;  // in the best second
   int64_t max_concurrent_requests = 0;
   std::map<std::string, Distribution> latencies_ms;  // by metric
   std::map<std::string, int64_t> errors;             // message to count

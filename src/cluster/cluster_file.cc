@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kMaxWorkers = 64;  // of one host
 
 // Options that follow from the file itself.
-const std::set<std::string, std::less<>> kDerivedOptions = {"host",    "port",    "model",         "config",
+const std::set<std::string, std::less<>> kDerivedOptions = {"host",     "port",    "model", "config",
                                                             "log-name", "prefill", "decode"};
 
 // A map of the file with what is needed for messages about it.
@@ -37,9 +37,10 @@ Status check_keys(const Section& section, const std::vector<std::string>& allowe
     if (!seen.insert(key).second) return section.fault(pair.first, fmt::format("'{}' is given twice", key));
     if (std::find(allowed.begin(), allowed.end(), key) != allowed.end()) continue;
     const std::string nearest = nearest_name(key, allowed);
-    return section.fault(pair.first, fmt::format("unknown key '{}' in {}{}", key, section.name,
-                                                 nearest.empty() ? fmt::format("; it takes {}", fmt::join(allowed, ", "))
-                                                                 : fmt::format("; did you mean '{}'?", nearest)));
+    return section.fault(pair.first,
+                         fmt::format("unknown key '{}' in {}{}", key, section.name,
+                                     nearest.empty() ? fmt::format("; it takes {}", fmt::join(allowed, ", "))
+                                                     : fmt::format("; did you mean '{}'?", nearest)));
   }
   return {};
 }
@@ -89,10 +90,11 @@ Status take_host(const Section& section, std::string& host) {
   TANDEM_TRY(take_text(section, "host", host));
   if (host == "localhost") host = "127.0.0.1";
   if (host.rfind("127.", 0) == 0) return {};
-  return section.fault(section.node["host"],
-                       fmt::format("host '{}' is not a loopback address; `tandem up` starts processes on this host only, "
-                                   "start `tandem serve` and `tandem route` there by hand",
-                                   host));
+  return section.fault(
+      section.node["host"],
+      fmt::format("host '{}' is not a loopback address; `tandem up` starts processes on this host only, "
+                  "start `tandem serve` and `tandem route` there by hand",
+                  host));
 }
 
 Result<WorkerGroup> read_worker(const Section& section) {
@@ -108,11 +110,11 @@ Result<WorkerGroup> read_worker(const Section& section) {
   group.role = role == "prefill" ? WorkerRole::kPrefill : role == "decode" ? WorkerRole::kDecode : WorkerRole::kBoth;
   group.name = role == "both" ? "worker" : role;
   TANDEM_TRY(take_text(section, "name", group.name));
-  const bool is_word = std::all_of(group.name.begin(), group.name.end(), [](unsigned char c) {
-    return std::isalnum(c) != 0 || c == '-' || c == '_';
-  });
+  const bool is_word = std::all_of(group.name.begin(), group.name.end(),
+                                   [](unsigned char c) { return std::isalnum(c) != 0 || c == '-' || c == '_'; });
   if (!is_word) {
-    return section.fault(section.node["name"], fmt::format("name '{}' may have letters, digits, '-' and '_'", group.name));
+    return section.fault(section.node["name"],
+                         fmt::format("name '{}' may have letters, digits, '-' and '_'", group.name));
   }
   TANDEM_ASSIGN(const std::optional<int64_t> count, take_integer(section, "count", 1, kMaxWorkers));
   group.count = count.value_or(1);
@@ -154,12 +156,14 @@ Status check_roles(ClusterSpec& spec) {
                             spec.file, prefill);
   }
   if (decode > 0 && prefill == 0) {
-    return invalid_argument("workers", "{}: {} decode worker(s) but no prefill worker; add one with role: prefill, or "
-                            "use role: both", spec.file, decode);
+    return invalid_argument("workers",
+                            "{}: {} decode worker(s) but no prefill worker; add one with role: prefill, or "
+                            "use role: both",
+                            spec.file, decode);
   }
   if (both > 0 && prefill > 0) {
-    return invalid_argument("workers", "{}: role both serves whole requests and cannot be mixed with prefill and decode",
-                            spec.file);
+    return invalid_argument(
+        "workers", "{}: role both serves whole requests and cannot be mixed with prefill and decode", spec.file);
   }
   if (!spec.router && both != 1) spec.router.emplace();
   return {};
@@ -169,9 +173,12 @@ Status check_roles(ClusterSpec& spec) {
 
 const char* role_name(WorkerRole role) {
   switch (role) {
-    case WorkerRole::kPrefill: return "prefill";
-    case WorkerRole::kDecode: return "decode";
-    case WorkerRole::kBoth: return "both";
+    case WorkerRole::kPrefill:
+      return "prefill";
+    case WorkerRole::kDecode:
+      return "decode";
+    case WorkerRole::kBoth:
+      return "both";
   }
   return "?";
 }

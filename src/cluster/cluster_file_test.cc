@@ -48,7 +48,8 @@ std::string after(const ProcessSpec& process, const std::string& name) {
 TEST(ClusterFile, DerivesPortsNamesAndCommandLines) {
   const ClusterPlan plan = plan_of(
       "model: m\noptions: {max-num-seqs: 3, block_size: 16}\n"
-      "workers:\n  - {role: prefill, count: 2}\n  - {role: decode, name: d, port: 9000, kv_port: 9100, options: {max-num-seqs: 7}}\n"
+      "workers:\n  - {role: prefill, count: 2}\n  - {role: decode, name: d, port: 9000, kv_port: 9100, options: "
+      "{max-num-seqs: 7}}\n"
       "router: {policy: round_robin}\n");
   ASSERT_EQ(plan.processes.size(), 4u);
   EXPECT_EQ(plan.processes[0].name, "prefill-0");
@@ -88,9 +89,12 @@ TEST(ClusterFile, OneWorkerThatServesAloneNeedsNoRouter) {
 }
 
 TEST(ClusterFile, KeepsExtraTransferSettings) {
-  const std::string file = "model: m\nworkers:\n"
+  const std::string file =
+      "model: m\nworkers:\n"
       "  - {role: prefill, options: {kv-transfer-config: {kv_connector_extra_config: {a: 1}}}}\n  - {role: decode}\n";
-  EXPECT_EQ(nlohmann::json::parse(after(plan_of(file).processes[0], "--kv-transfer-config"))["kv_connector_extra_config"]["a"], 1);
+  EXPECT_EQ(nlohmann::json::parse(
+                after(plan_of(file).processes[0], "--kv-transfer-config"))["kv_connector_extra_config"]["a"],
+            1);
   EXPECT_EQ(error_in("model: m\nworkers:\n  - {role: prefill, options: {kv-transfer-config: {kv_role: kv_both}}}\n"
                      "  - {role: decode}\n"),
             "F:3: kv-transfer-config.kv_role follows from role, kv_port and name of worker 'prefill'; remove it");

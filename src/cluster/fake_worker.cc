@@ -36,13 +36,14 @@ int main(int argc, char** argv) {
     std::puts(server.error().message.c_str());
     return 1;
   }
-  (*server)->add_route({"GET", "/health", false, [&](std::shared_ptr<tandem::api::HttpExchange> exchange) {
-                          const std::chrono::duration<double> age = std::chrono::steady_clock::now() - begin;
-                          const double progress = model == "slow" ? age.count() / 0.4 : 1;
-                          if (progress >= 1) return exchange->respond({200, {}, "application/json", "{}"});
-                          exchange->respond({503, {}, "application/json",
-                                             fmt::format(R"({{"status":"loading","progress":{:.3f}}})", progress)});
-                        }});
+  (*server)->add_route(
+      {"GET", "/health", false, [&](std::shared_ptr<tandem::api::HttpExchange> exchange) {
+         const std::chrono::duration<double> age = std::chrono::steady_clock::now() - begin;
+         const double progress = model == "slow" ? age.count() / 0.4 : 1;
+         if (progress >= 1) return exchange->respond({200, {}, "application/json", "{}"});
+         exchange->respond(
+             {503, {}, "application/json", fmt::format(R"({{"status":"loading","progress":{:.3f}}})", progress)});
+       }});
   (*server)->start();
   io.run();
   return 0;

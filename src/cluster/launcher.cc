@@ -23,9 +23,9 @@ namespace asio = boost::asio;
 using std::chrono::milliseconds;
 using SteadyTime = std::chrono::steady_clock::time_point;
 
-constexpr milliseconds kPollInterval{100};   // of /health while a process loads
+constexpr milliseconds kPollInterval{100};  // of /health while a process loads
 constexpr milliseconds kPollTimeout{1'000};
-constexpr milliseconds kPatience{4'000};     // from SIGTERM to SIGKILL; all must be gone within 5 s
+constexpr milliseconds kPatience{4'000};  // from SIGTERM to SIGKILL; all must be gone within 5 s
 constexpr size_t kShownLogLines = 8;
 
 enum class State { kStopped, kLoading, kReady };
@@ -37,10 +37,10 @@ struct Child {
   RestartPolicy restarts;
   State state = State::kStopped;
   pid_t pid = 0;
-  bool was_ready = false;     // ever
-  SteadyTime ready_since{};   // in its present life
+  bool was_ready = false;    // ever
+  SteadyTime ready_since{};  // in its present life
   double progress = 0;
-  int shown_tenth = -1;       // last progress line on a non-terminal
+  int shown_tenth = -1;  // last progress line on a non-terminal
   api::CallId poll{};
 };
 
@@ -121,7 +121,8 @@ class Launcher {
   void show_progress(Child& child) {
     if (!options_.is_terminal) {
       const int tenth = static_cast<int>(child.progress * 10);
-      if (tenth > child.shown_tenth && child.progress > 0) say("{} loading {:.0f} %", child.spec.name, child.progress * 100);
+      if (tenth > child.shown_tenth && child.progress > 0)
+        say("{} loading {:.0f} %", child.spec.name, child.progress * 100);
       child.shown_tenth = std::max(child.shown_tenth, tenth);
       return;
     }
@@ -190,7 +191,8 @@ class Launcher {
           RestartPolicy::kMaxFailures, log_path(child));
       return stop_all(1);
     }
-    say("{} died: {}; restarting in {:.1f} s", child.spec.name, describe_exit(status), static_cast<double>(*delay) / 1000);
+    say("{} died: {}; restarting in {:.1f} s", child.spec.name, describe_exit(status),
+        static_cast<double>(*delay) / 1000);
     announced_ = false;
     child.timer.expires_after(milliseconds(*delay));
     child.timer.async_wait([this, &child](const boost::system::error_code& error) {

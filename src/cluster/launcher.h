@@ -10,8 +10,8 @@
 namespace tandem::cluster {
 
 struct LauncherOptions {
-  std::string program;  // started with each process's arguments
-  std::string run_dir;  // <name>.log and <name>.pid of every process
+  std::string program;                            // started with each process's arguments
+  std::string run_dir;                            // <name>.log and <name>.pid of every process
   bool is_terminal = false;                       // progress as one line redrawn in place
   std::function<void(const std::string&)> print;  // whole lines, or a "\r…" redraw on a terminal
 };

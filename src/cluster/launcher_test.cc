@@ -80,7 +80,8 @@ class LauncherTest : public testing::Test {
     launcher = ::fork();
     if (launcher != 0) return;
     std::ofstream out(run_dir + "/out");
-    LauncherOptions options{TANDEM_FAKE_WORKER, run_dir, false, [&out](const std::string& text) { out << text << std::flush; }};
+    LauncherOptions options{TANDEM_FAKE_WORKER, run_dir, false,
+                            [&out](const std::string& text) { out << text << std::flush; }};
     ::_exit(run_cluster(plan, options));
   }
 
@@ -161,7 +162,8 @@ TEST_F(LauncherTest, RefusesATakenPortBeforeItStartsAnything) {
   launch({process("a", "ok"), taken});
   EXPECT_EQ(wait_for_end(), 1);
   EXPECT_EQ(output(), fmt::format("port {} (b's kv_port) on 127.0.0.1 cannot be used: Address already in use; stop its "
-                                  "owner or choose another\n", taken.kv_port));
+                                  "owner or choose another\n",
+                                  taken.kv_port));
   ::close(fd);
 }
 

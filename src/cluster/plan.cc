@@ -36,17 +36,20 @@ void append_options(Subcommand command, const OptionMap& options, std::vector<st
 // The file may give kv_connector_extra_config and the like; role, port and id follow from the plan.
 Result<std::string> make_transfer_config(const ClusterSpec& spec, const WorkerGroup& group, const ProcessSpec& process,
                                          const OptionMap& options) {
-  nlohmann::json config = {{"kv_connector", "UcxConnector"},
-                           {"kv_role", kv_role_name(group.role == WorkerRole::kPrefill ? KvRole::kProducer : KvRole::kConsumer)},
-                           {"kv_ip", process.host},
-                           {"kv_port", process.kv_port},
-                           {"engine_id", process.name}};
+  nlohmann::json config = {
+      {"kv_connector", "UcxConnector"},
+      {"kv_role", kv_role_name(group.role == WorkerRole::kPrefill ? KvRole::kProducer : KvRole::kConsumer)},
+      {"kv_ip", process.host},
+      {"kv_port", process.kv_port},
+      {"engine_id", process.name}};
   if (const auto given = options.find("kv-transfer-config"); given != options.end()) {
     const nlohmann::json extra = nlohmann::json::parse(std::get<std::string>(given->second));
     for (const auto& [field, value] : extra.items()) {
       if (config.contains(field) && field != "kv_connector") {
-        return invalid_argument("kv-transfer-config", "{}:{}: kv-transfer-config.{} follows from role, kv_port and name "
-                                "of worker '{}'; remove it", spec.file, group.line, field, process.name);
+        return invalid_argument("kv-transfer-config",
+                                "{}:{}: kv-transfer-config.{} follows from role, kv_port and name "
+                                "of worker '{}'; remove it",
+                                spec.file, group.line, field, process.name);
       }
       config[field] = value;
     }
@@ -70,8 +73,8 @@ Result<ProcessSpec> plan_worker(const ClusterSpec& spec, const WorkerGroup& grou
   OptionMap options = group.options;
   options.insert(spec.options.begin(), spec.options.end());  // keeps the group's own
 
-  process.arguments = {"serve",  spec.model,     "--host",      process.host,
-                       "--port", std::to_string(process.port), "--log-name", process.name};
+  process.arguments = {"serve",      spec.model,  "--host", process.host, "--port", std::to_string(process.port),
+                       "--log-name", process.name};
   if (group.role != WorkerRole::kBoth) {
     process.kv_port = group.kv_port ? *group.kv_port + index : ports.kv++;
     TANDEM_ASSIGN(std::string config, make_transfer_config(spec, group, process, options));

@@ -15,7 +15,7 @@ struct ProcessSpec {
   std::string role;  // "prefill", "decode", "both", "router"
   std::string host;
   int64_t port = 0;
-  int64_t kv_port = 0;  // 0: none
+  int64_t kv_port = 0;                 // 0: none
   std::vector<std::string> arguments;  // of the tandem program
 
   std::string url() const;
@@ -23,7 +23,7 @@ struct ProcessSpec {
 
 struct ClusterPlan {
   std::string model;
-  std::vector<ProcessSpec> processes;  // workers first, the router last
+  std::vector<ProcessSpec> processes;                               // workers first, the router last
   const ProcessSpec& entrance() const { return processes.back(); }  // where clients connect
 };
 

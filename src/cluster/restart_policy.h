@@ -15,7 +15,8 @@ class RestartPolicy {
   static constexpr int64_t kStableMs = 10'000;
   static constexpr int kMaxFailures = 10;  // in a row, without having been stable
 
-  // The process died, having been ready for `ready_ms` (0: it never was). The delay, or none if it has failed too often.
+  // The process died, having been ready for `ready_ms` (0: it never was). The delay, or none if it has failed too
+  // often.
   std::optional<int64_t> next_delay_ms(int64_t ready_ms) {
     failures_ = ready_ms >= kStableMs ? 1 : failures_ + 1;
     if (failures_ > kMaxFailures) return std::nullopt;

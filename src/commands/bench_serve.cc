@@ -46,8 +46,9 @@ Result<std::vector<bench::PromptRequest>> make_prompts(const Options& options, c
   if (name == "text") return bench::make_text_prompts(dataset);
   if (name == "custom") return bench::load_custom_prompts(options.text("dataset-path"), dataset);
   if (chat) {
-    return invalid_argument("dataset-name", "random prompts are token ids, which the chat endpoint does not take; use "
-                                            "--dataset-name text");
+    return invalid_argument("dataset-name",
+                            "random prompts are token ids, which the chat endpoint does not take; use "
+                            "--dataset-name text");
   }
   TANDEM_ASSIGN(dataset.vocab_size, find_vocab_size(options, url));
   return bench::make_random_prompts(dataset);
@@ -64,8 +65,10 @@ Result<Run> prepare_run(const Options& options) {
   run.load.request_rate = options.number("request-rate");
   run.load.max_concurrency = options.integer("max-concurrency");
   run.load.seed = static_cast<uint64_t>(options.integer("seed"));
-  run.load.request_timeout = std::chrono::milliseconds(static_cast<int64_t>(options.number("request-timeout-s") * 1000));
-  TANDEM_ASSIGN(run.report, bench::parse_report_options(options.text("percentile-metrics"), options.text("metric-percentiles")));
+  run.load.request_timeout =
+      std::chrono::milliseconds(static_cast<int64_t>(options.number("request-timeout-s") * 1000));
+  TANDEM_ASSIGN(run.report,
+                bench::parse_report_options(options.text("percentile-metrics"), options.text("metric-percentiles")));
   TANDEM_ASSIGN(run.prompts, make_prompts(options, run.load.url, run.load.chat));
   for (const bench::PromptRequest& prompt : run.prompts) {
     if (run.load.chat && !std::holds_alternative<std::string>(prompt.prompt)) {
@@ -144,7 +147,8 @@ int run_bench_serve(const Options& options) {
     quiet.request_rate = INFINITY;
     const bench::LoadResult warm = bench::run_load(warmups, quiet);
     if (!warm.records.front().success) {
-      return fail_with(make_error(ErrorKind::kUnavailable, "the first warm-up request failed: {}", warm.records.front().error));
+      return fail_with(
+          make_error(ErrorKind::kUnavailable, "the first warm-up request failed: {}", warm.records.front().error));
     }
   }
   if (::isatty(STDERR_FILENO) == 1) run->load.on_progress = show_progress;

@@ -66,10 +66,8 @@ class Chat {
   }
 
   std::string request_text() const {
-    nlohmann::json body = {{"model", model_},
-                           {"messages", messages_},
-                           {"stream", true},
-                           {"stream_options", {{"include_usage", true}}}};
+    nlohmann::json body = {
+        {"model", model_}, {"messages", messages_}, {"stream", true}, {"stream_options", {{"include_usage", true}}}};
     if (options_.integer("max-tokens") > 0) body["max_tokens"] = options_.integer("max-tokens");
     if (options_.is_set("temperature")) body["temperature"] = options_.number("temperature");
     if (options_.is_set("seed")) body["seed"] = options_.integer("seed");

@@ -3,8 +3,8 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <condition_variable>
 #include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstdlib>
 #include <mutex>
@@ -36,11 +36,13 @@ router::RouterOptions router_options(const Options& options) {
   out.prefill_urls = options.list("prefill");
   out.decode_urls = options.list("decode");
   out.pull = options.text("transfer-mode") == "pull";
-  out.policy = options.text("policy") == "round_robin" ? router::PolicyKind::kRoundRobin : router::PolicyKind::kLeastLoad;
+  out.policy =
+      options.text("policy") == "round_robin" ? router::PolicyKind::kRoundRobin : router::PolicyKind::kLeastLoad;
   out.max_retries = static_cast<int>(options.integer("max-retries"));
   out.max_requests = options.integer("max-concurrent-requests");
   out.request_timeout = std::chrono::milliseconds(static_cast<int64_t>(options.number("request-timeout-s") * 1000));
-  out.probe_interval = std::chrono::milliseconds(static_cast<int64_t>(options.number("health-check-interval-s") * 1000));
+  out.probe_interval =
+      std::chrono::milliseconds(static_cast<int64_t>(options.number("health-check-interval-s") * 1000));
   out.worker_api_key = options.text("worker-api-key");
   return out;
 }
@@ -155,9 +157,8 @@ int run_route(const Options& options) {
 
   const auto has_text = std::make_shared<bool>(false);
   api::Frontend frontend(io, make_front(options, **router, has_text), clock, metrics);
-  Result<std::unique_ptr<api::HttpServer>> server =
-      api::HttpServer::listen(io, options.text("host"), static_cast<uint16_t>(options.integer("port")),
-                              frontend.http_options());
+  Result<std::unique_ptr<api::HttpServer>> server = api::HttpServer::listen(
+      io, options.text("host"), static_cast<uint16_t>(options.integer("port")), frontend.http_options());
   if (!server.ok()) return fail_with(server.error());
   frontend.add_routes(**server);
   (*server)->start();

@@ -227,7 +227,8 @@ CompletionReader::Update CompletionReader::read_chunk(std::string_view data) {
   }
 
   const auto choices = chunk.find("choices");
-  if (choices == chunk.end() || !choices->is_array() || choices->empty() || !choices->front().is_object()) return update;
+  if (choices == chunk.end() || !choices->is_array() || choices->empty() || !choices->front().is_object())
+    return update;
   const json& choice = choices->front();
   engine::TokenEvent event;
   event.usage = usage_;

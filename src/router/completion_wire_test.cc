@@ -64,7 +64,8 @@ std::string chunk(const json& choice, const json& usage = nullptr) {
 
 TEST(Reader, ReadsTokensLogprobsUsageAndFinish) {
   CompletionReader reader(3, 2);
-  const json usage = {{"prompt_tokens", 3}, {"completion_tokens", 1}, {"prompt_tokens_details", {{"cached_tokens", 2}}}};
+  const json usage = {
+      {"prompt_tokens", 3}, {"completion_tokens", 1}, {"prompt_tokens_details", {{"cached_tokens", 2}}}};
   const float tie = -1.5f;
   CompletionReader::Update update = reader.read(
       chunk({{"index", 0},
@@ -86,7 +87,8 @@ TEST(Reader, ReadsTokensLogprobsUsageAndFinish) {
   EXPECT_EQ(update.event->usage.cached_tokens, 2);
   EXPECT_FALSE(update.event->finish);
 
-  update = reader.read(chunk({{"index", 0}, {"token_ids", json::array()}, {"finish_reason", "stop"}, {"stop_reason", 9}}, usage));
+  update = reader.read(
+      chunk({{"index", 0}, {"token_ids", json::array()}, {"finish_reason", "stop"}, {"stop_reason", 9}}, usage));
   ASSERT_TRUE(update.event);
   EXPECT_EQ(update.event->finish, engine::FinishReason::kStop);
   EXPECT_EQ(update.event->stop_token, 9);
@@ -136,7 +138,8 @@ TEST(Reader, FindsTheReservation) {
 
 TEST(Reader, MapsErrorEvents) {
   const auto kind_of = [](const char* data) { return CompletionReader(1, -1).read(data).error.value().kind; };
-  EXPECT_EQ(kind_of(R"({"error":{"message":"m","type":"server_error","code":"internal_error"}})"), ErrorKind::kInternal);
+  EXPECT_EQ(kind_of(R"({"error":{"message":"m","type":"server_error","code":"internal_error"}})"),
+            ErrorKind::kInternal);
   EXPECT_EQ(kind_of(R"({"error":{"message":"m","type":"server_error","code":"upstream_timeout"}})"),
             ErrorKind::kDeadlineExceeded);
   EXPECT_EQ(kind_of(R"({"error":{"message":"m","type":"service_unavailable_error"}})"), ErrorKind::kUnavailable);
@@ -145,19 +148,21 @@ TEST(Reader, MapsErrorEvents) {
 }
 
 TEST(Reader, RefusesGarbage) {
-  for (const char* data : {"", "[]", "{", R"({"choices":[{"token_ids":"x"}]})", R"({"choices":[{"token_ids":[1.5]}]})"}) {
+  for (const char* data :
+       {"", "[]", "{", R"({"choices":[{"token_ids":"x"}]})", R"({"choices":[{"token_ids":[1.5]}]})"}) {
     CompletionReader reader(1, -1);
     EXPECT_EQ(reader.read(data).error.value().kind, ErrorKind::kDataLoss) << data;
   }
   CompletionReader with_logprobs(1, 1);
   EXPECT_EQ(with_logprobs.read(R"({"choices":[{"token_ids":[1]}]})").error.value().kind, ErrorKind::kDataLoss);
-  EXPECT_EQ(with_logprobs.read(R"({"choices":[{"token_ids":[1],"logprobs":{"token_logprobs":["x"]}}]})").error.value().kind,
-            ErrorKind::kDataLoss);
+  EXPECT_EQ(
+      with_logprobs.read(R"({"choices":[{"token_ids":[1],"logprobs":{"token_logprobs":["x"]}}]})").error.value().kind,
+      ErrorKind::kDataLoss);
 }
 
 TEST(Response, ErrorsKeepStatusMessageAndParam) {
-  const Error error = error_of_response(
-      400, R"({"error":{"message":"too long","param":"prompt","code":"context_length_exceeded"}})");
+  const Error error =
+      error_of_response(400, R"({"error":{"message":"too long","param":"prompt","code":"context_length_exceeded"}})");
   EXPECT_EQ(error.kind, ErrorKind::kInvalidArgument);
   EXPECT_EQ(error.message, "too long");
   EXPECT_EQ(error.param, "prompt");

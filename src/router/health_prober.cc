@@ -37,13 +37,12 @@ struct HealthProber::Impl : std::enable_shared_from_this<HealthProber::Impl> {
     api::ClientRequest request;
     request.target = "/health";
     request.connect_timeout = request.idle_timeout = request.total_timeout = interval;
-    probe.call = client.start(
-        probe.url, std::move(request),
-        {.on_done = [self = shared_from_this(), id](Result<api::ClientResponse> response) {
-          if (self->stopped) return;
-          self->take(id, response.ok() && response->is_success());
-          self->ask_later(id);
-        }});
+    probe.call = client.start(probe.url, std::move(request),
+                              {.on_done = [self = shared_from_this(), id](Result<api::ClientResponse> response) {
+                                if (self->stopped) return;
+                                self->take(id, response.ok() && response->is_success());
+                                self->ask_later(id);
+                              }});
   }
 
   // A worker that is out is asked four times as often, so that it is back soon after it has recovered.

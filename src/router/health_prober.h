@@ -15,8 +15,9 @@ class io_context;
 namespace tandem::router {
 
 struct ProberHandlers {
-  std::function<void(WorkerId)> on_change;        // health() of a worker has changed
-  std::function<void(WorkerId)> on_unresponsive;  // probes have failed for kUnresponsiveAfter; called at each further one
+  std::function<void(WorkerId)> on_change;  // health() of a worker has changed
+  std::function<void(WorkerId)>
+      on_unresponsive;  // probes have failed for kUnresponsiveAfter; called at each further one
 };
 
 class HealthProber {

@@ -23,11 +23,11 @@ enum class MockFault {
   kStatus503,
   kStatus429,
   kStatus400,
-  kHang,          // never answers
-  kCut,           // closes the connection without an answer
-  kCutInStream,   // decode: after the first token
+  kHang,           // never answers
+  kCut,            // closes the connection without an answer
+  kCutInStream,    // decode: after the first token
   kErrorInStream,  // decode: an error event after the first token
-  kHangInStream,  // decode: silent after the first token
+  kHangInStream,   // decode: silent after the first token
 };
 
 inline TokenId mock_token(const std::vector<TokenId>& prompt, size_t index) {
@@ -51,12 +51,12 @@ class MockWorker {
   void listen(uint16_t port) {
     server_ = api::HttpServer::listen(io_, "127.0.0.1", port, {}).value();
     server_->add_route({"GET", "/health", false, [this](std::shared_ptr<api::HttpExchange> exchange) {
-                          if (!healthy) return exchange->respond({503, {}, "application/json", R"({"status":"loading"})"});
+                          if (!healthy)
+                            return exchange->respond({503, {}, "application/json", R"({"status":"loading"})"});
                           exchange->respond({200, {}, "application/json", R"({"status":"ok"})"});
                         }});
-    server_->add_route({"POST", "/v1/completions", false, [this](std::shared_ptr<api::HttpExchange> exchange) {
-                          answer(std::move(exchange));
-                        }});
+    server_->add_route({"POST", "/v1/completions", false,
+                        [this](std::shared_ptr<api::HttpExchange> exchange) { answer(std::move(exchange)); }});
     port_ = server_->port();
     server_->start();
   }
@@ -90,14 +90,19 @@ class MockWorker {
     headers.push_back(exchange->request().headers);
     const nlohmann::json& body = bodies.back();
     switch (fault) {
-      case MockFault::kStatus500: return respond_error(*exchange, ErrorKind::kInternal);
-      case MockFault::kStatus503: return respond_error(*exchange, ErrorKind::kUnavailable);
-      case MockFault::kStatus429: return respond_error(*exchange, ErrorKind::kResourceExhausted);
-      case MockFault::kStatus400: return respond_error(*exchange, ErrorKind::kInvalidArgument);
+      case MockFault::kStatus500:
+        return respond_error(*exchange, ErrorKind::kInternal);
+      case MockFault::kStatus503:
+        return respond_error(*exchange, ErrorKind::kUnavailable);
+      case MockFault::kStatus429:
+        return respond_error(*exchange, ErrorKind::kResourceExhausted);
+      case MockFault::kStatus400:
+        return respond_error(*exchange, ErrorKind::kInvalidArgument);
       case MockFault::kCut:
         cut_.push_back(exchange);  // dropping it would be an answer
         return kill_connections();
-      default: break;
+      default:
+        break;
     }
     const auto stream = std::make_shared<Stream>();
     stream->exchange = exchange;
@@ -115,7 +120,9 @@ class MockWorker {
   void respond_error(api::HttpExchange& exchange, ErrorKind kind) {
     exchange.respond(api::error_response(make_error(kind, "the mock fails")));
   }
-  void kill_connections() { boost::asio::post(io_, [this] { kill(), revive(), cut_.clear(); }); }
+  void kill_connections() {
+    boost::asio::post(io_, [this] { kill(), revive(), cut_.clear(); });
+  }
 
   void close(Stream& stream) {
     if (!std::exchange(stream.open, false)) return;

@@ -61,9 +61,8 @@ bool WorkerRegistry::has_role(Role role) const {
 }
 
 bool WorkerRegistry::has_healthy(Role role) const {
-  return std::any_of(workers_.begin(), workers_.end(), [&](const RegisteredWorker& w) {
-    return w.role == role && w.tracker.health() == Health::kUp;
-  });
+  return std::any_of(workers_.begin(), workers_.end(),
+                     [&](const RegisteredWorker& w) { return w.role == role && w.tracker.health() == Health::kUp; });
 }
 
 Result<WorkerId> WorkerRegistry::pick(Role role, std::span<const WorkerId> excluded) {

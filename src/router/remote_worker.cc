@@ -10,7 +10,8 @@
 namespace tandem::router {
 namespace {
 
-// A worker on this host or in this rack accepts in microseconds; two seconds tell one that is gone from one that is slow.
+// A worker on this host or in this rack accepts in microseconds; two seconds tell one that is gone from one that is
+// slow.
 constexpr std::chrono::milliseconds kConnectTimeout{2'000};
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr int64_t kDeadlineSlackUs = 20'000;  // timers fire a little early or late
@@ -24,8 +25,7 @@ Error transport_error(const Error& error, const char* role, int64_t deadline_us)
   if (error.kind == ErrorKind::kDataLoss) {
     return make_error(ErrorKind::kDataLoss, "the {} worker's answer cannot be read", role);
   }
-  return make_error(ErrorKind::kUnavailable, "the {} worker cannot be reached or went away; try again",
-                    role);
+  return make_error(ErrorKind::kUnavailable, "the {} worker cannot be reached or went away; try again", role);
 }
 
 // The state of one decode stream, shared by the handlers of its call.
@@ -78,9 +78,9 @@ api::ClientRequest RemoteWorker::make_request(const LegRequest& leg, std::string
 
 api::CallId RemoteWorker::start_decode(const LegRequest& leg, DecodeHandlers handlers) {
   const int64_t deadline_us = SteadyClock().now_us() + leg.remaining_ms * 1000;
-  const auto stream = std::make_shared<DecodeStream>(DecodeStream{
-      CompletionReader(static_cast<int64_t>(leg.request.prompt.size()), leg.request.sampling.num_logprobs),
-      std::move(handlers)});
+  const auto stream = std::make_shared<DecodeStream>(
+      DecodeStream{CompletionReader(static_cast<int64_t>(leg.request.prompt.size()), leg.request.sampling.num_logprobs),
+                   std::move(handlers)});
   api::ClientHandlers on_wire;
   on_wire.on_event = [stream](const api::SseEvent& event) { stream->take(event); };
   on_wire.on_done = [stream, url = url_, deadline_us](Result<api::ClientResponse> response) {

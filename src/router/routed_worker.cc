@@ -47,9 +47,10 @@ RoutedWorker::RoutedWorker(asio::io_context& io, RouterOptions options, Registry
       retries_(metrics.counter("tandem:router_retries_total", "Further attempts after a worker failed.")),
       client_(io, {}),
       registry_(options_.policy) {
-  prober_ = std::make_unique<HealthProber>(io_, client_, registry_, options_.probe_interval,
-                                           ProberHandlers{.on_change = [this](WorkerId) { update_readiness(); },
-                                                          .on_unresponsive = [this](WorkerId id) { give_up_legs(id); }});
+  prober_ =
+      std::make_unique<HealthProber>(io_, client_, registry_, options_.probe_interval,
+                                     ProberHandlers{.on_change = [this](WorkerId) { update_readiness(); },
+                                                    .on_unresponsive = [this](WorkerId id) { give_up_legs(id); }});
 }
 
 RoutedWorker::~RoutedWorker() { *alive_ = false; }
@@ -89,7 +90,10 @@ RequestId RoutedWorker::submit(engine::TokenRequest request, engine::EventSink s
 void RoutedWorker::cancel(RequestId id) {
   asio::dispatch(io_, [this, alive = alive_, id] {
     // Called on our own thread this overtakes the posted begin(); a second try then comes after it.
-    if (*alive && !cancel_now(id)) asio::post(io_, [this, alive, id] { if (*alive) cancel_now(id); });
+    if (*alive && !cancel_now(id))
+      asio::post(io_, [this, alive, id] {
+        if (*alive) cancel_now(id);
+      });
   });
 }
 
@@ -284,8 +288,8 @@ void RoutedWorker::give_up_legs(WorkerId worker) {
 }
 
 void RoutedWorker::update_readiness() {
-  const bool ready =
-      registry_.has_healthy(Role::kDecode) && (!registry_.has_role(Role::kPrefill) || registry_.has_healthy(Role::kPrefill));
+  const bool ready = registry_.has_healthy(Role::kDecode) &&
+                     (!registry_.has_role(Role::kPrefill) || registry_.has_healthy(Role::kPrefill));
   ready_.store(ready, std::memory_order_relaxed);
   for (const RegisteredWorker& worker : registry_.workers()) {
     gauges_[static_cast<size_t>(worker.id.value)].up->set(worker.tracker.health() == Health::kUp ? 1 : 0);

@@ -27,10 +27,10 @@ namespace tandem::router {
 struct RouterOptions {
   std::vector<std::string> prefill_urls{};  // none: decode workers compute their prompts themselves
   std::vector<std::string> decode_urls{};   // at least one
-  bool pull = false;                      // prefill first, for workers that are not Tandem
+  bool pull = false;                        // prefill first, for workers that are not Tandem
   PolicyKind policy = PolicyKind::kLeastLoad;
   int max_retries = 2;
-  int64_t max_requests = 4096;                    // in flight; more are kResourceExhausted
+  int64_t max_requests = 4096;                         // in flight; more are kResourceExhausted
   std::chrono::milliseconds request_timeout{600'000};  // for requests that carry no earlier deadline
   std::chrono::milliseconds probe_interval{1'000};
   std::string worker_api_key{};

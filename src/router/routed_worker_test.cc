@@ -48,7 +48,8 @@ class RoutedWorkerTest : public testing::Test {
   }
 
   void wait_for_up(size_t count) {
-    EXPECT_TRUE(eventually([&] { return loop.run([&] { return sum_of("tandem:router_worker_up"); }) == static_cast<double>(count); }));
+    EXPECT_TRUE(eventually(
+        [&] { return loop.run([&] { return sum_of("tandem:router_worker_up"); }) == static_cast<double>(count); }));
   }
 
   engine::TokenRequest make_request(int64_t max_tokens = 4) {
@@ -79,7 +80,8 @@ class RoutedWorkerTest : public testing::Test {
   double sum_of(const std::string& gauge) {
     double sum = 0;
     const std::string text = metrics->expose();
-    for (size_t at = text.find("\n" + gauge + "{"); at != std::string::npos; at = text.find("\n" + gauge + "{", at + 1)) {
+    for (size_t at = text.find("\n" + gauge + "{"); at != std::string::npos;
+         at = text.find("\n" + gauge + "{", at + 1)) {
       sum += std::stod(text.substr(text.find(' ', at)));
     }
     return sum;
@@ -95,7 +97,9 @@ class RoutedWorkerTest : public testing::Test {
              sum_of("tandem:router_worker_tokens") == 0;
     });
   }
-  void expect_rest_within(milliseconds limit) { EXPECT_TRUE(eventually([this] { return is_at_rest(); }, limit)); }
+  void expect_rest_within(milliseconds limit) {
+    EXPECT_TRUE(eventually([this] { return is_at_rest(); }, limit));
+  }
 
   std::vector<TokenId> expected_tokens(const engine::TokenRequest& request) {
     std::vector<TokenId> tokens;
@@ -316,7 +320,8 @@ TEST_F(RoutedWorkerTest, AKilledWorkerGoesOutAndComesBack) {
   EXPECT_TRUE(eventually([&] { return loop.run([&] { return other->finish || seen->finish; }); }));
   const int64_t killed_us = SteadyClock().now_us();
   loop.run([&] { decodes[0]->kill(); });
-  EXPECT_TRUE(eventually([&] { return loop.run([&] { return seen->terminal_events + other->terminal_events == 2; }); }));
+  EXPECT_TRUE(
+      eventually([&] { return loop.run([&] { return seen->terminal_events + other->terminal_events == 2; }); }));
   EXPECT_LT(SteadyClock().now_us() - killed_us, 1'000'000);
   wait_for_up(2);
   for (int i = 0; i < 6; ++i) EXPECT_TRUE(ask(make_request()).finish.has_value());

@@ -6,8 +6,7 @@ namespace tandem::router {
 namespace {
 
 // What decode is asked in a push: to reserve blocks and give its address.
-constexpr const char* kReserveForPush =
-    R"({"do_remote_decode":false,"do_remote_prefill":true,"transfer_mode":"push"})";
+constexpr const char* kReserveForPush = R"({"do_remote_decode":false,"do_remote_prefill":true,"transfer_mode":"push"})";
 // What prefill is asked in a pull: vLLM's object, word for word.
 constexpr const char* kPublishForPull =
     R"({"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,)"
@@ -25,7 +24,8 @@ bool is_worker_fault(ErrorKind kind) {
   switch (kind) {
     case ErrorKind::kUnavailable:
     case ErrorKind::kDataLoss:
-    case ErrorKind::kInternal: return true;
+    case ErrorKind::kInternal:
+      return true;
     case ErrorKind::kInvalidArgument:
     case ErrorKind::kNotFound:
     case ErrorKind::kTooLarge:
@@ -33,7 +33,8 @@ bool is_worker_fault(ErrorKind kind) {
     case ErrorKind::kResourceExhausted:
     case ErrorKind::kDeadlineExceeded:
     case ErrorKind::kAborted:
-    case ErrorKind::kUnsupported: break;
+    case ErrorKind::kUnsupported:
+      break;
   }
   return false;
 }
@@ -104,9 +105,9 @@ LegActions TwoLegs::prefill_done(std::string transfer) {
   prefill_active_ = false;
   if (is_answered_ || mode_ == LegMode::kPush) return {};
   if (transfer.empty()) {
-    return fail(Role::kPrefill,
-                make_error(ErrorKind::kInternal, "the prefill worker answered without kv_transfer_params; start it "
-                                                 "with --kv-transfer-config"));
+    return fail(Role::kPrefill, make_error(ErrorKind::kInternal,
+                                           "the prefill worker answered without kv_transfer_params; start it "
+                                           "with --kv-transfer-config"));
   }
   decode_active_ = true;
   return {StartDecode{decode_, std::move(transfer)}};

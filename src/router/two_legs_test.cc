@@ -157,7 +157,8 @@ TEST(TwoLegs, FaultTable) {
       SCOPED_TRACE(fmt::format("mode {} point {} failing {} kind {} retries {}", static_cast<int>(c.mode),
                                static_cast<int>(c.point), role_name(c.failing), error_kind_name(c.kind), max_retries));
       TwoLegs legs = request_at(c.mode, c.point, max_retries);
-      const LegActions actions = c.failing == P ? legs.prefill_failed(fault(c.kind)) : legs.decode_failed(fault(c.kind));
+      const LegActions actions =
+          c.failing == P ? legs.prefill_failed(fault(c.kind)) : legs.decode_failed(fault(c.kind));
       EXPECT_EQ(describe(actions), max_retries > 0 ? c.with_retry : c.without_retry);
       const bool retried = describe(actions).find("pick") != std::string::npos;
       const bool failed = describe(actions).find("error") != std::string::npos;
@@ -184,12 +185,15 @@ TEST(TwoLegs, CancelClosesBothLegsAtEveryPoint) {
     Point point;
     const char* actions;
   };
-  for (const Case& c : {Case{kPlain, Point::kDecodeAsked, "cancel-decode"}, {kPlain, Point::kStreaming, "cancel-decode"},
+  for (const Case& c : {Case{kPlain, Point::kDecodeAsked, "cancel-decode"},
+                        {kPlain, Point::kStreaming, "cancel-decode"},
                         {kPush, Point::kDecodeAsked, "cancel-decode"},
                         {kPush, Point::kPrefillAsked, "cancel-decode cancel-prefill"},
                         {kPush, Point::kStreamingPrefillOpen, "cancel-decode cancel-prefill"},
-                        {kPush, Point::kStreaming, "cancel-decode"}, {kPull, Point::kDecodeAsked, "cancel-prefill"},
-                        {kPull, Point::kDecodeFetching, "cancel-decode"}, {kPull, Point::kStreaming, "cancel-decode"}}) {
+                        {kPush, Point::kStreaming, "cancel-decode"},
+                        {kPull, Point::kDecodeAsked, "cancel-prefill"},
+                        {kPull, Point::kDecodeFetching, "cancel-decode"},
+                        {kPull, Point::kStreaming, "cancel-decode"}}) {
     TwoLegs legs = request_at(c.mode, c.point, 2);
     EXPECT_EQ(describe(legs.cancel()), c.actions);
     EXPECT_TRUE(legs.is_closed());
