@@ -14,9 +14,9 @@ namespace {
 constexpr uint32_t kMagic = 0x504e4454;  // "TDNP"
 constexpr uint32_t kVersion = 1;
 constexpr int kBacklog = 128;
-constexpr int kKeepIdleS = 2;          // a host that vanishes without a word is noticed …
+constexpr int kKeepIdleS = 2;  // a host that vanishes without a word is noticed …
 constexpr int kKeepIntervalS = 1;
-constexpr int kKeepCount = 3;          // … after 2 + 3 * 1 seconds
+constexpr int kKeepCount = 3;  // … after 2 + 3 * 1 seconds
 
 struct Prefix {
   uint32_t magic = 0;
@@ -70,8 +70,8 @@ Result<int> start_connect(const SocketAddress& address) {
 
 int accept_connection(int listener, SocketAddress* peer) {
   peer->length = sizeof peer->storage;
-  const int fd = accept4(listener, reinterpret_cast<sockaddr*>(&peer->storage), &peer->length,
-                         SOCK_NONBLOCK | SOCK_CLOEXEC);
+  const int fd =
+      accept4(listener, reinterpret_cast<sockaddr*>(&peer->storage), &peer->length, SOCK_NONBLOCK | SOCK_CLOEXEC);
   if (fd >= 0) tune(fd);
   return fd;
 }
@@ -124,8 +124,9 @@ Status Meeting::check_prefix() {
   if (received_ < sizeof prefix) return {};
   std::memcpy(&prefix, in_.data(), sizeof prefix);
   if (prefix.magic != kMagic || prefix.version != kVersion) {
-    return make_error(ErrorKind::kUnavailable, "not a KV transfer port of this version ({:#x}, {} instead of {:#x}, {})",
-                      prefix.magic, prefix.version, kMagic, kVersion);
+    return make_error(ErrorKind::kUnavailable,
+                      "not a KV transfer port of this version ({:#x}, {} instead of {:#x}, {})", prefix.magic,
+                      prefix.version, kMagic, kVersion);
   }
   if (prefix.length == 0 || prefix.length > kMaxWorkerAddressBytes) {
     return make_error(ErrorKind::kUnavailable, "a worker address of {} bytes", prefix.length);

@@ -23,10 +23,10 @@ using ConnectionId = StrongId<struct ConnectionIdTag, uint64_t>;
 
 // A payload and its message fit into one 64 KiB shared-memory segment: no reassembly, no allocation by the transport.
 inline constexpr int64_t kMaxPayloadBytes = 63 * 1024;
-inline constexpr int64_t kMaxMessageBytes = 16 * 1024;     // a message without payload
-inline constexpr int64_t kMaxHeaderBytes = 512;            // a message that has a payload
-inline constexpr int64_t kMaxConnections = 256;            // opened and accepted together
-inline constexpr int64_t kMaxSendsPerConnection = 4096;    // not yet finished by the transport
+inline constexpr int64_t kMaxMessageBytes = 16 * 1024;   // a message without payload
+inline constexpr int64_t kMaxHeaderBytes = 512;          // a message that has a payload
+inline constexpr int64_t kMaxConnections = 256;          // opened and accepted together
+inline constexpr int64_t kMaxSendsPerConnection = 4096;  // not yet finished by the transport
 
 class MessageHandler {
  public:
@@ -64,7 +64,8 @@ class Messenger {
   // "posix/memory", "tcp/eth0"; "connecting" before that is known.
   virtual std::string transport_name(ConnectionId connection) const = 0;
 
-  // Handles what has arrived, then sleeps in the kernel until something arrives, wake() is called or `timeout_us` is over.
+  // Handles what has arrived, then sleeps in the kernel until something arrives, wake() is called or `timeout_us` is
+  // over.
   virtual void poll(int64_t timeout_us) = 0;
   // Ends the current or the next sleep of poll(). From any thread.
   virtual void wake() = 0;

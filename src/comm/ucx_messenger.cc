@@ -11,6 +11,7 @@
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <deque>
@@ -32,17 +33,19 @@
 namespace tandem::comm {
 namespace {
 
-constexpr unsigned kMessageId = 1;              // the one active-message id
-constexpr int kProgressRounds = 16;             // per worker and poll(), so that no connection starves the others
-constexpr int64_t kSpinUs = 20;                 // after traffic, before sleeping
-constexpr int kMaxFruitlessRounds = 64;         // of work inside UCX that leads to no event
-constexpr int64_t kMinBackoffUs = 50;           // after them: pauses of this length …
-constexpr int64_t kMaxBackoffUs = 1000;         // … doubling up to this
-constexpr int64_t kShutdownUs = 500'000;        // for closing all connections
-constexpr int64_t kMaxLookUps = 8;              // names being resolved at a time
-constexpr int64_t kMeetingUs = 5'000'000;       // from an accepted socket to an exchanged address
-constexpr int64_t kSocketCheckUs = 1000;        // under load, how often sockets are looked at
-constexpr int kMaxEvents = 64;                  // taken from the kernel at a time
+constexpr unsigned kMessageId = 1;         // the one active-message id
+constexpr int kProgressRounds = 16;        // per worker and poll(), so that no connection starves the others
+constexpr int64_t kSpinUs = 20;            // after traffic, before sleeping
+constexpr int kMaxFruitlessRounds = 64;    // of work inside UCX that leads to no event
+constexpr int64_t kMinBackoffUs = 50;      // after them: pauses of this length …
+constexpr int64_t kMaxBackoffUs = 1000;    // … doubling up to this
+constexpr int64_t kFlushUs = 50'000;       // at the end, for messages that the transport has not finished
+constexpr int64_t kShutdownUs = 500'000;   // then for closing all connections
+constexpr int kLastRounds = 256;           // of progress when a peer is lost: it may have spoken before
+constexpr int64_t kMaxLookUps = 8;         // names being resolved at a time
+constexpr int64_t kMeetingUs = 5'000'000;  // from an accepted socket to an exchanged address
+constexpr int64_t kSocketCheckUs = 1000;   // under load, how often sockets are looked at
+constexpr int kMaxEvents = 64;             // taken from the kernel at a time
 
 struct Connection;
 
@@ -71,9 +74,10 @@ struct Connection {
   ucs_status_ptr_t closing = nullptr;  // set while UCX closes the endpoint
   bool heard = false;                  // at least one message came
   bool closed_by_us = false;
+  bool misbehaved = false;  // what it says is not wanted any more
   bool close_done = false;
   std::optional<Error> failure;
-  std::deque<std::unique_ptr<OutgoingMessage>> waiting;                          // until the endpoint exists
+  std::deque<std::unique_ptr<OutgoingMessage>> waiting;                                    // until the endpoint exists
   std::unordered_map<const OutgoingMessage*, std::unique_ptr<OutgoingMessage>> in_flight;  // taken by UCX, not finished
 };
 
@@ -121,6 +125,7 @@ class UcxMessenger final : public Messenger {
   std::unique_ptr<OutgoingMessage> take_blank();
   void recycle(std::unique_ptr<OutgoingMessage> message);
   bool progress_all();
+  void flush();
   void open_new();
   void end_late_meetings();
   void sweep_closed();
@@ -153,7 +158,8 @@ class UcxMessenger final : public Messenger {
   int64_t backoff_us_ = kMinBackoffUs;
 };
 
-// --- start and stop ---------------------------------------------------------------------------------------------------
+// --- start and stop
+// ---------------------------------------------------------------------------------------------------
 
 // What an event of the kernel is about: the low bits of its data, the connection above them.
 enum EventKind : uint64_t { kWakeEvent = 0, kListenerEvent = 1, kSocketEvent = 2 };
@@ -191,6 +197,7 @@ UcxMessenger::~UcxMessenger() {
     look_ups_->open = false;
   }
   if (listener_ >= 0) ::close(listener_);
+  flush();
   for (Connection* connection : list_connections()) close(connection->id);
   const int64_t deadline_us = clock_.now_us() + kShutdownUs;
   while (!connections_.empty() && clock_.now_us() < deadline_us) {
@@ -206,7 +213,20 @@ UcxMessenger::~UcxMessenger() {
   if (epoll_fd_ >= 0) ::close(epoll_fd_);
 }
 
-// --- connections ------------------------------------------------------------------------------------------------------
+void UcxMessenger::flush() {
+  const int64_t deadline_us = clock_.now_us() + kFlushUs;
+  const auto unfinished = [](const Connection* connection) {
+    return connection->endpoint != nullptr && !connection->failure.has_value() && !connection->in_flight.empty();
+  };
+  while (clock_.now_us() < deadline_us) {
+    const std::vector<Connection*> list = list_connections();
+    if (std::none_of(list.begin(), list.end(), unfinished)) return;
+    progress_all();
+  }
+}
+
+// --- connections
+// ------------------------------------------------------------------------------------------------------
 
 std::vector<Connection*> UcxMessenger::list_connections() {
   std::vector<Connection*> list;
@@ -294,8 +314,8 @@ Status UcxMessenger::begin_meeting(Connection& connection, int socket) {
   size_t length = 0;
   const ucs_status_t status = ucp_worker_get_address(connection.worker, &address, &length);
   CHECK_EQ(static_cast<int>(status), static_cast<int>(UCS_OK));
-  connection.meeting = std::make_unique<Meeting>(socket, std::as_bytes(std::span(
-                                                             reinterpret_cast<const char*>(address), length)));
+  connection.meeting =
+      std::make_unique<Meeting>(socket, std::as_bytes(std::span(reinterpret_cast<const char*>(address), length)));
   ucp_worker_release_address(connection.worker, address);
   connection.meeting_deadline_us = clock_.now_us() + kMeetingUs;
   watch(epoll_fd_, EPOLL_CTL_ADD, socket, kSocketEvent, connection.id, /*for_write=*/true);
@@ -309,8 +329,8 @@ void UcxMessenger::open_to(ConnectionId id, const SocketAddress& address) {
   Connection& connection = *found->second;
   const Result<int> socket = start_connect(address);
   if (!socket.ok()) {
-    fail(connection, make_error(ErrorKind::kUnavailable, "cannot connect to {}: {}", connection.peer,
-                                socket.error().message));
+    fail(connection,
+         make_error(ErrorKind::kUnavailable, "cannot connect to {}: {}", connection.peer, socket.error().message));
     return;
   }
   const Status begun = begin_meeting(connection, *socket);
@@ -344,8 +364,7 @@ void UcxMessenger::advance_meeting(Connection& connection) {
   const Status advanced = meeting.advance();
   if (!advanced.ok()) {
     const char* what = connection.endpoint == nullptr ? "cannot connect to" : "lost the connection to";
-    fail(connection,
-         make_error(ErrorKind::kUnavailable, "{} {}: {}", what, connection.peer, advanced.error().message));
+    fail(connection, make_error(ErrorKind::kUnavailable, "{} {}: {}", what, connection.peer, advanced.error().message));
     return;
   }
   if (connection.endpoint != nullptr) return;
@@ -357,8 +376,8 @@ void UcxMessenger::advance_meeting(Connection& connection) {
 void UcxMessenger::open_endpoint(Connection& connection) {
   meeting_.erase(connection.id);
   ucp_ep_params_t params{};
-  params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                      UCP_EP_PARAM_FIELD_ERR_HANDLER;
+  params.field_mask =
+      UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
   params.address = reinterpret_cast<const ucp_address_t*>(connection.meeting->peer_address().data());
   params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
   params.err_handler.cb = [](void* argument, ucp_ep_h, ucs_status_t status) {
@@ -406,7 +425,8 @@ std::string UcxMessenger::transport_name(ConnectionId id) const {
   return describe_transport(found->second->endpoint);
 }
 
-// --- messages ---------------------------------------------------------------------------------------------------------
+// --- messages
+// ---------------------------------------------------------------------------------------------------------
 
 std::unique_ptr<OutgoingMessage> UcxMessenger::take_blank() {
   if (blanks_.empty()) return std::make_unique<OutgoingMessage>();
@@ -496,11 +516,14 @@ void UcxMessenger::on_send_end(Connection& connection, const OutgoingMessage* me
 ucs_status_t UcxMessenger::on_arrival(Connection& connection, const void* header, size_t header_length,
                                       const void* data, size_t length, const ucp_am_recv_param_t& param) {
   ++num_events_;
-  if (connection.closed_by_us || connection.failure.has_value()) return UCS_OK;
+  if (connection.closed_by_us || connection.misbehaved) return UCS_OK;
   const bool offered = (param.recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
-  if (offered || length > static_cast<size_t>(kMaxPayloadBytes) || header_length > static_cast<size_t>(kMaxHeaderBytes)) {
-    fail(connection, make_error(ErrorKind::kUnavailable, "{} sent a message of {} + {} bytes; at most {} + {} are taken",
-                                connection.peer, header_length, length, kMaxHeaderBytes, kMaxPayloadBytes));
+  if (offered || length > static_cast<size_t>(kMaxPayloadBytes) ||
+      header_length > static_cast<size_t>(kMaxHeaderBytes)) {
+    fail(connection,
+         make_error(ErrorKind::kUnavailable, "{} sent a message of {} + {} bytes; at most {} + {} are taken",
+                    connection.peer, header_length, length, kMaxHeaderBytes, kMaxPayloadBytes));
+    connection.misbehaved = true;
     return UCS_OK;
   }
   connection.heard = true;
@@ -514,7 +537,8 @@ ucs_status_t UcxMessenger::on_arrival(Connection& connection, const void* header
   return UCS_OK;
 }
 
-// --- the loop ---------------------------------------------------------------------------------------------------------
+// --- the loop
+// ---------------------------------------------------------------------------------------------------------
 
 bool UcxMessenger::progress_all() {
   bool any = false;
@@ -548,8 +572,8 @@ void UcxMessenger::end_late_meetings() {
   for (const ConnectionId id : meeting_) {
     Connection& connection = *connections_.at(id);
     if (connection.failure.has_value() || clock_.now_us() < connection.meeting_deadline_us) continue;
-    fail(connection, make_error(ErrorKind::kUnavailable, "{} did not answer within {} s", connection.peer,
-                                kMeetingUs / 1'000'000));
+    fail(connection,
+         make_error(ErrorKind::kUnavailable, "{} did not answer within {} s", connection.peer, kMeetingUs / 1'000'000));
   }
 }
 
@@ -559,6 +583,9 @@ void UcxMessenger::sweep_closed() {
     Connection& connection = *connections_.at(id);
     connection.meeting.reset();  // tells the peer, and ends the socket's events
     if (connection.endpoint != nullptr && connection.closing == nullptr && !connection.close_done) {
+      for (int round = 0; !connection.closed_by_us && round < kLastRounds; ++round) {
+        if (ucp_worker_progress(connection.worker) == 0) break;
+      }
       ucp_request_param_t param{};
       param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
       param.flags = UCP_EP_CLOSE_FLAG_FORCE;

@@ -144,6 +144,21 @@ TEST_P(MessengerTest, TellsTheOtherSideOfAClose) {
   EXPECT_EQ(server->send(server_events.accepted[0], make_bytes(8, 1)), SendResult::kClosed);
 }
 
+TEST_P(MessengerTest, LastWordsArrive) {
+  for (size_t round = 1; round <= 20; ++round) {
+    const ConnectionId id = client->connect("127.0.0.1", server->port()).value();
+    client->send(id, make_bytes(200, 1));  // long enough for UCX to complete its connection
+    const size_t want = 5 * round - 4;
+    ASSERT_TRUE(pump_until([&] { return server_events.messages.size() == want; }));
+    server->send(server_events.accepted.back(), make_bytes(200, 1));
+    ASSERT_TRUE(pump_until([&] { return client_events.messages.size() == round; }));
+    for (int i = 0; i < 4; ++i) client->send(id, make_bytes(100, i), make_bytes(50'000, i), 1);
+    client = start(client_events);  // the former one goes
+    ASSERT_TRUE(pump_until([&] { return server_events.closed.size() == round; }));
+    EXPECT_EQ(server_events.messages.size(), 5 * round) << server_events.closed.back().second.message;
+  }
+}
+
 TEST_P(MessengerTest, ReportsAnUnreachablePeer) {
   const int64_t unused_port = start(client_events)->port();  // was free a moment ago
   const ConnectionId id = client->connect("127.0.0.1", unused_port).value();

@@ -19,18 +19,18 @@ Settings list_settings(const std::string& device, bool shared_memory) {
       {"LOG_LEVEL", "fatal"},  // failures come back as status codes and are reported by us
       {"MAX_EAGER_RAILS", "1"},
       {"MAX_RNDV_RAILS", "1"},
-      {"CONN_NB", "y"},          // a vanished host must not block the thread in connect()
-      {"PUT_ENABLE", "n"},       // no remote writes
-      {"RX_SEG_SIZE", "128k"},   // a whole payload per receive: 3 times the default's throughput on loopback
+      {"CONN_NB", "y"},         // a vanished host must not block the thread in connect()
+      {"PUT_ENABLE", "n"},      // no remote writes
+      {"RX_SEG_SIZE", "128k"},  // a whole payload per receive: 3 times the default's throughput on loopback
   };
   if (shared_memory) {
     const Settings more = {
         // Lets shared memory be used with error handling by peer. What it cannot handle is a sender that dies while
         // it writes into a receive queue: the queue stays stuck. Therefore each connection has its own queue.
         {"MM_ERROR_HANDLING", "y"},
-        {"MM_SEG_SIZE", "65528"},     // the length of a message is a 16-bit number there
-        {"MM_FIFO_SIZE", "32"},       // 32 segments, 2 MiB of /dev/shm per connection and side …
-        {"MM_RX_BUFS_GROW", "40"},    // … and a few more for those being read
+        {"MM_SEG_SIZE", "65528"},   // the length of a message is a 16-bit number there
+        {"MM_FIFO_SIZE", "32"},     // 32 segments, 2 MiB of /dev/shm per connection and side …
+        {"MM_RX_BUFS_GROW", "40"},  // … and a few more for those being read
     };
     settings.insert(settings.end(), more.begin(), more.end());
   }

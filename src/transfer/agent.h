@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "src/base/hash.h"
 #include "src/base/ids.h"
 #include "src/base/kv_transfer_config.h"
 #include "src/base/result.h"
@@ -36,6 +37,8 @@ struct BlockSpan {
   int64_t first_block = 0;       // index of blocks[0] in the prompt: earlier blocks are in decode's prefix cache
   std::vector<BlockId> blocks;   // for the receiver: where to write; for the sender: where to read
   int64_t num_tokens = 0;        // of the whole prompt
+  Hash256 prompt{};              // of the prompt's tokens: both sides must mean the same, or its KV would be filed under
+                                 // another prompt
 };
 
 struct Done {

@@ -15,37 +15,13 @@ constexpr const char* kTag = "transfer";
 FaultCode fate_of(const Status& status) {
   if (status.ok()) return FaultCode::kConsumed;
   switch (status.error().kind) {
-    case ErrorKind::kAborted: return FaultCode::kAborted;
-    case ErrorKind::kDeadlineExceeded: return FaultCode::kExpired;
-    default: return FaultCode::kConsumed;
+    case ErrorKind::kAborted:
+      return FaultCode::kAborted;
+    case ErrorKind::kDeadlineExceeded:
+      return FaultCode::kExpired;
+    default:
+      return FaultCode::kConsumed;
   }
-}
-
-const char* describe_fate(FaultCode fate) {
-  switch (fate) {
-    case FaultCode::kConsumed: return "this handle was used before; a handle works once";
-    case FaultCode::kAborted: return "this transfer was aborted";
-    case FaultCode::kExpired: return "the lease or the deadline of this transfer has passed";
-    default: return "no such handle in this process; did it restart?";
-  }
-}
-
-// The handle a message is about and the side it is for; nothing for those about the link.
-std::optional<std::pair<Side, Handle>> find_target(const Message& message) {
-  return std::visit(
-      [](const auto& m) -> std::optional<std::pair<Side, Handle>> {
-        using M = std::decay_t<decltype(m)>;
-        if constexpr (std::is_same_v<M, Hello> || std::is_same_v<M, Refuse>) {
-          return std::nullopt;
-        } else if constexpr (std::is_same_v<M, Begin> || std::is_same_v<M, Data> || std::is_same_v<M, Commit>) {
-          return std::pair(Side::kReceiver, m.handle);
-        } else if constexpr (std::is_same_v<M, Accept> || std::is_same_v<M, Pull> || std::is_same_v<M, Ack>) {
-          return std::pair(Side::kSender, m.handle);
-        } else {
-          return std::pair(m.to, m.handle);
-        }
-      },
-      message);
 }
 
 }  // namespace
@@ -61,7 +37,8 @@ AgentCore::AgentCore(const KvMemory& memory, const AgentOptions& options, std::s
   CHECK_LE(hello_.fingerprint.size(), kMaxNameBytes);
 }
 
-// --- commands of the engine -------------------------------------------------------------------------------------------
+// --- commands of the engine
+// -------------------------------------------------------------------------------------------
 
 void AgentCore::refuse_start(TransferId id, Error error) { on_done_(Done{id, std::move(error), std::nullopt, 0, 0}); }
 
@@ -96,8 +73,9 @@ AgentCore::Transfer* AgentCore::add_transfer(TransferId id, const Handle& handle
 void AgentCore::expect(TransferId id, const Handle& handle, const BlockSpan& span, int64_t deadline_us) {
   Transfer* transfer = add_transfer(id, handle, Side::kReceiver, span);
   if (transfer == nullptr) return;
-  ReceiveSpec spec{handle, false, transfer->grid, span.num_tokens, span.first_block, deadline_us,
-                   options_.idle_timeout_us};
+  ReceiveSpec spec{handle,           false,       transfer->grid,          span.num_tokens,
+                   span.first_block, deadline_us, options_.idle_timeout_us};
+  spec.prompt = span.prompt;
   transfer->receiver = std::make_unique<ReceiveMachine>(spec, clock_.now_us());
 }
 
@@ -106,6 +84,7 @@ void AgentCore::publish(TransferId id, const Handle& handle, const BlockSpan& sp
   if (transfer == nullptr) return;
   CHECK_EQ(span.first_block, 0);
   SendSpec spec{handle, true, transfer->grid, span.num_tokens, 0, 0, options_.idle_timeout_us, options_.lease_us};
+  spec.prompt = span.prompt;
   transfer->sender = std::make_unique<SendMachine>(spec, clock_.now_us());
 }
 
@@ -119,8 +98,9 @@ void AgentCore::pull(TransferId id, const KvTransferParams& remote, const BlockS
   if (!link.ok()) return refuse_start(id, link.error());
   Transfer* transfer = add_transfer(id, *handle, Side::kReceiver, span);
   if (transfer == nullptr) return;
-  ReceiveSpec spec{*handle, true, transfer->grid, span.num_tokens, span.first_block, deadline_us,
-                   options_.idle_timeout_us};
+  ReceiveSpec spec{*handle,          true,        transfer->grid,          span.num_tokens,
+                   span.first_block, deadline_us, options_.idle_timeout_us};
+  spec.prompt = span.prompt;
   transfer->receiver = std::make_unique<ReceiveMachine>(spec, clock_.now_us());
   transfer->wanted_engine = remote.remote_engine_id;
   attach(*transfer, **link);
@@ -139,8 +119,9 @@ void AgentCore::begin_send(TransferId id, const KvTransferParams& remote, const 
   if (!link.ok()) return refuse_start(id, link.error());
   Transfer* transfer = add_transfer(id, *handle, Side::kSender, span);
   if (transfer == nullptr) return;
-  SendSpec spec{*handle, false, transfer->grid, span.num_tokens, span.first_block, deadline_us,
-                options_.idle_timeout_us, 0};
+  SendSpec spec{*handle,          false,       transfer->grid,           span.num_tokens,
+                span.first_block, deadline_us, options_.idle_timeout_us, 0};
+  spec.prompt = span.prompt;
   transfer->sender = std::make_unique<SendMachine>(spec, clock_.now_us());
   transfer->wanted_engine = remote.remote_engine_id;
   attach(*transfer, **link);
@@ -190,7 +171,8 @@ void AgentCore::abort(TransferId id) {
   perform(*transfer, std::move(actions));
 }
 
-// --- transfers --------------------------------------------------------------------------------------------------------
+// --- transfers
+// --------------------------------------------------------------------------------------------------------
 
 AgentCore::Transfer* AgentCore::find(TransferId id) {
   const auto found = transfers_.find(id);
@@ -379,221 +361,14 @@ void AgentCore::run_timers() {
 int64_t AgentCore::next_timer_us() const {
   int64_t next_us = kNever;
   for (const auto& [id, transfer] : transfers_) {
-    next_us = std::min(next_us, transfer.sender ? transfer.sender->next_expiry_us() : transfer.receiver->next_expiry_us());
+    next_us =
+        std::min(next_us, transfer.sender ? transfer.sender->next_expiry_us() : transfer.receiver->next_expiry_us());
   }
   for (const auto& [id, link] : links_) {
     if (link.deadline_us != 0) next_us = std::min(next_us, link.deadline_us);
     if (link.opened_here && link.transfers.empty()) next_us = std::min(next_us, link.last_used_us + kIdleLinkUs);
   }
   return next_us;
-}
-
-// --- links ------------------------------------------------------------------------------------------------------------
-
-// A link to the peer that `remote` names. One to another incarnation at the same address is not used: the peer has
-// restarted, or `remote` is from before a restart; a new link will tell which.
-Result<AgentCore::Link*> AgentCore::open_link(const KvTransferParams& remote) {
-  const std::string address = fmt::format("{}:{}", remote.remote_host, remote.remote_port);
-  const auto known = link_by_address_.find(address);
-  if (known != link_by_address_.end()) {
-    Link& link = links_.at(known->second);
-    const bool other = link.hello.has_value() && !remote.remote_engine_id.empty() &&
-                       link.hello->engine_id != remote.remote_engine_id;
-    if (!other && !link.refused) return &link;
-    link_by_address_.erase(known);
-    link.address.clear();
-    if (link.transfers.empty()) drop_link(link.id, make_error(ErrorKind::kUnavailable, "replaced by a new link"));
-  }
-  TANDEM_ASSIGN(const comm::ConnectionId id, messenger_->connect(remote.remote_host, remote.remote_port));
-  const int64_t now_us = clock_.now_us();
-  Link& link = links_[id];
-  link.id = id;
-  link.address = address;
-  link.opened_here = true;
-  link.peer = fmt::format("the worker at {}", address);
-  link.deadline_us = now_us + options_.connect_timeout_us;
-  link.last_used_us = now_us;
-  link.last_heard_us = now_us;
-  link_by_address_.emplace(address, id);
-  tell_now(id, hello_);
-  return &link;
-}
-
-void AgentCore::attach(Transfer& transfer, Link& link) {
-  transfer.link = link.id;
-  link.transfers.insert(transfer.id);
-  link.last_used_us = clock_.now_us();
-}
-
-void AgentCore::tell_now(comm::ConnectionId connection, const Message& message) {
-  // A closed connection is reported by on_closed.
-  (void)messenger_->send(connection, encode(message));
-}
-
-void AgentCore::tell(Link& link, Message&& message) {
-  if (link.hello.has_value()) return tell_now(link.id, message);
-  if (std::ssize(link.waiting) < kMaxMessagesBeforeHello) link.waiting.push_back(std::move(message));
-}
-
-void AgentCore::on_accept(comm::ConnectionId connection) {
-  Link& link = links_[connection];
-  link.id = connection;
-  link.deadline_us = clock_.now_us() + options_.connect_timeout_us;
-  link.last_heard_us = clock_.now_us();
-  tell_now(connection, hello_);
-}
-
-void AgentCore::on_closed(comm::ConnectionId connection, const Error& why) {
-  const auto found = links_.find(connection);
-  if (found == links_.end()) return;
-  Link link = std::move(found->second);
-  links_.erase(found);
-  if (!link.address.empty()) link_by_address_.erase(link.address);
-  fail_transfers(link, make_error(why.kind, "{}: {}", link.peer, why.message));
-}
-
-void AgentCore::drop_link(comm::ConnectionId id, const Error& why) {
-  if (!links_.contains(id)) return;
-  messenger_->close(id);
-  on_closed(id, why);
-}
-
-void AgentCore::fail_transfers(Link& link, const Error& why) {
-  for (TransferId id : std::exchange(link.transfers, {})) {
-    Transfer* transfer = find(id);
-    if (transfer == nullptr) continue;
-    Actions actions;
-    if (why.kind == ErrorKind::kUnsupported) {
-      // Not a loss: the two sides do not fit together, and no other attempt will change that.
-      actions.push_back(Finish{why, std::nullopt, 0});
-    } else if (transfer->sender) {
-      transfer->sender->lose_peer(why, actions);
-    } else {
-      transfer->receiver->lose_peer(why, actions);
-    }
-    perform(*transfer, std::move(actions));
-  }
-}
-
-void AgentCore::on_hello(Link& link, const Hello& hello) {
-  if (link.hello.has_value()) return;
-  const Status compatible = check_compatible(hello_, hello);
-  if (!compatible.ok()) return refuse_link(link, compatible.error());
-  link.hello = hello;
-  link.deadline_us = 0;
-  link.peer = link.address.empty() ? hello.engine_id : fmt::format("{} at {}", hello.engine_id, link.address);
-  log_info(kTag, "linked with {} ({}) over {}", link.peer, kv_role_name(hello.role), messenger_->transport_name(link.id));
-  for (TransferId id : std::set<TransferId>(link.transfers)) {
-    Transfer& transfer = *find(id);
-    if (!transfer.wanted_engine.empty() && transfer.wanted_engine != hello.engine_id) {
-      Actions actions;
-      const Error restarted = make_error(ErrorKind::kUnavailable, "{} answers instead of {}: it has restarted",
-                                         hello.engine_id, transfer.wanted_engine);
-      std::erase_if(link.waiting, [&](const Message& message) {
-        return find_target(message)->second == transfer.handle();
-      });
-      if (transfer.sender) {
-        transfer.sender->lose_peer(restarted, actions);
-      } else {
-        transfer.receiver->lose_peer(restarted, actions);
-      }
-      perform(transfer, std::move(actions));
-    } else if (transfer.sender) {
-      transfer.sender->set_peer_idle_timeout(hello.idle_timeout_us);
-    }
-  }
-  for (const Message& message : std::exchange(link.waiting, {})) tell_now(link.id, message);
-}
-
-// Says why, and closes a little later so that the words arrive.
-void AgentCore::refuse_link(Link& link, const Error& why) {
-  log_warning(kTag, "refused {}: {}", link.peer, why.message);
-  link.refused = true;
-  link.deadline_us = clock_.now_us() + kLingerUs;
-  link.waiting.clear();
-  tell_now(link.id, Refuse{why.message});
-  fail_transfers(link, why);
-}
-
-// --- messages ---------------------------------------------------------------------------------------------------------
-
-void AgentCore::on_message(comm::ConnectionId connection, std::span<const std::byte> bytes,
-                           std::span<const std::byte> payload) {
-  const auto found = links_.find(connection);
-  if (found == links_.end()) return;
-  Link& link = found->second;
-  link.last_heard_us = clock_.now_us();
-  if (link.refused) return;
-  const Result<Message> message = decode(bytes);
-  if (!message.ok()) return refuse_link(link, message.error());
-  if (const Hello* hello = std::get_if<Hello>(&*message)) return on_hello(link, *hello);
-  if (const Refuse* refuse = std::get_if<Refuse>(&*message)) {
-    link.refused = true;
-    link.deadline_us = clock_.now_us();
-    return fail_transfers(link, make_error(ErrorKind::kUnsupported, "{} refused: {}", link.peer, refuse->text));
-  }
-  if (!link.hello.has_value()) {
-    return refuse_link(link, make_error(ErrorKind::kUnavailable, "{} sent '{}' before 'hello'", link.peer,
-                                        message_name(*message)));
-  }
-  dispatch(link, *message, payload);
-}
-
-void AgentCore::dispatch(Link& link, const Message& message, std::span<const std::byte> payload) {
-  const std::pair<Side, Handle> target = *find_target(message);
-  Transfer* transfer = find(target.first, target.second);
-  if (transfer == nullptr) return answer_stray(link, message);
-  // The first word of a peer binds a reservation or a publication to its link; from then on only that link counts.
-  if (transfer->link == comm::ConnectionId()) {
-    if (std::holds_alternative<Heartbeat>(message)) {
-      if (transfer->sender) {
-        Actions none;
-        transfer->sender->receive(message, clock_.now_us(), none);
-      }
-      return;
-    }
-    attach(*transfer, link);
-  } else if (transfer->link != link.id) {
-    return tell(link, Fault{target.second, target.first == Side::kSender ? Side::kReceiver : Side::kSender,
-                            FaultCode::kConsumed, "this transfer runs with another peer"});
-  }
-  Actions actions;
-  const int64_t now_us = clock_.now_us();
-  if (transfer->sender) {
-    transfer->sender->set_peer_idle_timeout(link.hello->idle_timeout_us);
-    transfer->sender->receive(message, now_us, actions);
-    // A request that was refused leaves a publication free for the right one.
-    if (transfer->sender->state() == SendMachine::State::kPublished) {
-      for (Action& action : actions) tell(link, std::move(std::get<Tell>(action).message));
-      link.transfers.erase(transfer->id);
-      transfer->link = comm::ConnectionId();
-      return;
-    }
-    if (sender_queued_.insert(transfer->id).second) senders_.push_back(transfer->id);
-  } else {
-    bool intact = true;
-    if (const Data* data = std::get_if<Data>(&message)) {
-      intact = !data->checksum.has_value() || *data->checksum == checksum(payload);
-    }
-    transfer->receiver->receive(message, std::ssize(payload), intact, now_us, actions);
-  }
-  perform(*transfer, std::move(actions), payload);
-}
-
-// A message for a transfer that is not open here. What merely comes late is dropped: the peer knows, or will.
-void AgentCore::answer_stray(Link& link, const Message& message) {
-  const std::pair<Side, Handle> target = *find_target(message);
-  const Side sender_of_message = target.first == Side::kSender ? Side::kReceiver : Side::kSender;
-  if (std::holds_alternative<AbortAck>(message) || std::holds_alternative<Fault>(message) ||
-      std::holds_alternative<Heartbeat>(message)) {
-    return;
-  }
-  if (std::holds_alternative<Abort>(message)) return tell(link, AbortAck{target.second, sender_of_message});
-  const auto retired = retired_.find(HandleKey(target.first, target.second));
-  const bool opens = std::holds_alternative<Begin>(message) || std::holds_alternative<Pull>(message);
-  if (retired != retired_.end() && !opens) return;
-  const FaultCode code = retired == retired_.end() ? FaultCode::kUnknownHandle : retired->second;
-  tell(link, Fault{target.second, sender_of_message, code, describe_fate(code)});
 }
 
 }  // namespace tandem::transfer

@@ -23,13 +23,13 @@
 
 namespace tandem::transfer {
 
-inline constexpr int64_t kMaxTransfers = 8192;           // open at a time, publications included
-inline constexpr int64_t kMaxRetired = 16384;            // ended handles whose fate is remembered for error messages
-inline constexpr int64_t kMaxStagingBuffers = 256;       // of comm::kMaxPayloadBytes each
-inline constexpr int64_t kMaxDataPerPump = 64;           // messages between two looks at commands and arrivals
+inline constexpr int64_t kMaxTransfers = 8192;            // open at a time, publications included
+inline constexpr int64_t kMaxRetired = 16384;             // ended handles whose fate is remembered for error messages
+inline constexpr int64_t kMaxStagingBuffers = 256;        // of comm::kMaxPayloadBytes each
+inline constexpr int64_t kMaxDataPerPump = 64;            // messages between two looks at commands and arrivals
 inline constexpr int64_t kMaxMessagesBeforeHello = 4096;  // waiting for a link to stand
-inline constexpr int64_t kLingerUs = 1'000'000;          // for a refusal to reach the peer
-inline constexpr int64_t kIdleLinkUs = 300'000'000;      // a link that we opened and that serves no transfer
+inline constexpr int64_t kLingerUs = 1'000'000;           // for a refusal to reach the peer
+inline constexpr int64_t kIdleLinkUs = 300'000'000;       // a link that we opened and that serves no transfer
 
 // The KV cache as the agent sees it: block b of layer l begins at base + l * layer_stride_bytes + b * block bytes.
 struct KvMemory {
@@ -79,15 +79,15 @@ class AgentCore final : public comm::MessageHandler {
   // A connection and what is known of who is at its other end.
   struct Link {
     comm::ConnectionId id;
-    std::string address;             // "host:port" while new transfers to there use this link
+    std::string address;  // "host:port" while new transfers to there use this link
     bool opened_here = false;
-    std::string peer = "the peer";   // for messages: engine id and address
-    std::optional<Hello> hello;      // set once the peer is known and compatible
-    bool refused = false;            // closes at deadline_us
-    int64_t deadline_us = 0;         // for the hello, or for the end of a refusal
+    std::string peer = "the peer";  // for messages: engine id and address
+    std::optional<Hello> hello;     // set once the peer is known and compatible
+    bool refused = false;           // closes at deadline_us
+    int64_t deadline_us = 0;        // for the hello, or for the end of a refusal
     int64_t last_used_us = 0;
     int64_t last_heard_us = 0;
-    std::vector<Message> waiting;    // for the hello
+    std::vector<Message> waiting;  // for the hello
     std::set<TransferId> transfers;
   };
   // A transfer of this process; exactly one of the two machines exists.

@@ -144,7 +144,8 @@ class AgentCoreTest : public testing::Test {
   std::string reserve(int64_t count, int64_t cached, TransferId* id, int64_t deadline_us = 0) {
     const std::vector<BlockId> blocks = decode.take(count - cached);
     std::vector<uint64_t> expected;
-    for (int64_t i = cached; i < count; ++i) expected.push_back(prefill.seeds[prefill_blocks[static_cast<size_t>(i)].value]);
+    for (int64_t i = cached; i < count; ++i)
+      expected.push_back(prefill.seeds[prefill_blocks[static_cast<size_t>(i)].value]);
     *id = decode.open(true, blocks, expected);
     const Handle handle = make_handle(id->value);
     decode.core.expect(*id, handle, {cached, blocks, count * kBlockSize}, deadline_us);
@@ -168,7 +169,8 @@ class AgentCoreTest : public testing::Test {
   TransferId pull(const KvTransferParams& remote, int64_t count, int64_t cached = 0, int64_t tokens = 0) {
     const std::vector<BlockId> blocks = decode.take(count - cached);
     std::vector<uint64_t> expected;
-    for (int64_t i = cached; i < count; ++i) expected.push_back(prefill.seeds[prefill_blocks[static_cast<size_t>(i)].value]);
+    for (int64_t i = cached; i < count; ++i)
+      expected.push_back(prefill.seeds[prefill_blocks[static_cast<size_t>(i)].value]);
     const TransferId id = decode.open(true, blocks, expected);
     decode.core.pull(id, remote, {cached, blocks, tokens == 0 ? count * kBlockSize : tokens}, 0);
     return id;
@@ -450,7 +452,8 @@ TEST_F(AgentCoreTest, GarbageIsRefusedAndHarmsNobody) {
   };
   Silent hostile;
   const std::unique_ptr<FakeNetwork::Node> node = network.add_node(66, hostile);
-  std::vector<std::vector<std::byte>> attacks = {{}, std::vector<std::byte>(3), std::vector<std::byte>(500, std::byte{0xff})};
+  std::vector<std::vector<std::byte>> attacks = {
+      {}, std::vector<std::byte>(3), std::vector<std::byte>(500, std::byte{0xff})};
   attacks[0] = encode(Begin{make_handle(1), 20, 0, 0});  // before hello
   attacks.push_back(encode(Ack{make_handle(1), 5}));
   attacks.back()[2] = std::byte{7};  // another version
@@ -513,21 +516,24 @@ class Storm {
 
   void start(size_t index) {
     const int64_t port = static_cast<int64_t>(index) + 1;
-    engines_[index] = std::make_unique<TestEngine>(network_, clock_, port, index < 2 ? "prefill" : "decode",
-                                                   ++incarnation_);
+    engines_[index] =
+        std::make_unique<TestEngine>(network_, clock_, port, index < 2 ? "prefill" : "decode", ++incarnation_);
   }
   TestEngine& pick(size_t first) { return *engines_[first + random_() % 2]; }
 
   void act() {
     switch (random_() % 12) {
       case 0:
-      case 1: return push();
+      case 1:
+        return push();
       case 2:
-      case 3: return publish_and_pull();
+      case 3:
+        return publish_and_pull();
       case 4:
       case 5:
       case 6:
-      case 7: return compute();
+      case 7:
+        return compute();
       case 8:
         if (random_() % 3 == 0) abort_one();
         return;
@@ -548,7 +554,8 @@ class Storm {
     TestEngine& prefill = *engines_[p];
     TestEngine& decode = pick(2);
     const int64_t count = 1 + static_cast<int64_t>(random_() % 5);
-    const int64_t cached = static_cast<int64_t>(random_()) & 1 ? 0 : static_cast<int64_t>(random_() % static_cast<uint64_t>(count));
+    const int64_t cached =
+        static_cast<int64_t>(random_()) & 1 ? 0 : static_cast<int64_t>(random_() % static_cast<uint64_t>(count));
     const int64_t tokens = count * kBlockSize - static_cast<int64_t>(random_() % kBlockSize);
     const std::vector<BlockId> source = prefill.take(count);
     const std::vector<BlockId> target = decode.take(count - cached);
@@ -563,7 +570,8 @@ class Storm {
     const Handle handle = make_handle(receiving.value);
     decode.core.expect(receiving, handle, {cached, target, tokens}, clock_.now_us() + 2'000'000);
     const TransferId sending = prefill.open(false, source);
-    prefill.core.begin_send(sending, decode.address(handle.to_string()), {0, source, tokens}, clock_.now_us() + 2'000'000);
+    prefill.core.begin_send(sending, decode.address(handle.to_string()), {0, source, tokens},
+                            clock_.now_us() + 2'000'000);
     prompts_.push_back({p, sending, count});
   }
 
@@ -592,7 +600,8 @@ class Storm {
     Prompt& prompt = prompts_[index];
     AgentCore& core = engines_[prompt.engine]->core;
     if (prompt.chunk == 0) {
-      prompt.chunk = 1 + static_cast<int64_t>(random_() % static_cast<uint64_t>(prompt.num_blocks - prompt.done_blocks));
+      prompt.chunk =
+          1 + static_cast<int64_t>(random_() % static_cast<uint64_t>(prompt.num_blocks - prompt.done_blocks));
     }
     core.send_blocks(prompt.id, prompt.layer, prompt.done_blocks, prompt.chunk);
     if (++prompt.layer < 3) return;

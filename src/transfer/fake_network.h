@@ -15,10 +15,10 @@
 namespace tandem::transfer {
 
 struct NetworkFaults {
-  double reorder = 0;    // chance that a later message overtakes
-  double repeat = 0;     // of messages without payload and with
+  double reorder = 0;  // chance that a later message overtakes
+  double repeat = 0;   // of messages without payload and with
   double drop = 0;
-  double damage = 0;     // one bit of a payload
+  double damage = 0;  // one bit of a payload
 };
 
 class FakeNetwork {
@@ -164,7 +164,8 @@ inline void FakeNetwork::finish(comm::ConnectionId id) {
   const auto other = ends_.find(end.other);
   if (other != ends_.end()) other->second.lost = true;
   ends_.erase(id);
-  if (tell_closed && accepted) listeners_.at(port)->on_closed(id, make_error(ErrorKind::kUnavailable, "connection lost"));
+  if (tell_closed && accepted)
+    listeners_.at(port)->on_closed(id, make_error(ErrorKind::kUnavailable, "connection lost"));
 }
 
 inline void FakeNetwork::deliver(comm::ConnectionId from, size_t index) {
@@ -217,7 +218,9 @@ inline bool FakeNetwork::step() {
       end.told_accept = true;
       listeners_.at(end.port)->on_accept(choice.id);
       break;
-    case Choice::What::kFinish: finish(choice.id); break;
+    case Choice::What::kFinish:
+      finish(choice.id);
+      break;
     case Choice::What::kDeliver:
       deliver(choice.id, chance(faults_.reorder) ? random_() % end.outgoing.size() : 0);
       break;

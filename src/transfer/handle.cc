@@ -38,7 +38,8 @@ Handle make_handle(uint64_t request) {
 std::optional<Handle> parse_handle(std::string_view text) {
   Handle handle;
   const size_t dash = text.find('-');
-  if (dash == std::string_view::npos || dash == 0 || text.size() != dash + 1 + 2 * handle.nonce.size()) return std::nullopt;
+  if (dash == std::string_view::npos || dash == 0 || text.size() != dash + 1 + 2 * handle.nonce.size())
+    return std::nullopt;
   if (dash > 1 && text[0] == '0') return std::nullopt;
   const char* number_end = text.data() + dash;
   const std::from_chars_result number = std::from_chars(text.data(), number_end, handle.request);

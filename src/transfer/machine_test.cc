@@ -68,7 +68,8 @@ class Receiver {
     for (int64_t layer = 0; layer < grid.num_layers; ++layer) data(layer, first, grid.num_blocks - first);
   }
   void commit(bool with_token) {
-    get(Commit{handle, kTokens, grid.bytes_from(first), with_token ? std::optional(FirstToken{5, 0, {}, 0}) : std::nullopt});
+    get(Commit{handle, kTokens, grid.bytes_from(first),
+               with_token ? std::optional(FirstToken{5, 0, {}, 0}) : std::nullopt});
   }
   void abort() {
     Actions actions;
@@ -203,15 +204,13 @@ TEST(ReceiveMachine, WrongDataEndsTheTransfer) {
     FaultCode code;
   };
   const int64_t block = make_layout().block_bytes();
-  for (const Case& c : {Case{{{}, 3, 0, 1, {}}, block, FaultCode::kOutOfRange},
-                        Case{{{}, 0, 3, 1, {}}, block, FaultCode::kOutOfRange},
-                        Case{{{}, 0, 2, 2, {}}, 2 * block, FaultCode::kOutOfRange},
-                        Case{{{}, 0, 0, 0, {}}, 0, FaultCode::kOutOfRange},
-                        Case{{{}, 0, int64_t{1} << 47, int64_t{1} << 47, {}}, block, FaultCode::kOutOfRange},
-                        Case{{{}, 0, 0, 1, {}}, block - 1, FaultCode::kWrongLength},
-                        Case{{{}, 0, 0, 1, {}}, 2 * block, FaultCode::kWrongLength},
-                        Case{{{}, 0, 0, 2, {}}, block, FaultCode::kWrongLength},
-                        Case{{{}, 0, 0, 1, {}}, 0, FaultCode::kWrongLength}}) {
+  for (const Case& c :
+       {Case{{{}, 3, 0, 1, {}}, block, FaultCode::kOutOfRange}, Case{{{}, 0, 3, 1, {}}, block, FaultCode::kOutOfRange},
+        Case{{{}, 0, 2, 2, {}}, 2 * block, FaultCode::kOutOfRange}, Case{{{}, 0, 0, 0, {}}, 0, FaultCode::kOutOfRange},
+        Case{{{}, 0, int64_t{1} << 47, int64_t{1} << 47, {}}, block, FaultCode::kOutOfRange},
+        Case{{{}, 0, 0, 1, {}}, block - 1, FaultCode::kWrongLength},
+        Case{{{}, 0, 0, 1, {}}, 2 * block, FaultCode::kWrongLength},
+        Case{{{}, 0, 0, 2, {}}, block, FaultCode::kWrongLength}, Case{{{}, 0, 0, 1, {}}, 0, FaultCode::kWrongLength}}) {
     Receiver r(false);
     r.begin();
     r.get(c.data, c.payload);
@@ -246,7 +245,8 @@ TEST(ReceiveMachine, WrongBeginAndCommit) {
   no_token.all_data();
   no_token.commit(false);
   EXPECT_TRUE(no_token.seen.told_fault(FaultCode::kProtocol));
-  for (const Commit& wrong : {Commit{{}, kTokens - 1, 3 * 3 * 96, FirstToken{}}, Commit{{}, kTokens, 3 * 3 * 96 - 1, FirstToken{}}}) {
+  for (const Commit& wrong :
+       {Commit{{}, kTokens - 1, 3 * 3 * 96, FirstToken{}}, Commit{{}, kTokens, 3 * 3 * 96 - 1, FirstToken{}}}) {
     Receiver r(false);
     r.begin();
     r.all_data();

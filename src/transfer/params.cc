@@ -70,7 +70,8 @@ class Fields {
       if (total > kMaxBlocks) return fail(name, fmt::format("has more than {} block ids", kMaxBlocks));
       for (const Json& item : list) {
         int64_t id = 0;
-        if (!to_int(item, 0, kMaxBlockId, id)) return fail(name, fmt::format("block ids are integers of 0 … {}", kMaxBlockId));
+        if (!to_int(item, 0, kMaxBlockId, id))
+          return fail(name, fmt::format("block ids are integers of 0 … {}", kMaxBlockId));
         group.push_back(id);
       }
     };
@@ -100,7 +101,8 @@ class Fields {
   }
   static bool to_int(const Json& item, int64_t low, int64_t high, int64_t& value) {
     if (!item.is_number_integer()) return false;
-    if (item.is_number_unsigned() && item.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+    if (item.is_number_unsigned() &&
+        item.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
       return false;
     }
     value = item.get<int64_t>();

@@ -41,9 +41,9 @@ TEST(Params, SurviveTheTrip) {
   EXPECT_EQ(to_json(back), json);
   EXPECT_EQ(back.remote_block_ids, params.remote_block_ids);
   EXPECT_EQ(back.prompt_token_ids, params.prompt_token_ids);
-  for (const char* name : {"do_remote_prefill", "do_remote_decode", "remote_block_ids", "remote_engine_id",
-                           "remote_request_id", "remote_host", "remote_port", "tp_size", "remote_num_tokens",
-                           "remote_blocks_expiry_time", "transfer_mode"}) {
+  for (const char* name :
+       {"do_remote_prefill", "do_remote_decode", "remote_block_ids", "remote_engine_id", "remote_request_id",
+        "remote_host", "remote_port", "tp_size", "remote_num_tokens", "remote_blocks_expiry_time", "transfer_mode"}) {
     EXPECT_TRUE(json.contains(name)) << name;
   }
   EXPECT_EQ(json["transfer_mode"], "pull");
@@ -78,25 +78,22 @@ TEST(Params, WrongTypesNameTheField) {
     const char* text;
     const char* field;
   };
-  for (const Case& bad : {Case{R"({"do_remote_decode":1})", "do_remote_decode"},
-                          Case{R"({"do_remote_prefill":"yes"})", "do_remote_prefill"},
-                          Case{R"({"transfer_mode":"shove"})", "transfer_mode"},
-                          Case{R"({"transfer_mode":5})", "transfer_mode"},
-                          Case{R"({"remote_engine_id":5})", "remote_engine_id"},
-                          Case{R"({"remote_request_id":["a"]})", "remote_request_id"},
-                          Case{R"({"remote_request_id":"a b"})", "remote_request_id"},
-                          Case{R"({"remote_host":"a\u0000b"})", "remote_host"},
-                          Case{R"({"remote_port":"80"})", "remote_port"},
-                          Case{R"({"remote_port":80.5})", "remote_port"},
-                          Case{R"({"remote_port":65536})", "remote_port"},
-                          Case{R"({"remote_port":-1})", "remote_port"},
-                          Case{R"({"remote_num_tokens":18446744073709551615})", "remote_num_tokens"},
-                          Case{R"({"remote_cached_tokens":-4})", "remote_cached_tokens"},
-                          Case{R"({"tp_size":0})", "tp_size"},
-                          Case{R"({"remote_blocks_expiry_time":"soon"})", "remote_blocks_expiry_time"},
-                          Case{R"({"prompt_token_ids":"abc"})", "prompt_token_ids"},
-                          Case{R"({"prompt_token_ids":[1,2147483648]})", "prompt_token_ids"},
-                          Case{R"({"prompt_token_ids":[true]})", "prompt_token_ids"}}) {
+  for (const Case& bad :
+       {Case{R"({"do_remote_decode":1})", "do_remote_decode"},
+        Case{R"({"do_remote_prefill":"yes"})", "do_remote_prefill"},
+        Case{R"({"transfer_mode":"shove"})", "transfer_mode"}, Case{R"({"transfer_mode":5})", "transfer_mode"},
+        Case{R"({"remote_engine_id":5})", "remote_engine_id"},
+        Case{R"({"remote_request_id":["a"]})", "remote_request_id"},
+        Case{R"({"remote_request_id":"a b"})", "remote_request_id"},
+        Case{R"({"remote_host":"a\u0000b"})", "remote_host"}, Case{R"({"remote_port":"80"})", "remote_port"},
+        Case{R"({"remote_port":80.5})", "remote_port"}, Case{R"({"remote_port":65536})", "remote_port"},
+        Case{R"({"remote_port":-1})", "remote_port"},
+        Case{R"({"remote_num_tokens":18446744073709551615})", "remote_num_tokens"},
+        Case{R"({"remote_cached_tokens":-4})", "remote_cached_tokens"}, Case{R"({"tp_size":0})", "tp_size"},
+        Case{R"({"remote_blocks_expiry_time":"soon"})", "remote_blocks_expiry_time"},
+        Case{R"({"prompt_token_ids":"abc"})", "prompt_token_ids"},
+        Case{R"({"prompt_token_ids":[1,2147483648]})", "prompt_token_ids"},
+        Case{R"({"prompt_token_ids":[true]})", "prompt_token_ids"}}) {
     const Error error = parse_error(bad.text);
     EXPECT_EQ(error.kind, ErrorKind::kInvalidArgument) << bad.text;
     EXPECT_EQ(error.param, std::string("kv_transfer_params.") + bad.field) << bad.text;

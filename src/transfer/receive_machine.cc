@@ -19,11 +19,10 @@ ReceiveMachine::ReceiveMachine(const ReceiveSpec& spec, int64_t now_us)
 
 void ReceiveMachine::start(int64_t now_us, Actions& out) {
   CHECK(spec_.pull);
-  out.push_back(Tell{Pull{spec_.handle, spec_.num_tokens, spec_.first_block, remaining_us(spec_.deadline_us, now_us)}});
+  out.push_back(Tell{Pull{spec_.handle, spec_.num_tokens, spec_.first_block, remaining_us(spec_.deadline_us, now_us), spec_.prompt}});
 }
 
-void ReceiveMachine::receive(const Message& message, int64_t payload_bytes, bool intact, int64_t now_us,
-                             Actions& out) {
+void ReceiveMachine::receive(const Message& message, int64_t payload_bytes, bool intact, int64_t now_us, Actions& out) {
   if (state_ == State::kEnded) return;
   last_heard_us_ = now_us;
   if (const Begin* begin = std::get_if<Begin>(&message)) return on_begin(*begin, now_us, out);
@@ -50,6 +49,10 @@ void ReceiveMachine::on_begin(const Begin& begin, int64_t now_us, Actions& out) 
     return refuse(FaultCode::kWrongLength, ErrorKind::kInternal,
                   fmt::format("{} tokens were reserved, {} are offered", spec_.num_tokens, begin.num_tokens), out);
   }
+  if (begin.prompt != spec_.prompt) {
+    return refuse(FaultCode::kOtherPrompt, ErrorKind::kInvalidArgument,
+                  "the prefill leg was given another prompt than the decode leg; send both the same tokens", out);
+  }
   if (begin.first_block > spec_.first_block) {
     return refuse(FaultCode::kOutOfRange, ErrorKind::kInternal,
                   fmt::format("blocks are needed from {} on, offered from {} on", spec_.first_block, begin.first_block),
@@ -71,10 +74,11 @@ void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intac
   // Numbers of the wire are below 2^48, so the sum cannot overflow.
   if (data.layer >= grid.num_layers || data.num_parts < 1 || data.first_part < lowest_part ||
       data.first_part + data.num_parts > grid.parts_per_layer()) {
-    return refuse(FaultCode::kOutOfRange, ErrorKind::kInternal,
-                  fmt::format("layer {} parts {} + {}; {} layers and parts {} … {} were asked for", data.layer,
-                              data.first_part, data.num_parts, grid.num_layers, lowest_part, grid.parts_per_layer() - 1),
-                  out);
+    return refuse(
+        FaultCode::kOutOfRange, ErrorKind::kInternal,
+        fmt::format("layer {} parts {} + {}; {} layers and parts {} … {} were asked for", data.layer, data.first_part,
+                    data.num_parts, grid.num_layers, lowest_part, grid.parts_per_layer() - 1),
+        out);
   }
   const int64_t bytes = grid.bytes_of(data.first_part, data.num_parts);
   if (payload_bytes != bytes) {
@@ -89,10 +93,10 @@ void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intac
                   fmt::format("{} of {} parts had come before", already, data.num_parts), out);
   }
   if (!intact) {
-    return refuse(FaultCode::kChecksum, ErrorKind::kDataLoss,
-                  fmt::format("the checksum of layer {} parts {} + {} is wrong", data.layer, data.first_part,
-                              data.num_parts),
-                  out);
+    return refuse(
+        FaultCode::kChecksum, ErrorKind::kDataLoss,
+        fmt::format("the checksum of layer {} parts {} + {} is wrong", data.layer, data.first_part, data.num_parts),
+        out);
   }
   std::fill(begin, begin + data.num_parts, true);
   received_bytes_ += bytes;
@@ -174,16 +178,19 @@ void ReceiveMachine::expire(int64_t now_us, Actions& out) {
   if (state_ != State::kExpecting) out.push_back(Tell{Abort{spec_.handle, Side::kSender, text}});
   const bool silent = state_ != State::kExpecting && now_us - last_heard_us_ >= spec_.idle_timeout_us;
   state_ = State::kEnded;
-  out.push_back(Finish{make_error(late ? ErrorKind::kDeadlineExceeded : ErrorKind::kUnavailable,
-                                  "transfer {}: {}", spec_.handle.short_name(), text),
+  out.push_back(Finish{make_error(late ? ErrorKind::kDeadlineExceeded : ErrorKind::kUnavailable, "transfer {}: {}",
+                                  spec_.handle.short_name(), text),
                        std::nullopt, received_bytes_, silent});
 }
 
 std::string ReceiveMachine::describe_progress() const {
   switch (state_) {
-    case State::kExpecting: return "no word from the prefill side";
-    case State::kRequested: return "no answer to the pull";
-    default: return fmt::format("{} of {} bytes", received_bytes_, expected_bytes_);
+    case State::kExpecting:
+      return "no word from the prefill side";
+    case State::kRequested:
+      return "no answer to the pull";
+    default:
+      return fmt::format("{} of {} bytes", received_bytes_, expected_bytes_);
   }
 }
 

@@ -20,9 +20,10 @@ struct ReceiveSpec {
   bool pull = false;
   PartGrid grid;
   int64_t num_tokens = 0;
-  int64_t first_block = 0;      // earlier blocks are here already
-  int64_t deadline_us = 0;      // 0: none
+  int64_t first_block = 0;  // earlier blocks are here already
+  int64_t deadline_us = 0;  // 0: none
   int64_t idle_timeout_us = 0;
+  Hash256 prompt{};  // BlockSpan::prompt
 };
 
 class ReceiveMachine {

@@ -21,7 +21,7 @@ SendMachine::SendMachine(const SendSpec& spec, int64_t now_us)
 void SendMachine::start(int64_t now_us, Actions& out) {
   CHECK(!spec_.pull);
   out.push_back(
-      Tell{Begin{spec_.handle, spec_.num_tokens, spec_.first_block, remaining_us(spec_.deadline_us, now_us)}});
+      Tell{Begin{spec_.handle, spec_.num_tokens, spec_.first_block, remaining_us(spec_.deadline_us, now_us), spec_.prompt}});
 }
 
 void SendMachine::add_blocks(int64_t layer, int64_t first, int64_t count, int64_t now_us) {
@@ -98,9 +98,13 @@ void SendMachine::on_pull(const Pull& pull, int64_t now_us, Actions& out) {
     return answer(FaultCode::kWrongLength,
                   fmt::format("{} tokens are published, {} are asked for", spec_.num_tokens, pull.num_tokens));
   }
+  if (pull.prompt != spec_.prompt) {
+    return answer(FaultCode::kOtherPrompt,
+                  "the decode leg was given another prompt than the prefill leg; send both the same tokens");
+  }
   if (pull.first_block > spec_.grid.num_blocks) {
-    return answer(FaultCode::kOutOfRange, fmt::format("blocks from {} on are asked for; there are {}",
-                                                      pull.first_block, spec_.grid.num_blocks));
+    return answer(FaultCode::kOutOfRange, fmt::format("blocks from {} on are asked for; there are {}", pull.first_block,
+                                                      spec_.grid.num_blocks));
   }
   spec_.deadline_us = earlier_deadline(spec_.deadline_us, pull.remaining_us, now_us);
   begin_streaming(pull.first_block, now_us);
@@ -243,10 +247,14 @@ void SendMachine::expire(int64_t now_us, Actions& out) {
 
 std::string SendMachine::describe_progress() const {
   switch (state_) {
-    case State::kPublished: return "before it was fetched";
-    case State::kOffered: return "before the decode side accepted it";
-    case State::kCommitted: return fmt::format("after all {} bytes were sent", sent_bytes_);
-    default: return fmt::format("after {} of {} bytes", sent_bytes_, spec_.grid.bytes_from(wanted_block_));
+    case State::kPublished:
+      return "before it was fetched";
+    case State::kOffered:
+      return "before the decode side accepted it";
+    case State::kCommitted:
+      return fmt::format("after all {} bytes were sent", sent_bytes_);
+    default:
+      return fmt::format("after {} of {} bytes", sent_bytes_, spec_.grid.bytes_from(wanted_block_));
   }
 }
 

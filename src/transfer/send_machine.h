@@ -27,7 +27,8 @@ struct SendSpec {
   int64_t first_block = 0;  // earlier blocks are not offered
   int64_t deadline_us = 0;  // 0: none
   int64_t idle_timeout_us = 0;
-  int64_t lease_us = 0;     // pull
+  int64_t lease_us = 0;  // pull
+  Hash256 prompt{};  // BlockSpan::prompt
 };
 
 // Parts of one layer that fit into one message.

@@ -124,7 +124,8 @@ KvTransferParams LocalPeer::address(const std::string& handle) {
   return params;
 }
 
-// --- the child process ------------------------------------------------------------------------------------------------
+// --- the child process
+// ------------------------------------------------------------------------------------------------
 
 namespace {
 

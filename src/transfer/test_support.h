@@ -28,7 +28,8 @@ inline model::KvLayout make_layout(int64_t num_layers = 3, int64_t block_size = 
 class TestMemory {
  public:
   TestMemory(const model::KvLayout& layout, int64_t num_blocks, uint8_t fill = 0)
-      : layout_(layout), num_blocks_(num_blocks),
+      : layout_(layout),
+        num_blocks_(num_blocks),
         bytes_(static_cast<size_t>(layout.num_layers * num_blocks * layout.block_bytes()), fill) {}
 
   KvMemory view() {

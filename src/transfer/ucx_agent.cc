@@ -21,8 +21,8 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
   UcxAgent(model::KvCache& cache, const AgentOptions& options, std::function<void()> wake)
       : engine_id_(fmt::format("{}:{}", options.engine_id, random_hex(kIncarnationBytes))),
         wake_(std::move(wake)),
-        core_(KvMemory{cache.base(), cache.layer_stride_bytes(), cache.num_blocks(), cache.layout()}, options, engine_id_,
-              clock_, [this](Done&& done) { add_done(std::move(done)); }) {}
+        core_(KvMemory{cache.base(), cache.layer_stride_bytes(), cache.num_blocks(), cache.layout()}, options,
+              engine_id_, clock_, [this](Done&& done) { add_done(std::move(done)); }) {}
 
   ~UcxAgent() override {
     if (!thread_.joinable()) return;
@@ -170,8 +170,8 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
 Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const AgentOptions& options,
                                               std::function<void()> wake) {
   if (options.engine_id.empty() || options.engine_id.size() > kMaxNameBytes / 2) {
-    return invalid_argument("engine_id", "the engine id has {} characters, allowed are 1 … {}", options.engine_id.size(),
-                            kMaxNameBytes / 2);
+    return invalid_argument("engine_id", "the engine id has {} characters, allowed are 1 … {}",
+                            options.engine_id.size(), kMaxNameBytes / 2);
   }
   if (options.model_fingerprint.size() > kMaxNameBytes) {
     return invalid_argument("model_fingerprint", "it has {} characters, allowed are {}",

@@ -186,7 +186,8 @@ TEST_P(UcxAgentTest, ADyingSenderHarmsNoOther) {
   for (int round = 0; round < 4; ++round) {
     ChildPeer doomed("doomed", GetParam());
     const TransferId first = decode.next_id();  // so that the connection stands
-    ASSERT_EQ(doomed.ask(push_command(decode, decode.agent().expect(first, {0, first_blocks(1), 16}, 0), 16, 0)), "started");
+    ASSERT_EQ(doomed.ask(push_command(decode, decode.agent().expect(first, {0, first_blocks(1), 16}, 0), 16, 0)),
+              "started");
     ASSERT_TRUE(decode.wait_done(first).has_value());
     const TransferId lost = decode.next_id();
     const TransferId kept = decode.next_id();
@@ -209,7 +210,8 @@ TEST_P(UcxAgentTest, ADyingSenderHarmsNoOther) {
   }
 }
 
-// A frozen sender is given up after the idle time-out, or at once by abort; when it goes on, its late data lands nowhere.
+// A frozen sender is given up after the idle time-out, or at once by abort; when it goes on, its late data lands
+// nowhere.
 TEST_P(UcxAgentTest, AFrozenSenderCanNeverWriteLater) {
   LocalPeer decode(options("decode"), peer_layout(), kPeerBlocks);
   ChildPeer child("prefill", GetParam());
@@ -332,8 +334,10 @@ TEST_P(UcxAgentTest, AbortStormLeavesNoForeignBytes) {
     for (BlockId block : blocks) ASSERT_TRUE(decode.holds(block, slot.seed)) << "round " << round;
     slot.receiving = decode.next_id();
     slot.sending = prefill.next_id();
-    const std::string handle = decode.agent().expect(*slot.receiving, {0, blocks, kTokens}, clock.now_us() + 10'000'000);
-    prefill.agent().begin_send(*slot.sending, decode.address(handle), {0, blocks, kTokens}, clock.now_us() + 10'000'000);
+    const std::string handle =
+        decode.agent().expect(*slot.receiving, {0, blocks, kTokens}, clock.now_us() + 10'000'000);
+    prefill.agent().begin_send(*slot.sending, decode.address(handle), {0, blocks, kTokens},
+                               clock.now_us() + 10'000'000);
     ++started;
     const int64_t layers = random() % 3 == 0 ? static_cast<int64_t>(random() % 4) : 4;
     for (int64_t layer = 0; layer < layers; ++layer) prefill.agent().send_blocks(*slot.sending, layer, 0, 25);
@@ -355,7 +359,8 @@ TEST_P(UcxAgentTest, AbortStormLeavesNoForeignBytes) {
   std::this_thread::sleep_for(std::chrono::milliseconds(100));  // for anything late
   for (size_t s = 0; s < slots.size(); ++s) {
     EXPECT_FALSE(slots[s].receiving.has_value() || slots[s].sending.has_value());
-    for (BlockId block : first_blocks(25, static_cast<int64_t>(25 * s))) ASSERT_TRUE(decode.holds(block, slots[s].seed));
+    for (BlockId block : first_blocks(25, static_cast<int64_t>(25 * s)))
+      ASSERT_TRUE(decode.holds(block, slots[s].seed));
   }
   EXPECT_EQ(decode.duplicate_dones + prefill.duplicate_dones, 0);
   EXPECT_EQ(decode.agent().num_open() + prefill.agent().num_open(), 0);
@@ -432,7 +437,8 @@ INSTANTIATE_TEST_SUITE_P(Transports, UcxAgentTest, testing::Bool(),
 }  // namespace tandem::transfer
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::strcmp(argv[1], tandem::transfer::kChildFlag) == 0) return tandem::transfer::run_child(argc, argv);
+  if (argc > 1 && std::strcmp(argv[1], tandem::transfer::kChildFlag) == 0)
+    return tandem::transfer::run_child(argc, argv);
   testing::InitGoogleTest(&argc, argv);
   return RUN_ALL_TESTS();
 }

@@ -130,6 +130,7 @@ void visit(A& archive, M& m, const Begin*) {
   archive.count(m.num_tokens);
   archive.count(m.first_block);
   archive.count(m.remaining_us);
+  archive.number(m.prompt.bytes);
 }
 
 template <typename A, typename M>
@@ -144,6 +145,7 @@ void visit(A& archive, M& m, const Pull*) {
   archive.count(m.num_tokens);
   archive.count(m.first_block);
   archive.count(m.remaining_us);
+  archive.number(m.prompt.bytes);
 }
 
 template <typename A>
@@ -267,21 +269,31 @@ Result<Message> decode_as(size_t index, std::span<const std::byte> body) {
 
 const char* fault_code_name(FaultCode code) {
   switch (code) {
-    case FaultCode::kUnknownHandle: return "unknown_handle";
-    case FaultCode::kConsumed: return "consumed";
-    case FaultCode::kExpired: return "expired";
-    case FaultCode::kAborted: return "aborted";
-    case FaultCode::kOutOfRange: return "out_of_range";
-    case FaultCode::kWrongLength: return "wrong_length";
-    case FaultCode::kChecksum: return "checksum";
-    case FaultCode::kProtocol: return "protocol";
+    case FaultCode::kUnknownHandle:
+      return "unknown_handle";
+    case FaultCode::kConsumed:
+      return "consumed";
+    case FaultCode::kExpired:
+      return "expired";
+    case FaultCode::kAborted:
+      return "aborted";
+    case FaultCode::kOutOfRange:
+      return "out_of_range";
+    case FaultCode::kWrongLength:
+      return "wrong_length";
+    case FaultCode::kOtherPrompt:
+      return "other_prompt";
+    case FaultCode::kChecksum:
+      return "checksum";
+    case FaultCode::kProtocol:
+      return "protocol";
   }
   return "?";
 }
 
 const char* message_name(const Message& message) {
-  static constexpr const char* kNames[] = {"hello", "refuse", "begin", "accept",    "pull",      "data",
-                                           "commit", "ack",   "abort", "abort_ack", "heartbeat", "fault"};
+  static constexpr const char* kNames[] = {"hello",  "refuse", "begin", "accept",    "pull",      "data",
+                                           "commit", "ack",    "abort", "abort_ack", "heartbeat", "fault"};
   static_assert(std::size(kNames) == std::variant_size_v<Message>);
   return kNames[message.index()];
 }
@@ -328,11 +340,22 @@ Error to_error(const Fault& fault, const std::string& peer) {
     case FaultCode::kUnknownHandle:
     case FaultCode::kConsumed:
     case FaultCode::kOutOfRange:
-    case FaultCode::kWrongLength: kind = ErrorKind::kInvalidArgument; break;
-    case FaultCode::kExpired: kind = ErrorKind::kUnavailable; break;
-    case FaultCode::kAborted: kind = ErrorKind::kAborted; break;
-    case FaultCode::kChecksum: kind = ErrorKind::kDataLoss; break;
-    case FaultCode::kProtocol: kind = ErrorKind::kInternal; break;
+    case FaultCode::kWrongLength:
+    case FaultCode::kOtherPrompt:
+      kind = ErrorKind::kInvalidArgument;
+      break;
+    case FaultCode::kExpired:
+      kind = ErrorKind::kUnavailable;
+      break;
+    case FaultCode::kAborted:
+      kind = ErrorKind::kAborted;
+      break;
+    case FaultCode::kChecksum:
+      kind = ErrorKind::kDataLoss;
+      break;
+    case FaultCode::kProtocol:
+      kind = ErrorKind::kInternal;
+      break;
   }
   Error error = make_error(kind, "{} refused transfer {}: {}", peer, fault.handle.short_name(), fault.text);
   if (kind == ErrorKind::kInvalidArgument) error.param = "kv_transfer_params";

@@ -21,8 +21,8 @@
 namespace tandem::transfer {
 
 inline constexpr uint8_t kWireVersion = 1;
-inline constexpr size_t kMaxNameBytes = 512;      // engine id, model fingerprint
-inline constexpr size_t kMaxTextBytes = 1024;     // reasons
+inline constexpr size_t kMaxNameBytes = 512;   // engine id, model fingerprint
+inline constexpr size_t kMaxTextBytes = 1024;  // reasons
 inline constexpr size_t kMaxTopLogprobs = 1024;
 
 // First message of both sides.
@@ -43,6 +43,7 @@ struct Begin {
   int64_t num_tokens = 0;    // of the whole prompt
   int64_t first_block = 0;   // earlier blocks are not offered
   int64_t remaining_us = 0;  // until the sender's deadline; 0: none
+  Hash256 prompt{};          // BlockSpan::prompt
 };
 // Decode to prefill, push: send from first_block on.
 struct Accept {
@@ -55,6 +56,7 @@ struct Pull {
   int64_t num_tokens = 0;
   int64_t first_block = 0;
   int64_t remaining_us = 0;
+  Hash256 prompt{};
 };
 // Parts [first_part, first_part + num_parts) of one layer; the payload holds their bytes (part_grid.h).
 struct Data {
@@ -100,12 +102,13 @@ enum class FaultCode : uint8_t {
   kConsumed,       // used before
   kExpired,        // lease or deadline passed
   kAborted,
-  kOutOfRange,     // blocks, layers or parts that the transfer does not have
-  kWrongLength,    // tokens or bytes
+  kOutOfRange,   // blocks, layers or parts that the transfer does not have
+  kWrongLength,  // tokens or bytes
+  kOtherPrompt,  // the two sides mean different prompts
   kChecksum,
-  kProtocol,       // not in this state
+  kProtocol,  // not in this state
 };
-inline constexpr uint8_t kNumFaultCodes = 8;
+inline constexpr uint8_t kNumFaultCodes = 9;
 const char* fault_code_name(FaultCode code);  // "unknown_handle", …
 
 // The answer to a message that cannot be honoured; ends the transfer on the side it is for.
@@ -116,8 +119,7 @@ struct Fault {
   std::string text;
 };
 
-using Message =
-    std::variant<Hello, Refuse, Begin, Accept, Pull, Data, Commit, Ack, Abort, AbortAck, Heartbeat, Fault>;
+using Message = std::variant<Hello, Refuse, Begin, Accept, Pull, Data, Commit, Ack, Abort, AbortAck, Heartbeat, Fault>;
 
 const char* message_name(const Message& message);
 

@@ -13,7 +13,9 @@ namespace {
 
 using testing::HasSubstr;
 
-Hello make_hello() { return {"prefill:0011223344556677", "model-a/rev1", KvRole::kProducer, 10'000'000, make_layout()}; }
+Hello make_hello() {
+  return {"prefill:0011223344556677", "model-a/rev1", KvRole::kProducer, 10'000'000, make_layout()};
+}
 
 FirstToken make_first_token() { return {42, -0.25F, {{42, -0.25F}, {7, -1.5F}}, 32}; }
 
@@ -164,9 +166,10 @@ TEST(Handle, ParsesOnlyWhatItPrints) {
   const std::string nonce(32, 'a');
   EXPECT_TRUE(parse_handle("0-" + nonce).has_value());
   EXPECT_TRUE(parse_handle("18446744073709551615-" + nonce).has_value());
-  for (const std::string& bad : {std::string(), std::string("-"), "-" + nonce, "1" + nonce, "01-" + nonce, "+1-" + nonce,
-                                 "18446744073709551616-" + nonce, "1-" + nonce + "a", "1-" + nonce.substr(1),
-                                 "1-" + std::string(32, 'A'), "1-" + std::string(32, 'g'), " 1-" + nonce}) {
+  for (const std::string& bad :
+       {std::string(), std::string("-"), "-" + nonce, "1" + nonce, "01-" + nonce, "+1-" + nonce,
+        "18446744073709551616-" + nonce, "1-" + nonce + "a", "1-" + nonce.substr(1), "1-" + std::string(32, 'A'),
+        "1-" + std::string(32, 'g'), " 1-" + nonce}) {
     EXPECT_FALSE(parse_handle(bad).has_value()) << bad;
   }
 }
