@@ -239,6 +239,10 @@ void read_kv_transfer(RequestFields& fields, const RequestPolicy& policy, OpenAi
   if (request.n != 1 || request.prompts.size() > 1) {
     fields.fail_value("kv_transfer_params", "needs a single prompt and 'n' = 1: a transfer has one reader");
   }
+  if (request.kv_transfer->do_remote_prefill && request.kv_transfer->mode == transfer::TransferMode::kPush &&
+      !request.stream) {
+    fields.fail_value("kv_transfer_params", "of a push need 'stream': the address to send to is the first event");
+  }
 }
 
 // What both endpoints share. Call after the prompts were read.

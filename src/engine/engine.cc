@@ -21,6 +21,12 @@ EngineFacts make_facts(const model::KvCache& cache, const EngineOptions& options
           options.limits.prefix_caching};
 }
 
+// Names the prompt of a transfer: KV must never be filed under other tokens than those it was computed from.
+Hash256 prompt_hash(const Sequence& sequence) {
+  const std::span<const TokenId> prompt(sequence.tokens.data(), static_cast<size_t>(sequence.prompt_length));
+  return Sha256().add("prompt:").add(std::as_bytes(prompt)).finish();
+}
+
 bool is_sender(TransferRole role) { return role == TransferRole::kPushSend || role == TransferRole::kPullPublish; }
 
 }  // namespace
@@ -417,7 +423,7 @@ void Engine::append_token(Sequence& sequence, GeneratedToken token) {
     transfer::KvTransferParams params;
     params.do_remote_prefill = true;
     params.remote_engine_id = agent_->engine_id();
-    params.remote_request_id = agent_->publish(id, {0, blocks, sequence.prompt_length});
+    params.remote_request_id = agent_->publish(id, {0, blocks, sequence.prompt_length, prompt_hash(sequence)});
     params.remote_host = options_.kv_host;
     params.remote_port = agent_->port();
     params.remote_num_tokens = sequence.prompt_length;
@@ -480,7 +486,7 @@ void Engine::begin_transfers(const StepPlan& plan) {
         const int64_t first_block = remote.remote_cached_tokens / options_.limits.block_size;
         const std::vector<BlockId> blocks = prompt_blocks(sequence, first_block);
         const transfer::TransferId id = open_transfer(sequence, blocks, true);
-        agent_->begin_send(id, remote, {first_block, blocks, sequence.prompt_length}, deadline_us);
+        agent_->begin_send(id, remote, {first_block, blocks, sequence.prompt_length, prompt_hash(sequence)}, deadline_us);
         break;
       }
       case TransferRole::kPushReceive: {
@@ -491,7 +497,7 @@ void Engine::begin_transfers(const StepPlan& plan) {
         params.do_remote_decode = true;
         params.mode = transfer::TransferMode::kPush;
         params.remote_engine_id = agent_->engine_id();
-        params.remote_request_id = agent_->expect(id, {first_block, blocks, sequence.prompt_length}, deadline_us);
+        params.remote_request_id = agent_->expect(id, {first_block, blocks, sequence.prompt_length, prompt_hash(sequence)}, deadline_us);
         params.remote_host = options_.kv_host;
         params.remote_port = agent_->port();
         params.remote_num_tokens = sequence.prompt_length;
@@ -506,7 +512,7 @@ void Engine::begin_transfers(const StepPlan& plan) {
         const int64_t first_block = admission.cached_blocks;
         const std::vector<BlockId> blocks = prompt_blocks(sequence, first_block);
         const transfer::TransferId id = open_transfer(sequence, blocks, false);
-        agent_->pull(id, *sequence.request.kv_transfer, {first_block, blocks, sequence.prompt_length}, deadline_us);
+        agent_->pull(id, *sequence.request.kv_transfer, {first_block, blocks, sequence.prompt_length, prompt_hash(sequence)}, deadline_us);
         break;
       }
     }

@@ -128,12 +128,38 @@ def test_a_handle_works_once(workers):
     assert status >= 400 and answer["error"]["message"], answer
 
 
+def test_kv_of_another_prompt_is_refused(workers):
+    """KV must not be filed under tokens it was not computed from: a later honest request would find it."""
+    prefill, decode = workers
+    computed, claimed = [1100 + i for i in range(161)], [1700 + 3 * i for i in range(161)]
+    body = {"model": "demo", "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    status, first = http_json(prefill.url + "/v1/completions", {**body, "prompt": computed, "max_tokens": 1,
+                                                                "kv_transfer_params": {"do_remote_decode": True}})
+    assert status == 200
+    params = {**first["kv_transfer_params"], "prompt_token_ids": claimed}
+    status, answer = http_json(decode.url + "/v1/completions", {**body, "prompt": claimed, "kv_transfer_params": params})
+    assert status == 400 and "another prompt" in answer["error"]["message"], answer
+    honest = http_json(decode.url + "/v1/completions", {**body, "prompt": claimed})[1]
+    fresh = http_json(decode.url + "/v1/completions", {**body, "prompt": claimed, "cache_salt": "nothing shared"})[1]
+    assert honest["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert honest["choices"][0]["token_ids"] == fresh["choices"][0]["token_ids"]
+
+
+def test_push_needs_a_stream(workers):
+    """Without one the decode leg could tell nobody where to send."""
+    status, answer = http_json(workers[1].url + "/v1/completions",
+                               {"model": "demo", "prompt": [400] * 5, "max_tokens": 2,
+                                "kv_transfer_params": {"do_remote_prefill": True, "transfer_mode": "push"}}, timeout=10)
+    assert status == 400 and "stream" in answer["error"]["message"]
+
+
 def test_roles_are_kept(workers):
     prefill, decode = workers
     for worker, params in ((prefill, {"do_remote_prefill": True, "transfer_mode": "push"}),
                            (decode, {"do_remote_decode": True})):
         status, answer = http_json(worker.url + "/v1/completions",
-                                   {"model": "demo", "prompt": [400] * 5, "max_tokens": 1, "kv_transfer_params": params})
+                                   {"model": "demo", "prompt": [400] * 5, "max_tokens": 1, "stream": "push" in str(params),
+                                    "kv_transfer_params": params})
         assert status == 400 and "kv_role" in answer["error"]["message"]
 
 
