@@ -76,17 +76,21 @@ int accept_connection(int listener, SocketAddress* peer) {
   return fd;
 }
 
-Meeting::Meeting(int socket, std::span<const std::byte> address) : socket_(socket) {
+Meeting::Meeting(int socket) : socket_(socket) {
+  in_.resize(sizeof(Prefix) + static_cast<size_t>(kMaxWorkerAddressBytes));
+}
+
+Meeting::~Meeting() { close(socket_); }
+
+void Meeting::say(std::span<const std::byte> address) {
+  CHECK(!has_spoken());
   CHECK(!address.empty());
   CHECK_LE(std::ssize(address), kMaxWorkerAddressBytes);
   const Prefix prefix{kMagic, kVersion, static_cast<uint32_t>(address.size())};
   out_.resize(sizeof prefix + address.size());
   std::memcpy(out_.data(), &prefix, sizeof prefix);
   std::memcpy(out_.data() + sizeof prefix, address.data(), address.size());
-  in_.resize(sizeof prefix + static_cast<size_t>(kMaxWorkerAddressBytes));
 }
-
-Meeting::~Meeting() { close(socket_); }
 
 Status Meeting::advance() {
   TANDEM_TRY(write_some());

@@ -1,5 +1,6 @@
-// How two messengers meet: a plain TCP connection on which each sends its UCX worker address. The socket then stays
-// open and silent; the kernel closes it when a process dies, which tells the other side within milliseconds.
+// How two messengers meet: a plain TCP connection on which each sends its UCX worker address, the one that connected
+// first. The socket then stays open and silent; the kernel closes it when a process dies, which tells the other side
+// within milliseconds.
 #pragma once
 
 #include <cstddef>
@@ -25,19 +26,21 @@ int accept_connection(int listener, SocketAddress* peer);
 // One side of the exchange over a connected, non-blocking socket.
 class Meeting {
  public:
-  // `address` is what the peer shall get: 1 … kMaxWorkerAddressBytes bytes.
-  Meeting(int socket, std::span<const std::byte> address);
+  explicit Meeting(int socket);  // takes the socket
   ~Meeting();
   Meeting(const Meeting&) = delete;
   Meeting& operator=(const Meeting&) = delete;
 
   int socket() const { return socket_; }
   bool wants_write() const { return sent_ < out_.size(); }
-  bool complete() const { return complete_; }
+  bool has_spoken() const { return !out_.empty(); }
+  bool has_heard() const { return complete_; }
   const std::vector<std::byte>& peer_address() const { return peer_address_; }
 
+  // What the peer shall get: 1 … kMaxWorkerAddressBytes bytes. advance() sends it.
+  void say(std::span<const std::byte> address);
   // Sends and reads what is possible now. An error means that the peer is gone or speaks something else; after
-  // complete(), any byte or end of file is such an error.
+  // has_heard(), any byte or end of file is such an error.
   Status advance();
 
  private:

@@ -115,7 +115,8 @@ class UcxMessenger final : public Messenger {
  private:
   Connection& add_connection(std::string peer);
   Status open_worker(Connection& connection);
-  Status begin_meeting(Connection& connection, int socket);
+  void begin_meeting(Connection& connection, int socket);
+  Status say_address(Connection& connection);
   void open_to(ConnectionId id, const SocketAddress& address);
   void accept_all();
   void advance_meeting(Connection& connection);
@@ -158,8 +159,7 @@ class UcxMessenger final : public Messenger {
   int64_t backoff_us_ = kMinBackoffUs;
 };
 
-// --- start and stop
-// ---------------------------------------------------------------------------------------------------
+// --- start and stop ---
 
 // What an event of the kernel is about: the low bits of its data, the connection above them.
 enum EventKind : uint64_t { kWakeEvent = 0, kListenerEvent = 1, kSocketEvent = 2 };
@@ -225,8 +225,7 @@ void UcxMessenger::flush() {
   }
 }
 
-// --- connections
-// ------------------------------------------------------------------------------------------------------
+// --- connections ---
 
 std::vector<Connection*> UcxMessenger::list_connections() {
   std::vector<Connection*> list;
@@ -304,22 +303,22 @@ Status UcxMessenger::open_worker(Connection& connection) {
 }
 
 // Takes the socket.
-Status UcxMessenger::begin_meeting(Connection& connection, int socket) {
-  const Status opened = open_worker(connection);
-  if (!opened.ok()) {
-    ::close(socket);
-    return opened;
-  }
+void UcxMessenger::begin_meeting(Connection& connection, int socket) {
+  connection.meeting = std::make_unique<Meeting>(socket);
+  connection.meeting_deadline_us = clock_.now_us() + kMeetingUs;
+  meeting_.insert(connection.id);
+  watch(epoll_fd_, EPOLL_CTL_ADD, socket, kSocketEvent, connection.id);
+}
+
+Status UcxMessenger::say_address(Connection& connection) {
+  TANDEM_TRY(open_worker(connection));
   ucp_address_t* address = nullptr;
   size_t length = 0;
   const ucs_status_t status = ucp_worker_get_address(connection.worker, &address, &length);
   CHECK_EQ(static_cast<int>(status), static_cast<int>(UCS_OK));
-  connection.meeting =
-      std::make_unique<Meeting>(socket, std::as_bytes(std::span(reinterpret_cast<const char*>(address), length)));
+  connection.meeting->say(std::as_bytes(std::span(reinterpret_cast<const char*>(address), length)));
   ucp_worker_release_address(connection.worker, address);
-  connection.meeting_deadline_us = clock_.now_us() + kMeetingUs;
-  watch(epoll_fd_, EPOLL_CTL_ADD, socket, kSocketEvent, connection.id, /*for_write=*/true);
-  meeting_.insert(connection.id);
+  watch(epoll_fd_, EPOLL_CTL_MOD, connection.meeting->socket(), kSocketEvent, connection.id, /*for_write=*/true);
   return {};
 }
 
@@ -333,8 +332,9 @@ void UcxMessenger::open_to(ConnectionId id, const SocketAddress& address) {
          make_error(ErrorKind::kUnavailable, "cannot connect to {}: {}", connection.peer, socket.error().message));
     return;
   }
-  const Status begun = begin_meeting(connection, *socket);
-  if (!begun.ok()) fail(connection, begun.error());
+  begin_meeting(connection, *socket);
+  const Status said = say_address(connection);
+  if (!said.ok()) fail(connection, said.error());
 }
 
 void UcxMessenger::accept_all() {
@@ -348,29 +348,29 @@ void UcxMessenger::accept_all() {
       continue;
     }
     Connection& connection = add_connection(peer.to_string());
-    const Status begun = begin_meeting(connection, socket);
-    if (!begun.ok()) {
-      log_error("comm", "refused a connection from {}: {}", connection.peer, begun.error().message);
-      connections_.erase(connection.id);
-      continue;
-    }
+    begin_meeting(connection, socket);
     handler_.on_accept(connection.id);
   }
 }
 
+// Who accepted speaks second: a stranger who only connects costs a socket, not a set of transports.
 void UcxMessenger::advance_meeting(Connection& connection) {
   if (connection.meeting == nullptr || connection.closed_by_us || connection.failure.has_value()) return;
   Meeting& meeting = *connection.meeting;
-  const Status advanced = meeting.advance();
-  if (!advanced.ok()) {
+  Status status = meeting.advance();
+  if (status.ok() && meeting.has_heard() && !meeting.has_spoken()) {
+    status = say_address(connection);
+    if (status.ok()) status = meeting.advance();
+  }
+  if (!status.ok()) {
     const char* what = connection.endpoint == nullptr ? "cannot connect to" : "lost the connection to";
-    fail(connection, make_error(ErrorKind::kUnavailable, "{} {}: {}", what, connection.peer, advanced.error().message));
+    fail(connection, make_error(ErrorKind::kUnavailable, "{} {}: {}", what, connection.peer, status.error().message));
     return;
   }
   if (connection.endpoint != nullptr) return;
-  watch(epoll_fd_, EPOLL_CTL_MOD, meeting.socket(), kSocketEvent, connection.id, meeting.wants_write());
   ++num_events_;
-  if (meeting.complete() && !meeting.wants_write()) open_endpoint(connection);
+  watch(epoll_fd_, EPOLL_CTL_MOD, meeting.socket(), kSocketEvent, connection.id, meeting.wants_write());
+  if (meeting.has_heard() && !meeting.wants_write()) open_endpoint(connection);
 }
 
 void UcxMessenger::open_endpoint(Connection& connection) {
@@ -425,8 +425,7 @@ std::string UcxMessenger::transport_name(ConnectionId id) const {
   return describe_transport(found->second->endpoint);
 }
 
-// --- messages
-// ---------------------------------------------------------------------------------------------------------
+// --- messages ---
 
 std::unique_ptr<OutgoingMessage> UcxMessenger::take_blank() {
   if (blanks_.empty()) return std::make_unique<OutgoingMessage>();
@@ -537,8 +536,7 @@ ucs_status_t UcxMessenger::on_arrival(Connection& connection, const void* header
   return UCS_OK;
 }
 
-// --- the loop
-// ---------------------------------------------------------------------------------------------------------
+// --- the loop ---
 
 bool UcxMessenger::progress_all() {
   bool any = false;

@@ -204,6 +204,27 @@ TEST_P(MessengerTest, RefusesAPortInUseAndAForeignAddress) {
   EXPECT_EQ(second.error().param, "kv_ip");
 }
 
+TEST_P(MessengerTest, StrangersOnThePortAreDropped) {
+  const std::vector<std::string> greetings = {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", std::string(20'000, '\xff'),
+                                              std::string("TDNP\1\0\0\0\0\0\0\0", 12),          // empty address
+                                              std::string("TDNP\1\0\0\0\xff\xff\xff\xff", 12),  // of 4 GiB
+                                              std::string("TDNP\2\0\0\0\4\0\0\0abcd", 16)};     // version 2
+  for (size_t i = 0; i < greetings.size(); ++i) {
+    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+    const SocketAddress address = *parse_address("127.0.0.1", server->port());
+    ASSERT_EQ(::connect(fd, address.get(), address.length), 0);
+    ASSERT_GT(::send(fd, greetings[i].data(), greetings[i].size(), MSG_NOSIGNAL), 0);
+    ASSERT_TRUE(pump_until([&] { return server_events.closed.size() == i + 1; })) << i;
+    char byte = 0;
+    EXPECT_LE(recv(fd, &byte, 1, 0), 0);  // not one byte of an answer
+    ::close(fd);
+  }
+  EXPECT_TRUE(server_events.messages.empty());
+  const ConnectionId id = client->connect("127.0.0.1", server->port()).value();
+  client->send(id, make_bytes(8, 1));
+  EXPECT_TRUE(pump_until([&] { return server_events.messages.size() == 1; }));
+}
+
 int64_t cpu_time_us() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
