@@ -73,9 +73,22 @@ const SubcommandInfo* named_command(const std::vector<std::string>& arguments) {
   return nullptr;
 }
 
+// CLI11 would only say that a subcommand is required.
+Status check_first_word(const std::string& word) {
+  std::vector<std::string> names;
+  for (const SubcommandInfo& info : subcommand_table()) {
+    const std::string name = info.name;
+    names.push_back(name.substr(0, name.find(' ')));
+  }
+  if (word.rfind('-', 0) == 0 || std::find(names.begin(), names.end(), word) != names.end()) return {};
+  const std::string nearest = nearest_name(word, names);
+  return invalid_argument("", "unknown subcommand '{}'{}", word,
+                          nearest.empty() ? "; see `tandem --help`" : fmt::format("; did you mean '{}'?", nearest));
+}
+
 Status check_option_names(const std::vector<std::string>& arguments) {
   const SubcommandInfo* info = named_command(arguments);
-  if (info == nullptr) return {};
+  if (info == nullptr) return arguments.empty() ? Status() : check_first_word(arguments.front());
   for (const std::string& argument : arguments) {
     if (argument.rfind("--", 0) != 0 || argument == "--" || argument == "--help") continue;
     const std::string name = argument.substr(2, argument.find('=') - 2);

@@ -70,7 +70,8 @@ TEST(CommandLine, NamesTheFaultAndTheRemedy) {
             R"(--kv-transfer-config is '[1]'; it must be a JSON object such as '{"kv_role":"kv_both"}')");
   EXPECT_NE(error_of({"serve", "m", "--port"}), "no error");
   EXPECT_NE(error_of({"serve", "m", "--port", "1", "--port", "2"}), "no error");
-  EXPECT_NE(error_of({"swerve"}), "no error");
+  EXPECT_EQ(error_of({"serv", "m"}), "unknown subcommand 'serv'; did you mean 'serve'?");
+  EXPECT_NE(error_of({"bench"}), "no error");
   EXPECT_NE(error_of({}), "no error");
   EXPECT_NE(error_of({"serve", "m", "extra"}), "no error");
 }

@@ -128,8 +128,10 @@ class Launcher {
     }
     std::string line = "loading";
     for (const Child& each : children_) {
-      line += each.state == State::kReady ? fmt::format("  {} ready", each.spec.name)
-                                          : fmt::format("  {} {:.0f} %", each.spec.name, each.progress * 100);
+      line += "  " + each.spec.name;
+      line += each.state == State::kReady ? " ready"
+              : each.progress > 0         ? fmt::format(" {:.0f} %", each.progress * 100)
+                                          : " waits";
     }
     options_.print("\r\033[K" + line);
     line_is_open_ = true;

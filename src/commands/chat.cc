@@ -55,7 +55,11 @@ class Chat {
     }
     std::fputc('\n', stdout);
     std::fflush(stdout);
-    add_message("assistant", answer->text);
+    if (answer->text.empty()) {  // stopped before it began: as if never asked
+      messages_.erase(messages_.size() - 1);
+    } else {
+      add_message("assistant", answer->text);
+    }
     if (options_.flag("stats")) print_stats(*answer);
     return {};
   }
@@ -134,6 +138,10 @@ class Chat {
   }
 
   static void print_stats(const Answer& answer) {
+    if (answer.text.empty()) {
+      std::fprintf(stderr, "[%s]\n", answer.stopped ? "stopped before the first token" : "no text");
+      return;
+    }
     const double generating_s = answer.last_token_s - answer.first_token_s;
     const double rate = generating_s > 0 ? static_cast<double>(answer.tokens - 1) / generating_s : 0;
     std::fprintf(stderr, "[first token after %.0f ms, %lld tokens, %.1f tokens/s%s]\n", answer.first_token_s * 1e3,
