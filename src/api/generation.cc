@@ -32,7 +32,8 @@ Generation::Generation(GenerationContext context, std::shared_ptr<HttpExchange> 
     Choice& choice = choices_.emplace_back();
     choice.max_tokens = choice_request.sampling.max_tokens;
     choice.usage.prompt_tokens = static_cast<int64_t>(choice_request.prompt.size());
-    if (request_.return_token_ids) choice.prompt = choice_request.prompt;
+    // Not for a router (detokenize is false): it has the prompt, which as text may be longer than a stream may buffer.
+    if (request_.return_token_ids && request_.detokenize) choice.prompt = choice_request.prompt;
     if (request_.detokenize) choice.text.emplace(*context_.served->tokenizer, request_);
     choice.request = std::move(choice_request);
   }

@@ -38,7 +38,6 @@ json sampling_fields(const engine::SamplingParams& sampling) {
       {"frequency_penalty", sampling.frequency_penalty},
       {"seed", static_cast<int64_t>(sampling.seed)},  // the API's seed is a signed 64-bit number; bits are kept
       {"ignore_eos", sampling.ignore_eos},
-      {"return_token_ids", true},
       {"return_tokens_as_token_ids", true},
       {"detokenize", false},
   };
@@ -161,6 +160,7 @@ std::string decode_body(const engine::TokenRequest& request, std::string_view tr
   json fields = sampling_fields(request.sampling);
   fields["max_tokens"] = request.sampling.max_tokens;
   fields["min_tokens"] = request.sampling.min_tokens;
+  fields["return_token_ids"] = true;
   fields["stream"] = true;
   fields["stream_options"] = {{"include_usage", true}, {"continuous_usage_stats", true}};
   return close_body(open_body(request), request, std::move(fields), transfer);
