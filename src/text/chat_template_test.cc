@@ -145,7 +145,7 @@ TEST(ChatTemplate, MaliciousTemplatesEndSoon) {
       const Result<EncodedChat> result = chat.encode(say("x"));
       ASSERT_FALSE(result.ok()) << jinja;
       EXPECT_EQ(result.error().kind, ErrorKind::kInvalidArgument) << result.error().message;
-      EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60)) << jinja;
+      EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(120)) << jinja;
     }
   }
 }
