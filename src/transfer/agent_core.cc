@@ -37,8 +37,7 @@ AgentCore::AgentCore(const KvMemory& memory, const AgentOptions& options, std::s
   CHECK_LE(hello_.fingerprint.size(), kMaxNameBytes);
 }
 
-// --- commands of the engine
-// -------------------------------------------------------------------------------------------
+// --- commands of the engine ---
 
 void AgentCore::refuse_start(TransferId id, Error error) { on_done_(Done{id, std::move(error), std::nullopt, 0, 0}); }
 
@@ -171,8 +170,7 @@ void AgentCore::abort(TransferId id) {
   perform(*transfer, std::move(actions));
 }
 
-// --- transfers
-// --------------------------------------------------------------------------------------------------------
+// --- transfers ---
 
 AgentCore::Transfer* AgentCore::find(TransferId id) {
   const auto found = transfers_.find(id);

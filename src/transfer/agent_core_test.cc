@@ -477,7 +477,7 @@ TEST_F(AgentCoreTest, GarbageIsRefusedAndHarmsNobody) {
   EXPECT_TRUE(decode.ended.at(receiving).status.ok());
 }
 
-// --- random ----------------------------------------------------------------------------------------------------------
+// --- random ---
 
 // Two prefill and two decode engines under random work and faults.
 class Storm {

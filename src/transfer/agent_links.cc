@@ -43,8 +43,7 @@ std::optional<std::pair<Side, Handle>> find_target(const Message& message) {
 
 }  // namespace
 
-// --- links
-// ------------------------------------------------------------------------------------------------------------
+// --- links ---
 
 // A link to the peer that `remote` names. One to another incarnation at the same address is not used: the peer has
 // restarted, or `remote` is from before a restart; a new link will tell which.
@@ -171,8 +170,7 @@ void AgentCore::refuse_link(Link& link, const Error& why) {
   fail_transfers(link, why);
 }
 
-// --- messages
-// ---------------------------------------------------------------------------------------------------------
+// --- messages ---
 
 void AgentCore::on_message(comm::ConnectionId connection, std::span<const std::byte> bytes,
                            std::span<const std::byte> payload) {

@@ -124,8 +124,7 @@ KvTransferParams LocalPeer::address(const std::string& handle) {
   return params;
 }
 
-// --- the child process
-// ------------------------------------------------------------------------------------------------
+// --- the child process ---
 
 namespace {
 
