@@ -16,7 +16,11 @@ namespace tandem::engine {
 namespace {
 
 constexpr int64_t kMaxModelLen = 512;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr size_t kNumPrompts = 12;  // kernels are some fifty times slower here, and it is memory that is looked at
+#else
 constexpr size_t kNumPrompts = 100;
+#endif
 constexpr int64_t kMaxTokens = 12;
 
 struct Answer {
