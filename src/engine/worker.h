@@ -1,6 +1,5 @@
-// A Worker takes token requests and streams token events. LocalWorker (src/engine) is a queue to this process's
-// engine; RemoteWorker (src/router) speaks HTTP to another process; the router's own worker chooses among those.
-// The front end (src/api) knows only this interface.
+// A Worker takes token requests and streams token events. Engine (this folder) is a queue to this process's engine;
+// RoutedWorker (src/router) speaks HTTP to other processes. The front end (src/api) knows only this interface.
 #pragma once
 
 #include <cstdint>
