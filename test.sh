@@ -25,8 +25,9 @@ fi
 
 if [ "$PART" = all ] || [ "$PART" = asan ]; then
   build_preset asan
-  say "unit tests under address and undefined-behaviour sanitizers"
+  # Not here: UcxAgentTest, whose killed peers are noticed too late in an instrumented build (they run in release).
+  say "unit tests under address and undefined-behaviour sanitizers, without UcxAgentTest"
   ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 LSAN_OPTIONS=suppressions="$TANDEM_ROOT/cmake/lsan.supp" \
-    run_ctest build-asan
+    run_ctest build-asan -E 'UcxAgentTest'
 fi
 say "all tests passed"
