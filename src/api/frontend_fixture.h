@@ -58,7 +58,6 @@ class FrontendTest : public testing::Test {
       server.reset();
       frontend.reset();
     });
-    worker.reset();
   }
 
   static std::vector<TokenId> ids(const std::string& text) {
@@ -121,10 +120,11 @@ class FrontendTest : public testing::Test {
     return loop.run([this] { return frontend->num_requests(); });
   }
 
-  LoopThread loop;
+  // In this order: the loop's thread ends before what it uses is destroyed.
   SteadyClock clock;
   Registry registry;
   std::unique_ptr<MockWorker> worker;
+  LoopThread loop;
   std::unique_ptr<Frontend> frontend;
   std::unique_ptr<HttpServer> server;
   uint16_t port = 0;

@@ -634,7 +634,7 @@ asio::awaitable<void> Connection::write_response() {
     written_ = 0;
   }
   const bool complete = !broken_ && response_done_;
-  if (options_.on_complete) {
+  if (options_.on_complete && !server_->closed) {
     const double seconds = std::chrono::duration<double>(SteadyClockT::now() - began_).count();
     options_.on_complete({route_label_, method_label(head_.method), complete ? response_status_ : 499, seconds});
   }

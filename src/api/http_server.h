@@ -86,6 +86,7 @@ struct HttpServerOptions {
   std::chrono::milliseconds write_timeout{30'000};       // for each 64 KiB of output
   // Says whether a request to a route with needs_auth may pass. Unset: all may.
   std::function<Status(const HttpRequest&)> authorize{};
+  // Called for every request, but not after close().
   std::function<void(const HttpRecord&)> on_complete{};
 };
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,18 +45,17 @@ class Cluster:
         return http_json(self.url + "/v1/completions", body, timeout=timeout)
 
     def children(self):
-        """name → pid of the workers, from their command lines."""
+        """name → pid of the workers and the router, from their whole command lines."""
         found = {}
-        listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        for line in listing.splitlines()[1:]:
-            pid, parent, args = line.split(None, 2)
-            if int(parent) != self.up.popen.pid:
-                continue
+        listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.up.popen.pid)], capture_output=True, text=True)
+        for pid in map(int, listing.stdout.split()):
+            # Not from ps: how wide it prints depends on the terminal and on COLUMNS.
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if "route" in arguments:
+                found["router"] = pid
             for name in ("prefill", "decode"):
-                if " serve " in args and f"--port {self.ports[name]}" in args:
-                    found[name] = int(pid)
-            if " route " in args:
-                found["router"] = int(pid)
+                if "serve" in arguments and str(self.ports[name]) in arguments:
+                    found[name] = pid
         return found
 
     def free_blocks(self):
