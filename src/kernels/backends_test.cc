@@ -40,8 +40,8 @@ TEST_P(EmptyTest, ZeroRowsAreHarmless) {
   Ops& ops = device.ops();
   Stream& stream = device.stream();
   const std::unique_ptr<Buffer> nothing = ops.allocate(0);
-  const std::unique_ptr<Weight> square = device.pack(Matrix<float>(8, 8), WeightFormat::kBf16);
-  const std::unique_ptr<Weight> gate_up = device.pack(Matrix<float>(16, 8), WeightFormat::kBf16);
+  const std::unique_ptr<Weight> square = device.pack(Matrix<float>(8, 8), kBf16Weights);
+  const std::unique_ptr<Weight> gate_up = device.pack(Matrix<float>(16, 8), kBf16Weights);
   const auto empty = [](DType dtype, int64_t cols) { return Tensor{nullptr, dtype, 0, cols, cols}; };
   const Tensor x = empty(DType::kF32, 8);
   const Tensor column = empty(DType::kI32, 1);
@@ -93,7 +93,7 @@ using EmptyDeathTest = EmptyTest;
 
 TEST_P(EmptyDeathTest, WrongShapesAreBugs) {
   Device device(name());
-  const std::unique_ptr<Weight> weight = device.pack(Matrix<float>(4, 8), WeightFormat::kF32);
+  const std::unique_ptr<Weight> weight = device.pack(Matrix<float>(4, 8), kF32Weights);
   const Tensor x = device.make_f32(1, 7);
   const Tensor out = device.make_f32(1, 4);
   EXPECT_DEATH(device.ops().linear(device.stream(), x, *weight, out), "7 vs 8");

@@ -55,18 +55,18 @@ const char* dtype_name(DType dtype) {
       return "i32";
     case DType::kI64:
       return "i64";
+    case DType::kU4:
+      return "u4";
   }
   return "unknown";
 }
 
-const char* weight_format_name(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kF32:
-      return "f32";
-    case WeightFormat::kBf16:
-      return "bf16";
-  }
-  return "unknown";
+std::string weight_format_name(const WeightFormat& format) {
+  if (format == kF32Weights) return "f32";
+  if (format == kBf16Weights) return "bf16";
+  std::string name = format.type == WeightType::kInt8 ? "int8" : "int4";
+  if (format.group_size > 0) name += " g" + std::to_string(format.group_size);
+  return name + " a" + std::to_string(format.activation_bits);
 }
 
 }  // namespace tandem::kernels

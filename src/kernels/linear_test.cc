@@ -31,7 +31,7 @@ class LinearTest : public BackendTest {
 
 TEST_P(LinearTest, AgreesWithTheReference) {
   Random random(1);
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     const float tolerance = rounds_x(format) ? 1e-2F : 5e-6F;
     for (const Shape& shape : kShapes) {
       const Matrix<float> x = random.matrix(shape.rows, shape.k);
@@ -44,7 +44,7 @@ TEST_P(LinearTest, AgreesWithTheReference) {
 
 TEST_P(LinearTest, ARowDoesNotDependOnItsCompanions) {
   Random random(2);
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     for (const Shape& shape : {Shape{64, 83, 1101}, Shape{200, 36, 70}, Shape{11, 500, 515}}) {
       const Matrix<float> x = random.matrix(shape.rows, shape.k);
       const Matrix<float> w = random.matrix(shape.n, shape.k);
@@ -63,7 +63,7 @@ TEST_P(LinearTest, ARowDoesNotDependOnItsCompanions) {
 
 TEST_P(LinearTest, AnOutputDoesNotDependOnTheOthers) {
   Random random(3);
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     const Matrix<float> x = random.matrix(20, 77);
     const Matrix<float> w = random.matrix(90, 77);
     const Matrix<float> all = multiply(x, w, format);
@@ -81,9 +81,9 @@ TEST_P(LinearTest, ThreadsDoNotChangeTheResult) {
   for (const Shape& shape : {Shape{1, 900, 400}, Shape{130, 200, 200}}) {
     const Matrix<float> x = random.matrix(shape.rows, shape.k);
     const Matrix<float> w = random.matrix(shape.n, shape.k);
-    const Matrix<float> alone = multiply(x, w, WeightFormat::kBf16, 1);
-    EXPECT_TRUE(same_bits(multiply(x, w, WeightFormat::kBf16, 2), alone));
-    EXPECT_TRUE(same_bits(multiply(x, w, WeightFormat::kBf16, 3), alone));
+    const Matrix<float> alone = multiply(x, w, kBf16Weights, 1);
+    EXPECT_TRUE(same_bits(multiply(x, w, kBf16Weights, 2), alone));
+    EXPECT_TRUE(same_bits(multiply(x, w, kBf16Weights, 3), alone));
   }
 }
 
@@ -91,9 +91,9 @@ TEST_P(LinearTest, OtherRowsNaNsStayThere) {
   Random random(5);
   Matrix<float> x = random.matrix(30, 50);
   const Matrix<float> w = random.matrix(40, 50);
-  const Matrix<float> clean = multiply(x, w, WeightFormat::kBf16);
+  const Matrix<float> clean = multiply(x, w, kBf16Weights);
   std::fill_n(x.row(7), 50, std::numeric_limits<float>::quiet_NaN());
-  const Matrix<float> dirty = multiply(x, w, WeightFormat::kBf16);
+  const Matrix<float> dirty = multiply(x, w, kBf16Weights);
   EXPECT_TRUE(std::isnan(dirty.at(7, 0)));
   EXPECT_TRUE(same_bits(dirty.rows_slice(0, 7), clean.rows_slice(0, 7)));
   EXPECT_TRUE(same_bits(dirty.rows_slice(8, 22), clean.rows_slice(8, 22)));
@@ -103,7 +103,7 @@ TEST_P(LinearTest, HeadLinearAgreesWithLinear) {
   Random random(6);
   constexpr int64_t kHeads = 3;
   for (const Shape& shape : {Shape{1, 40, 33}, Shape{30, 17, 64}}) {
-    for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+    for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
       Device device(name(), 2);
       const int64_t x_stride = shape.k + 4;
       const int64_t out_stride = shape.n + 1;
@@ -127,13 +127,13 @@ TEST_P(LinearTest, EmbedReturnsTheRowsOfTheTable) {
   Random random(7);
   Device device(name(), 2);
   const Matrix<float> table = random.matrix(37, 21);
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     const std::unique_ptr<Weight> weight = device.pack(table, format);
     const std::vector<int32_t> ids{0, 36, 16, 15, 16};
     const Tensor out = device.make_f32(5, 21, 1);
     device.ops().embed(device.stream(), *weight, device.put_column(ids), out);
     Matrix<float> expected = table.permuted(ids);
-    if (format == WeightFormat::kBf16) {
+    if (format == kBf16Weights) {
       for (float& value : expected.values) value = float_from_bf16(bf16_from_float(value));
     }
     EXPECT_TRUE(same_bits(device.get_f32(out), expected));
@@ -162,7 +162,7 @@ TEST_P(LinearTest, Fp8WeightsAreCodesTimesScales) {
   }
   Device device(name());
   const Tensor x = device.put(random.matrix(4, kK));
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     const std::unique_ptr<Weight> packed = device.ops().pack_weight(std::span(&matrix, 1), format);
     const std::unique_ptr<Weight> expected = device.pack(dense, format);
     const Tensor out = device.make_f32(4, kN);

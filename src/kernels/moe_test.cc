@@ -101,7 +101,7 @@ Matrix<int32_t> random_ids(Random& random, int64_t rows, int64_t top_k, int64_t 
 
 TEST_P(MoeTest, ExpertsAgreeWithTheReference) {
   Random random(32);
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     for (const Experts& experts : {Experts(random, 4, 32, 16), Experts(random, 3, 33, 17), Experts(random, 5, 1, 1),
                                    Experts(random, 2, 70, 300)}) {
       for (const int64_t rows : {1, 2, 30}) {
@@ -118,7 +118,7 @@ TEST_P(MoeTest, ExpertsAgreeWithTheReference) {
 
 TEST_P(MoeTest, ASlotDoesNotDependOnItsCompanions) {
   Random random(33);
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16}) {
+  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
     const Experts experts(random, 4, 65, 50);
     constexpr int64_t kRows = 150;  // several blocks of rows for each expert
     const Matrix<float> x = random.matrix(kRows, experts.hidden);

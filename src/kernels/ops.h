@@ -39,23 +39,47 @@ class Stream {
 };
 
 // One weight matrix [n, k] as it stands in a checkpoint, in host memory (often mmapped, any alignment).
-// y = x · Wᵀ. With dtype kF8E4M3, `scales` is the multiplier per block: w = fp8 * scales[n / block_n, k / block_k],
-// a [ceil(n / block_n), ceil(k / block_k)] row-major matrix of kF32, kBf16 or kF16.
+// y = x · Wᵀ. The types that carry `scales` have one for every block of block_n rows and block_k columns, a
+// [ceil(n / block_n), ceil(k / block_k)] row-major matrix of kF32, kBf16 or kF16:
+//  kF8E4M3: w = fp8 * scale
+//  kI8:     w = q * scale
+//  kU4:     w = (q - zero) * scale; two columns per byte, the even one in the low nibble. `zeros` has the shape of
+//           `scales`, a byte 0 … 15 for each; null means 8 everywhere.
 struct HostMatrix {
   const std::byte* data = nullptr;
   DType dtype = DType::kBf16;
   int64_t n = 0;
   int64_t k = 0;
-  int64_t row_stride = 0;  // in elements; 0 means k
+  int64_t row_stride = 0;  // in elements; 0 means k, for kU4 rounded up to an even number
   const std::byte* scales = nullptr;
   DType scales_dtype = DType::kF32;
   int64_t block_n = 0;
   int64_t block_k = 0;
+  const std::byte* zeros = nullptr;
 };
 
-// How a backend keeps a packed weight.
-enum class WeightFormat : uint8_t { kF32, kBf16 };
-const char* weight_format_name(WeightFormat format);
+enum class WeightType : uint8_t { kF32, kBf16, kInt8, kInt4 };
+
+// How a backend keeps a packed weight and, for the integer types, what it multiplies it with.
+//
+// An integer weight is w = (q - zero) * scale with one scale (and zero) per row and `group_size` columns. Activation
+// rows are rounded to integers with one scale per row and group: 8 bits as x ≈ scale * q, q in -127 … 127, or 16 bits
+// as q in -32512 … 32512 (127 * 256). Products of a group are summed in integers, hence exactly, and groups in f32 in ascending
+// order; so all instruction sets that follow this rule give the same bits.
+// A HostMatrix of the same type and group is taken as it is; any other is decoded and quantised: symmetric, scale =
+// the group's largest magnitude / 127 (kInt8) or / 7 (kInt4, so that q - zero is in -7 … 7).
+struct WeightFormat {
+  WeightType type = WeightType::kBf16;
+  int64_t group_size = 0;       // 0: the whole row. A last group may be shorter
+  int64_t activation_bits = 0;  // 8 or 16 for the integer types
+
+  bool is_integer() const { return type == WeightType::kInt8 || type == WeightType::kInt4; }
+  bool operator==(const WeightFormat&) const = default;
+};
+inline constexpr WeightFormat kF32Weights{WeightType::kF32};
+inline constexpr WeightFormat kBf16Weights{WeightType::kBf16};
+// "f32", "bf16", "int8 a8", "int4 g128 a16", …
+std::string weight_format_name(const WeightFormat& format);
 
 // `batch` matrices [n, k] packed for one backend; used only with the Ops that packed it.
 class Weight {
@@ -123,7 +147,7 @@ class Ops {
   virtual void synchronize(Stream& stream) = 0;
 
   // All matrices have the same n, k. The host data is not used after the call returns.
-  virtual std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, WeightFormat format) = 0;
+  virtual std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) = 0;
 
   // out[t] = table[ids[t]] ; ids I32 [T, 1], table: weight packed with pack_weight (batch 1, n = vocab, k = H).
   virtual void embed(Stream& stream, const Weight& table, const Tensor& ids, const Tensor& out) = 0;

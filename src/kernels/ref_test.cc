@@ -20,7 +20,7 @@ class RefTest : public testing::Test {
 };
 
 TEST_F(RefTest, LinearMultipliesByTheTranspose) {
-  const std::unique_ptr<Weight> weight = device_.pack(Matrix<float>(2, 3, {1, 2, 3, 4, 5, 6}), WeightFormat::kF32);
+  const std::unique_ptr<Weight> weight = device_.pack(Matrix<float>(2, 3, {1, 2, 3, 4, 5, 6}), kF32Weights);
   const Tensor out = device_.make_f32(2, 2);
   ops_.linear(stream_, device_.put(Matrix<float>(2, 3, {1, 0, 2, 0, 1, 0})), *weight, out);
   EXPECT_THAT(device_.get_f32(out).values, ElementsAre(7, 16, 2, 5));
@@ -28,14 +28,14 @@ TEST_F(RefTest, LinearMultipliesByTheTranspose) {
 
 TEST_F(RefTest, Bf16WeightsAreRounded) {
   const float fine = 1.0F + 1.0F / 1024;  // not a bf16
-  const std::unique_ptr<Weight> weight = device_.pack(Matrix<float>(1, 1, {fine}), WeightFormat::kBf16);
+  const std::unique_ptr<Weight> weight = device_.pack(Matrix<float>(1, 1, {fine}), kBf16Weights);
   const Tensor out = device_.make_f32(1, 1);
   ops_.linear(stream_, device_.put(Matrix<float>(1, 1, {1})), *weight, out);
   EXPECT_THAT(device_.get_f32(out).values, ElementsAre(1));
 }
 
 TEST_F(RefTest, HeadLinearUsesEachHeadsOwnMatrix) {
-  const std::unique_ptr<Weight> weight = device_.pack(Matrix<float>(2, 2, {1, 1, 2, 3}), WeightFormat::kF32, 2);
+  const std::unique_ptr<Weight> weight = device_.pack(Matrix<float>(2, 2, {1, 1, 2, 3}), kF32Weights, 2);
   const Tensor out = device_.make_f32(1, 3);
   ops_.head_linear(stream_, device_.put(Matrix<float>(1, 5, {1, 2, 9, 3, 4})), 3, *weight, out, 2);
   const Matrix<float> result = device_.get_f32(out);
@@ -132,8 +132,8 @@ TEST_F(RefTest, SlotsAreSortedStably) {
 
 TEST_F(RefTest, ExpertsGateAndCombine) {
   // Expert 0: gate x, up 1·x, down 1; expert 1: the same with down 10. H = I = 1.
-  const std::unique_ptr<Weight> gate_up = device_.pack(Matrix<float>(4, 1, {1, 1, 1, 1}), WeightFormat::kF32, 2);
-  const std::unique_ptr<Weight> down = device_.pack(Matrix<float>(2, 1, {1, 10}), WeightFormat::kF32, 2);
+  const std::unique_ptr<Weight> gate_up = device_.pack(Matrix<float>(4, 1, {1, 1, 1, 1}), kF32Weights, 2);
+  const std::unique_ptr<Weight> down = device_.pack(Matrix<float>(2, 1, {1, 10}), kF32Weights, 2);
   const Tensor out = device_.make_f32(2, 1);
   ops_.expert_mlp(stream_, device_.put(Matrix<float>(1, 1, {1})), device_.put_column<int32_t>({1, 0}),
                   device_.put_column<int32_t>({0, 1, 2}), 2, *gate_up, *down, out);

@@ -9,8 +9,9 @@
 
 namespace tandem::kernels {
 
-enum class DType : uint8_t { kF32, kBf16, kF16, kF8E4M3, kI8, kU8, kI32, kI64 };
+enum class DType : uint8_t { kF32, kBf16, kF16, kF8E4M3, kI8, kU8, kI32, kI64, kU4 };
 
+// Of one element; not for kU4, of which a byte holds two.
 constexpr int64_t dtype_bytes(DType dtype) {
   switch (dtype) {
     case DType::kF32:
@@ -20,6 +21,7 @@ constexpr int64_t dtype_bytes(DType dtype) {
     case DType::kF8E4M3:
     case DType::kI8:
     case DType::kU8: return 1;
+    case DType::kU4: break;
     case DType::kI64: return 8;
   }
   return 0;

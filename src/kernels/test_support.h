@@ -94,7 +94,7 @@ class BackendTest : public testing::TestWithParam<const char*> {
   }
   std::string name() const { return GetParam(); }
   // Whether products with bf16 weights round x to bf16 first.
-  bool rounds_x(WeightFormat format) const { return format == WeightFormat::kBf16 && name() == "cpu-avx512-bf16"; }
+  bool rounds_x(WeightFormat format) const { return format == kBf16Weights && name() == "cpu-avx512-bf16"; }
 };
 
 inline std::string backend_test_name(const testing::TestParamInfo<const char*>& info) {

@@ -10,7 +10,8 @@ namespace tandem::model {
 namespace {
 
 using kernels::DType;
-using kernels::WeightFormat;
+using kernels::kBf16Weights;
+using kernels::kF32Weights;
 
 // Bounds of what a command line may ask for.
 constexpr int64_t kMaxBatchedTokens = int64_t{1} << 20;
@@ -43,8 +44,8 @@ Result<std::unique_ptr<WeightSource>> open_source(const LoadOptions& options, co
 }
 
 void log_loaded(const ModelConfig& config, const LoadOptions& options, const ModelInfo& info, double seconds) {
-  const char* weights =
-      kernels::weight_format_name(options.compute == ComputeType::kF32 ? WeightFormat::kF32 : WeightFormat::kBf16);
+  const std::string weights =
+      kernels::weight_format_name(options.compute == ComputeType::kF32 ? kF32Weights : kBf16Weights);
   const char* source = options.format == LoadFormat::kDummy ? "dummy"
                        : config.quant.is_fp8_block          ? "fp8-block"
                                                             : "plain";
@@ -67,7 +68,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
 
   const bool is_f32 = options.compute == ComputeType::kF32;
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
-  WeightPlan plan(ops, decoder->stream(), *source, is_f32 ? WeightFormat::kF32 : WeightFormat::kBf16);
+  WeightPlan plan(ops, decoder->stream(), *source, is_f32 ? kF32Weights : kBf16Weights);
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());
   Sha256 fingerprint;

@@ -10,6 +10,8 @@ namespace {
 using kernels::DType;
 using kernels::HostMatrix;
 using kernels::Weight;
+using kernels::kBf16Weights;
+using kernels::kF32Weights;
 using kernels::WeightFormat;
 
 // Rows of one task, in pieces small enough that threads finish together.
@@ -69,7 +71,7 @@ void WeightPlan::linear(std::unique_ptr<Weight>& out, const std::string& module,
 }
 
 void WeightPlan::linear_f32(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices({{module + ".weight", n, k}}, 1, WeightFormat::kF32, out);
+  add_matrices({{module + ".weight", n, k}}, 1, kF32Weights, out);
 }
 
 void WeightPlan::batched(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts) {
@@ -125,7 +127,7 @@ Status WeightPlan::load_matrices(const Task& task) {
   } else {
     const bool all_bf16 =
         std::all_of(task.refs.begin(), task.refs.end(), [&](const MatrixRef& ref) { return source_.is_bf16(ref); });
-    const DType dtype = all_bf16 || task.format == WeightFormat::kBf16 ? DType::kBf16 : DType::kF32;
+    const DType dtype = all_bf16 || task.format == kBf16Weights ? DType::kBf16 : DType::kF32;
     task.use(read_dense(source_, task.refs, task.parts, dtype, ops_.num_threads()).matrices);
   }
   for (const MatrixRef& ref : task.refs) source_.release(ref);

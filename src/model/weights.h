@@ -95,7 +95,7 @@ class WeightPlan {
     std::vector<MatrixRef> refs;
     int64_t parts = 1;
     bool must_be_dense = false;
-    kernels::WeightFormat format = kernels::WeightFormat::kBf16;
+    kernels::WeightFormat format = kernels::kBf16Weights;
     Use use;
     // Or, for a vector:
     DeviceTensor* vector = nullptr;

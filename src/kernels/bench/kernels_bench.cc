@@ -121,7 +121,7 @@ std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k) 
   for (uint16_t& value : values) value = bf16_from_float(uniform(random_));
   const HostMatrix matrix{.data = reinterpret_cast<const std::byte*>(values.data()), .n = n, .k = k};
   const std::vector<HostMatrix> matrices(static_cast<size_t>(batch), matrix);
-  return ops_->pack_weight(matrices, WeightFormat::kBf16);
+  return ops_->pack_weight(matrices, kBf16Weights);
 }
 
 // How often a working set must be repeated, so that its copies together do not fit in the caches.

@@ -13,8 +13,9 @@ CpuStream& own(Stream& stream) { return static_cast<CpuStream&>(stream); }
 
 }  // namespace
 
-std::unique_ptr<Weight> CpuOps::pack_weight(std::span<const HostMatrix> matrices, WeightFormat format) {
+std::unique_ptr<Weight> CpuOps::pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) {
   check_host_matrices(matrices);
+  CHECK(!format.is_integer());
   return std::make_unique<PackedWeight>(matrices, format, pool_);
 }
 

@@ -17,7 +17,7 @@ class CpuOps final : public HostOps {
   int num_threads() const override { return pool_.num_threads(); }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<CpuStream>(); }
 
-  std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, WeightFormat format) override;
+  std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) override;
   void embed(Stream& stream, const Weight& table, const Tensor& ids, const Tensor& out) override;
   void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out) override;
   void add_rms_norm(Stream& stream, const Tensor& residual, const Tensor& delta, const Tensor& weight, float eps,

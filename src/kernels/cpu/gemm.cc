@@ -8,7 +8,7 @@
 namespace tandem::kernels::cpu {
 
 bool takes_narrow_rows(const Isa& isa, const PackedWeight& weight) {
-  return isa.narrow_rows && weight.format() == WeightFormat::kBf16;
+  return isa.narrow_rows && weight.format() == kBf16Weights;
 }
 
 GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const Tensor& x, int64_t parts,
@@ -68,7 +68,7 @@ void multiply_columns(const Isa& isa, const PackedWeight& weight, int64_t matrix
   block.cols = cols;
   block.out = out;
   block.scratch = scratch;
-  if (weight.format() == WeightFormat::kF32) {
+  if (weight.format() == kF32Weights) {
     isa.gemm_f32(block);
   } else {
     isa.gemm_bf16(block);

@@ -12,19 +12,19 @@ namespace {
 
 constexpr int64_t kPackDepth = 256;  // k per piece: a panel's rows of one piece fit in L1 before they are interleaved
 
-int64_t panel_bytes_of(int64_t k, WeightFormat format) {
-  if (format == WeightFormat::kF32) return k * kPanelWidth * int64_t{sizeof(float)};
+int64_t panel_bytes_of(int64_t k, const WeightFormat& format) {
+  if (format == kF32Weights) return k * kPanelWidth * int64_t{sizeof(float)};
   return round_up(k, 2) * kPanelWidth * int64_t{sizeof(uint16_t)};
 }
 
-int64_t packed_bytes(std::span<const HostMatrix> matrices, WeightFormat format) {
+int64_t packed_bytes(std::span<const HostMatrix> matrices, const WeightFormat& format) {
   const int64_t panels = (matrices[0].n + kPanelWidth - 1) / kPanelWidth;
   return static_cast<int64_t>(matrices.size()) * panels * panel_bytes_of(matrices[0].k, format);
 }
 
 }  // namespace
 
-PackedWeight::PackedWeight(std::span<const HostMatrix> matrices, WeightFormat format, ThreadPool& pool)
+PackedWeight::PackedWeight(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool)
     : batch_(static_cast<int64_t>(matrices.size())),
       n_(matrices[0].n),
       k_(matrices[0].k),
@@ -44,7 +44,7 @@ void PackedWeight::pack_panel(const HostMatrix& matrix, int64_t index, std::byte
   for (int64_t k = 0; k < k_; k += kPackDepth) {
     const int64_t depth = std::min(kPackDepth, k_ - k);
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      if (format_ == WeightFormat::kF32) {
+      if (format_ == kF32Weights) {
         std::array<float, kPackDepth> row;
         decode_row(matrix, first + lane, k, depth, row.data());
         float* out = reinterpret_cast<float*>(panel) + k * kPanelWidth + lane;
@@ -64,7 +64,7 @@ void PackedWeight::pack_panel(const HostMatrix& matrix, int64_t index, std::byte
 void PackedWeight::unpack_row(int64_t matrix, int64_t n, float* out) const {
   const std::byte* start = panel(matrix, n / kPanelWidth);
   const int64_t lane = n % kPanelWidth;
-  if (format_ == WeightFormat::kF32) {
+  if (format_ == kF32Weights) {
     const float* values = reinterpret_cast<const float*>(start) + lane;
     for (int64_t i = 0; i < k_; ++i) out[i] = values[i * kPanelWidth];
   } else {

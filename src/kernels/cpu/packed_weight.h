@@ -12,7 +12,7 @@ namespace tandem::kernels::cpu {
 
 class PackedWeight final : public Weight {
  public:
-  PackedWeight(std::span<const HostMatrix> matrices, WeightFormat format, ThreadPool& pool);
+  PackedWeight(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool);
 
   int64_t batch() const override { return batch_; }
   int64_t n() const override { return n_; }

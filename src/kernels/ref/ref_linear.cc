@@ -6,10 +6,10 @@
 
 namespace tandem::kernels {
 
-RefWeight::RefWeight(std::span<const HostMatrix> matrices, WeightFormat format)
+RefWeight::RefWeight(std::span<const HostMatrix> matrices, const WeightFormat& format)
     : batch_(static_cast<int64_t>(matrices.size())), n_(matrices[0].n), k_(matrices[0].k), format_(format) {
   const size_t elements = static_cast<size_t>(batch_ * n_ * k_);
-  if (format_ == WeightFormat::kF32) {
+  if (format_ == kF32Weights) {
     f32_.resize(elements);
   } else {
     bf16_.resize(elements);
@@ -18,7 +18,7 @@ RefWeight::RefWeight(std::span<const HostMatrix> matrices, WeightFormat format)
     for (int64_t n = 0; n < n_; ++n) {
       const HostMatrix& matrix = matrices[static_cast<size_t>(b)];
       const int64_t offset = (b * n_ + n) * k_;
-      if (format_ == WeightFormat::kF32) {
+      if (format_ == kF32Weights) {
         decode_row(matrix, n, 0, k_, f32_.data() + offset);
       } else {
         decode_row_bf16(matrix, n, 0, k_, bf16_.data() + offset);
@@ -28,12 +28,12 @@ RefWeight::RefWeight(std::span<const HostMatrix> matrices, WeightFormat format)
 }
 
 int64_t RefWeight::bytes() const {
-  return batch_ * n_ * k_ * (format_ == WeightFormat::kF32 ? int64_t{sizeof(float)} : int64_t{sizeof(uint16_t)});
+  return batch_ * n_ * k_ * (format_ == kF32Weights ? int64_t{sizeof(float)} : int64_t{sizeof(uint16_t)});
 }
 
 float RefWeight::at(int64_t matrix, int64_t n, int64_t k) const {
   const size_t index = static_cast<size_t>((matrix * n_ + n) * k_ + k);
-  return format_ == WeightFormat::kF32 ? f32_[index] : float_from_bf16(bf16_[index]);
+  return format_ == kF32Weights ? f32_[index] : float_from_bf16(bf16_[index]);
 }
 
 const RefWeight& ref_weight(const Weight& weight) {
@@ -42,8 +42,9 @@ const RefWeight& ref_weight(const Weight& weight) {
   return *mine;
 }
 
-std::unique_ptr<Weight> RefOps::pack_weight(std::span<const HostMatrix> matrices, WeightFormat format) {
+std::unique_ptr<Weight> RefOps::pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) {
   check_host_matrices(matrices);
+  CHECK(!format.is_integer());
   return std::make_unique<RefWeight>(matrices, format);
 }
 

@@ -10,7 +10,7 @@ namespace tandem::kernels {
 
 class RefWeight final : public Weight {
  public:
-  RefWeight(std::span<const HostMatrix> matrices, WeightFormat format);
+  RefWeight(std::span<const HostMatrix> matrices, const WeightFormat& format);
 
   int64_t batch() const override { return batch_; }
   int64_t n() const override { return n_; }
@@ -33,7 +33,7 @@ class RefOps final : public HostOps {
   std::string name() const override { return "ref"; }
   int num_threads() const override { return 1; }
 
-  std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, WeightFormat format) override;
+  std::unique_ptr<Weight> pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) override;
   void embed(Stream& stream, const Weight& table, const Tensor& ids, const Tensor& out) override;
   void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out) override;
   void add_rms_norm(Stream& stream, const Tensor& residual, const Tensor& delta, const Tensor& weight, float eps,
