@@ -79,7 +79,7 @@ constexpr OptionSpec kTable[] = {
      .choices = "auto|cpu|ref"},
     {.name = "cpu-isa", .commands = kServe, .group = "Device", .type = kChoice, .default_text = "auto",
      .help = "Instruction set of the cpu backend; one that the machine lacks is refused.",
-     .choices = "auto|avx2|avx512|avx512-bf16"},
+     .choices = "auto|avx2|avx512|avx512-vnni|avx512-bf16"},
     {.name = "threads", .commands = kServe, .group = "Device", .type = kInteger, .default_text = "0",
      .help = "Compute threads; 0 is one per core this process may use.", .min = 0, .max = 1024},
 

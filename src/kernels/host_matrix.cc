@@ -36,17 +36,36 @@ const std::byte* element_address(const HostMatrix& matrix, int64_t n, int64_t k)
   return matrix.data + (n * stride + k) * dtype_bytes(matrix.dtype);
 }
 
-void decode_fp8_row(const HostMatrix& matrix, int64_t n, int64_t first, int64_t count, float* out) {
-  const std::array<float, 256>& table = f8e4m3_table();
+// Values of codes, without their scale.
+void decode_codes(const HostMatrix& matrix, int64_t n, int64_t first, int64_t count, float* out) {
+  if (matrix.dtype == DType::kU4) {
+    const int64_t stride = ((matrix.row_stride == 0 ? matrix.k : matrix.row_stride) + 1) / 2;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t pair = std::to_integer<uint8_t>(matrix.data[n * stride + (first + i) / 2]);
+      out[i] = static_cast<float>((first + i) % 2 == 0 ? pair & 0x0FU : pair >> 4U);
+    }
+    return;
+  }
   const std::byte* codes = element_address(matrix, n, first);
+  if (matrix.dtype == DType::kI8) {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(static_cast<int8_t>(codes[i]));
+    return;
+  }
+  const std::array<float, 256>& table = f8e4m3_table();
+  for (int64_t i = 0; i < count; ++i) out[i] = table[std::to_integer<size_t>(codes[i])];
+}
+
+void decode_scaled_row(const HostMatrix& matrix, int64_t n, int64_t first, int64_t count, float* out) {
+  decode_codes(matrix, n, first, count, out);
   const int64_t blocks_per_row = (matrix.k + matrix.block_k - 1) / matrix.block_k;
   const int64_t scale_row = (n / matrix.block_n) * blocks_per_row;
   for (int64_t i = 0; i < count;) {
     const int64_t block = (first + i) / matrix.block_k;
     const int64_t end = std::min(count, (block + 1) * matrix.block_k - first);
-    const int64_t scale_offset = (scale_row + block) * dtype_bytes(matrix.scales_dtype);
-    const float scale = load_float(matrix.scales + scale_offset, matrix.scales_dtype);
-    for (; i < end; ++i) out[i] = table[std::to_integer<size_t>(codes[i])] * scale;
+    const float scale = load_scale(matrix, scale_row + block);
+    float zero = matrix.dtype == DType::kU4 ? 8.0F : 0.0F;
+    if (matrix.zeros != nullptr) zero = static_cast<float>(std::to_integer<uint8_t>(matrix.zeros[scale_row + block]));
+    for (; i < end; ++i) out[i] = (out[i] - zero) * scale;
   }
 }
 
@@ -61,10 +80,12 @@ void check_host_matrices(std::span<const HostMatrix> matrices) {
     CHECK_EQ(matrix.k, matrices[0].k);
     CHECK(matrix.data != nullptr);
     CHECK(matrix.row_stride == 0 || matrix.row_stride >= matrix.k);
-    const bool is_fp8 = matrix.dtype == DType::kF8E4M3;
-    CHECK(is_fp8 || matrix.dtype == DType::kF32 || matrix.dtype == DType::kBf16 || matrix.dtype == DType::kF16);
-    CHECK_EQ(is_fp8, matrix.scales != nullptr);
-    if (is_fp8) {
+    const bool has_scales =
+        matrix.dtype == DType::kF8E4M3 || matrix.dtype == DType::kI8 || matrix.dtype == DType::kU4;
+    CHECK(has_scales || matrix.dtype == DType::kF32 || matrix.dtype == DType::kBf16 || matrix.dtype == DType::kF16);
+    CHECK_EQ(has_scales, matrix.scales != nullptr);
+    CHECK(matrix.zeros == nullptr || matrix.dtype == DType::kU4);
+    if (has_scales) {
       CHECK_GT(matrix.block_n, 0);
       CHECK_GT(matrix.block_k, 0);
       CHECK(matrix.scales_dtype == DType::kF32 || matrix.scales_dtype == DType::kBf16 ||
@@ -73,8 +94,12 @@ void check_host_matrices(std::span<const HostMatrix> matrices) {
   }
 }
 
+float load_scale(const HostMatrix& matrix, int64_t index) {
+  return load_float(matrix.scales + index * dtype_bytes(matrix.scales_dtype), matrix.scales_dtype);
+}
+
 void decode_row(const HostMatrix& matrix, int64_t n, int64_t first, int64_t count, float* out) {
-  const std::byte* source = element_address(matrix, n, first);
+  const std::byte* source = matrix.dtype == DType::kU4 ? nullptr : element_address(matrix, n, first);
   switch (matrix.dtype) {
     case DType::kF32:
       std::memcpy(out, source, static_cast<size_t>(count) * sizeof(float));
@@ -86,7 +111,9 @@ void decode_row(const HostMatrix& matrix, int64_t n, int64_t first, int64_t coun
       for (int64_t i = 0; i < count; ++i) out[i] = float_from_f16(load<uint16_t>(source + 2 * i));
       return;
     case DType::kF8E4M3:
-      decode_fp8_row(matrix, n, first, count, out);
+    case DType::kI8:
+    case DType::kU4:
+      decode_scaled_row(matrix, n, first, count, out);
       return;
     default:
       break;

@@ -17,4 +17,7 @@ void decode_row(const HostMatrix& matrix, int64_t n, int64_t first, int64_t coun
 // The same, rounded to bf16; a bf16 source is copied bit by bit.
 void decode_row_bf16(const HostMatrix& matrix, int64_t n, int64_t first, int64_t count, uint16_t* out);
 
+// Element `index` of matrix.scales.
+float load_scale(const HostMatrix& matrix, int64_t index);
+
 }  // namespace tandem::kernels

@@ -44,7 +44,7 @@ TEST_P(LinearTest, AgreesWithTheReference) {
 
 TEST_P(LinearTest, ARowDoesNotDependOnItsCompanions) {
   Random random(2);
-  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
+  for (const WeightFormat format : kTestedFormats) {
     for (const Shape& shape : {Shape{64, 83, 1101}, Shape{200, 36, 70}, Shape{11, 500, 515}}) {
       const Matrix<float> x = random.matrix(shape.rows, shape.k);
       const Matrix<float> w = random.matrix(shape.n, shape.k);
@@ -63,7 +63,7 @@ TEST_P(LinearTest, ARowDoesNotDependOnItsCompanions) {
 
 TEST_P(LinearTest, AnOutputDoesNotDependOnTheOthers) {
   Random random(3);
-  for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
+  for (const WeightFormat format : kTestedFormats) {
     const Matrix<float> x = random.matrix(20, 77);
     const Matrix<float> w = random.matrix(90, 77);
     const Matrix<float> all = multiply(x, w, format);
@@ -103,7 +103,7 @@ TEST_P(LinearTest, HeadLinearAgreesWithLinear) {
   Random random(6);
   constexpr int64_t kHeads = 3;
   for (const Shape& shape : {Shape{1, 40, 33}, Shape{30, 17, 64}}) {
-    for (const WeightFormat format : {kF32Weights, kBf16Weights}) {
+    for (const WeightFormat format : kTestedFormats) {
       Device device(name(), 2);
       const int64_t x_stride = shape.k + 4;
       const int64_t out_stride = shape.n + 1;

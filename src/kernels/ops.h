@@ -134,7 +134,7 @@ class Ops {
  public:
   virtual ~Ops() = default;
 
-  // "ref", "cpu-avx2", "cpu-avx512", "cpu-avx512-bf16".
+  // "ref", "cpu-avx2", "cpu-avx512", "cpu-avx512-vnni", "cpu-avx512-bf16".
   virtual std::string name() const = 0;
   virtual int num_threads() const = 0;
   virtual DType activation_dtype() const = 0;

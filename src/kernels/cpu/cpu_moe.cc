@@ -18,10 +18,8 @@ constexpr int64_t kGateUpScratch = kGemmScratch + kMaxGemmRows * kGateUpColumns;
 
 // The hidden activations between the two products, by place in `order`.
 struct Hidden {
-  float* f32 = nullptr;      // [slots, width], or
-  uint16_t* bf16 = nullptr;  // [slots, padded] where the down product takes rounded rows
+  float* f32 = nullptr;  // [slots, width]
   int64_t width = 0;
-  int64_t padded = 0;
 };
 
 std::vector<GemmRows> rows_of_experts(const Tensor& offsets, int64_t experts) {
@@ -52,15 +50,8 @@ void compute_hidden(const Isa& isa, const PackedWeight& gate_up, const GemmTask&
   multiply_columns(isa, gate_up, task.matrix, up_first, up_skip + cols, x, task.rows, up_rows.data(), scratch);
   for (int64_t r = 0; r < task.rows; ++r) {
     const size_t i = static_cast<size_t>(r);
-    const int64_t place = task.first_row + r;
-    if (hidden.bf16 == nullptr) {
-      isa.silu_mul(gate_rows[i], up_rows[i] + up_skip, cols, hidden.f32 + place * hidden.width + first);
-      continue;
-    }
-    isa.silu_mul(gate_rows[i], up_rows[i] + up_skip, cols, gate_rows[i]);
-    uint16_t* out = hidden.bf16 + place * hidden.padded;
-    isa.to_bf16(gate_rows[i], cols, out + first);
-    if (first + cols == hidden.width && hidden.padded > hidden.width) out[hidden.width] = 0;
+    float* out = hidden.f32 + (task.first_row + r) * hidden.width + first;
+    isa.silu_mul(gate_rows[i], up_rows[i] + up_skip, cols, out);
   }
 }
 
@@ -112,15 +103,7 @@ void CpuOps::expert_mlp(Stream& stream, const Tensor& x, const Tensor& order, co
     return slot;
   };
 
-  Hidden hidden{nullptr, nullptr, second.k(), round_up(second.k(), 2)};
-  GemmInput hidden_input;
-  if (takes_narrow_rows(isa_, second)) {
-    hidden.bf16 = own.rows.get<uint16_t>(slots * hidden.padded);
-    hidden_input = {reinterpret_cast<const std::byte*>(hidden.bf16), hidden.padded * int64_t{sizeof(uint16_t)}, 0};
-  } else {
-    hidden.f32 = own.rows.get<float>(slots * hidden.width);
-    hidden_input = {reinterpret_cast<const std::byte*>(hidden.f32), hidden.width * int64_t{sizeof(float)}, 0};
-  }
+  const Hidden hidden{own.rows.get<float>(slots * second.k()), second.k()};
   const GemmInput input = prepare_input(isa_, pool_, first, x, 1, 0, own.narrow);
   float* scratch = own.workers.get<float>(num_threads() * kGateUpScratch);
 
@@ -133,6 +116,10 @@ void CpuOps::expert_mlp(Stream& stream, const Tensor& x, const Tensor& order, co
     }
     compute_hidden(isa_, first, task, x_rows.data(), scratch + worker * kGateUpScratch, hidden);
   });
+
+  // In a pass of its own: a row's scale needs the whole row.
+  const Tensor hidden_rows{reinterpret_cast<std::byte*>(hidden.f32), DType::kF32, slots, hidden.width, hidden.width};
+  const GemmInput hidden_input = prepare_input(isa_, pool_, second, hidden_rows, 1, 0, own.hidden);
 
   const std::vector<GemmTask> down_tasks = plan_tasks(items, second.panels(), second.panels(), num_threads());
   run_tasks(pool_, down_tasks, second.k(), [&](const GemmTask& task, int worker) {

@@ -15,7 +15,6 @@ CpuStream& own(Stream& stream) { return static_cast<CpuStream&>(stream); }
 
 std::unique_ptr<Weight> CpuOps::pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) {
   check_host_matrices(matrices);
-  CHECK(!format.is_integer());
   return std::make_unique<PackedWeight>(matrices, format, pool_);
 }
 

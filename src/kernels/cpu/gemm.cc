@@ -11,27 +11,37 @@ bool takes_narrow_rows(const Isa& isa, const PackedWeight& weight) {
   return isa.narrow_rows && weight.format() == kBf16Weights;
 }
 
+int64_t row_bytes_of(const Isa& isa, const PackedWeight& weight) {
+  if (weight.format().is_integer()) return weight.integers().row_bytes();
+  if (takes_narrow_rows(isa, weight)) return round_up(weight.k(), 2) * int64_t{sizeof(uint16_t)};
+  return 0;
+}
+
+void convert_row(const Isa& isa, const PackedWeight& weight, const float* x, std::byte* out) {
+  if (weight.format().is_integer()) return isa.to_integers(x, weight.integers(), out);
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(out);
+  isa.to_bf16(x, weight.k(), narrow);
+  if (weight.k() % 2 != 0) narrow[weight.k()] = 0;
+}
+
 GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const Tensor& x, int64_t parts,
                         int64_t part_stride, Scratch& scratch) {
-  if (!takes_narrow_rows(isa, weight)) {
+  const int64_t part_bytes = row_bytes_of(isa, weight);
+  if (part_bytes == 0) {
     return GemmInput{x.address, x.stride * int64_t{sizeof(float)}, part_stride * int64_t{sizeof(float)}};
   }
-  const int64_t k = weight.k();
-  const int64_t padded = round_up(k, 2);
-  uint16_t* narrow = scratch.get<uint16_t>(x.rows * parts * padded);
-  const auto round_part = [&](int64_t index) {
-    uint16_t* out = narrow + index * padded;
-    isa.to_bf16(row_of<const float>(x, index / parts) + (index % parts) * part_stride, k, out);
-    if (padded > k) out[k] = 0;
+  const int64_t total = x.rows * parts;
+  std::byte* rows = scratch.get<std::byte>(total * part_bytes);
+  const auto convert = [&](int64_t index) {
+    convert_row(isa, weight, row_of<const float>(x, index / parts) + (index % parts) * part_stride,
+                rows + index * part_bytes);
   };
   constexpr int64_t kElementsPerTask = 32 * 1024;
-  const int64_t total = x.rows * parts;
-  const int64_t per_task = std::max(int64_t{1}, kElementsPerTask / padded);
+  const int64_t per_task = std::max(int64_t{1}, kElementsPerTask / weight.k());
   pool.run((total + per_task - 1) / per_task, [&](int64_t task, int /*worker*/) {
-    for (int64_t i = task * per_task; i < std::min(total, (task + 1) * per_task); ++i) round_part(i);
+    for (int64_t i = task * per_task; i < std::min(total, (task + 1) * per_task); ++i) convert(i);
   });
-  const int64_t part_bytes = padded * int64_t{sizeof(uint16_t)};
-  return GemmInput{reinterpret_cast<const std::byte*>(narrow), parts * part_bytes, part_bytes};
+  return GemmInput{rows, parts * part_bytes, part_bytes};
 }
 
 std::vector<GemmTask> plan_tasks(std::span<const GemmRows> items, int64_t panels, int64_t max_panels, int threads) {
@@ -68,11 +78,14 @@ void multiply_columns(const Isa& isa, const PackedWeight& weight, int64_t matrix
   block.cols = cols;
   block.out = out;
   block.scratch = scratch;
-  if (weight.format() == kF32Weights) {
-    isa.gemm_f32(block);
-  } else {
-    isa.gemm_bf16(block);
+  const WeightFormat& format = weight.format();
+  if (format == kF32Weights) return isa.gemm_f32(block);
+  if (format == kBf16Weights) return isa.gemm_bf16(block);
+  block.integers = &weight.integers();
+  if (format.type == WeightType::kInt8) {
+    return format.activation_bits == 8 ? isa.gemm_int8_a8(block) : isa.gemm_int8_a16(block);
   }
+  return format.activation_bits == 8 ? isa.gemm_int4_a8(block) : isa.gemm_int4_a16(block);
 }
 
 void multiply_all(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const GemmInput& x, const Tensor& out,

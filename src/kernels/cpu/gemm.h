@@ -14,7 +14,7 @@
 
 namespace tandem::kernels::cpu {
 
-// Rows of activations as a matrix product takes them: f32, or rounded to bf16 and padded to an even length. A row has
+// Rows of activations as a matrix product takes them: f32, bf16 padded to an even length, or integers. A row has
 // one part per matrix of the weight (heads), `part_bytes` apart.
 struct GemmInput {
   const std::byte* address = nullptr;
@@ -25,6 +25,11 @@ struct GemmInput {
 
 // Whether products with `weight` take rows rounded to bf16.
 bool takes_narrow_rows(const Isa& isa, const PackedWeight& weight);
+
+// Bytes of one such row, 0 where the product takes f32 as it is.
+int64_t row_bytes_of(const Isa& isa, const PackedWeight& weight);
+// Writes x [k] as the product takes it; not where that is f32.
+void convert_row(const Isa& isa, const PackedWeight& weight, const float* x, std::byte* out);
 
 // x [rows, …] whose part p begins at column p * part_stride; rounded into `scratch` where the product wants it so.
 GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const Tensor& x, int64_t parts,

@@ -22,17 +22,44 @@ inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// How the integer forms of a weight's panels and of activation rows lie in memory.
+//  A row: its codes as int8 [planes][padded], one plane of 8-bit codes or two with the high and the low parts of 16-bit
+//  codes; then f32 scales [groups]; then int32 sums of the codes [planes][groups].
+//  A panel: its codes; then f32 scales [groups][kPanelWidth]; then, with own_zeros, uint8 zeros [groups][kPanelWidth].
+//  8-bit codes lie as [padded / 4][kPanelWidth][4]; 4-bit codes as bytes [padded / 8][kPanelWidth][4], byte b of column
+//  8 i holding column 8 i + b in its low and 8 i + 4 + b in its high nibble.
+// Codes beyond k are 0 in rows, so that those of panels do not matter.
+struct IntegerLayout {
+  int64_t k = 0;
+  int64_t padded = 0;  // k rounded up to 16
+  int64_t group = 0;   // columns; a multiple of 16, or `padded` if there is one group
+  int64_t groups = 0;
+  int64_t planes = 0;
+  int64_t bits = 0;        // of a weight's code: 8 or 4
+  bool own_zeros = false;  // else every zero is the middle code
+
+  int64_t row_scales() const { return planes * padded; }
+  int64_t row_sums() const { return row_scales() + groups * 4; }
+  int64_t row_bytes() const { return round_up(row_sums() + planes * groups * 4, 64); }
+  int64_t panel_scales() const { return padded * kPanelWidth * bits / 8; }
+  int64_t panel_zeros() const { return panel_scales() + groups * kPanelWidth * 4; }
+  int64_t panel_bytes() const { return round_up(panel_zeros() + (own_zeros ? groups * kPanelWidth : 0), 64); }
+};
+
 // out[r][c] = Σ_k x[r][k] * w[c][k] for r < rows, c < cols. w lies in panels of kPanelWidth outputs:
-//  f32:  [k][kPanelWidth]; bf16: [ceil(k / 2)][kPanelWidth][2], the two values of a pair being k and k + 1.
+//  f32:  [k][kPanelWidth]; bf16: [ceil(k / 2)][kPanelWidth][2], the two values of a pair being k and k + 1; integers as
+//  `integers` says.
 struct GemmBlock {
-  const void* const* x = nullptr;  // a pointer per row: f32 [k], or bf16 [round_up(k, 2)] where narrow_rows says so
+  // A pointer per row: f32 [k], bf16 [round_up(k, 2)] where narrow_rows says so, or what to_integers wrote.
+  const void* const* x = nullptr;
   int64_t rows = 0;                // <= kMaxGemmRows
   const std::byte* panels = nullptr;
   int64_t panel_bytes = 0;
   int64_t k = 0;
   int64_t cols = 0;             // the last panel may be partly used
   float* const* out = nullptr;  // a pointer per row, to the first of `cols` columns
-  float* scratch = nullptr;     // kGemmScratch floats, 64-byte aligned
+  float* scratch = nullptr;     // kGemmScratch floats, 64-byte aligned; not for integers
+  const IntegerLayout* integers = nullptr;
 };
 
 // Running softmax of one query vector: acc = Σ exp(s_j - largest) v_j, sum = Σ exp(s_j - largest).
@@ -47,6 +74,14 @@ struct Isa {
   void (*gemm_f32)(const GemmBlock& block);
   void (*gemm_bf16)(const GemmBlock& block);
   bool narrow_rows;  // gemm_bf16 takes x rounded to bf16
+  // By bits of the weight and of the activations; see WeightFormat for the rule, which all instruction sets follow bit
+  // for bit.
+  void (*gemm_int8_a8)(const GemmBlock& block);
+  void (*gemm_int8_a16)(const GemmBlock& block);
+  void (*gemm_int4_a8)(const GemmBlock& block);
+  void (*gemm_int4_a16)(const GemmBlock& block);
+  // Writes the integer form of x [layout.k].
+  void (*to_integers)(const float* x, const IntegerLayout& layout, std::byte* row);
 
   // Rows. `to_bf16` rounds to nearest even; counts in elements.
   void (*to_bf16)(const float* x, int64_t count, uint16_t* out);
@@ -84,11 +119,14 @@ struct Isa {
   // results only keep the compiler from leaving the loops out.
   float (*run_fma)(int64_t rounds);
   int64_t fma_flops_per_round;
+  int32_t (*run_dot)(int64_t rounds);  // products of 8-bit integers
+  int64_t dot_ops_per_round;
   float (*run_read)(const std::byte* memory, int64_t bytes);
 };
 
 const Isa& isa_avx2();
 const Isa& isa_avx512();
+const Isa& isa_avx512_vnni();
 const Isa& isa_avx512_bf16();
 
 }  // namespace tandem::kernels::cpu

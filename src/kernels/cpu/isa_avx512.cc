@@ -3,6 +3,8 @@
 #include "src/kernels/cpu/simd_avx512.h"
 #include "src/kernels/cpu/rows_inl.h"
 #include "src/kernels/cpu/gemm_inl.h"
+#include "src/kernels/cpu/integer_rows_inl.h"
+#include "src/kernels/cpu/integer_gemm_inl.h"
 #include "src/kernels/cpu/attention_inl.h"
 #include "src/kernels/cpu/limits_inl.h"
 #include "src/kernels/cpu/isa_table_inl.h"

@@ -1,10 +1,14 @@
-// AVX-512 with BF16: products of bf16 pairs, summed in f32 by one instruction.
+// AVX-512 with BF16 and VNNI: products of bf16 pairs, summed in f32, and of four bytes, summed in integers, by one
+// instruction each.
 // clang-format off: each of these uses the functions of those before it.
 #define TANDEM_DOT_PAIRS
+#define TANDEM_DOT_BYTES
 #include "src/kernels/cpu/simd_avx512.h"
 #include "src/kernels/cpu/simd_avx512_bf16.h"
 #include "src/kernels/cpu/rows_inl.h"
 #include "src/kernels/cpu/gemm_inl.h"
+#include "src/kernels/cpu/integer_rows_inl.h"
+#include "src/kernels/cpu/integer_gemm_inl.h"
 #include "src/kernels/cpu/attention_inl.h"
 #include "src/kernels/cpu/limits_inl.h"
 #include "src/kernels/cpu/isa_table_inl.h"

@@ -11,7 +11,9 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 bool is_amd() { return __builtin_cpu_is("amd"); }
 
@@ -23,6 +25,7 @@ std::vector<const Isa*> possible_isas() {
   // (measured: 78 against 160 GFLOP/s of one core). Chosen by vendor, never by a measurement at start: equal machines
   // must choose alike, or their results would differ.
   if (has_avx512_bf16() && is_amd()) isas.push_back(&isa_avx512_bf16());
+  if (has_avx512_vnni()) isas.push_back(&isa_avx512_vnni());
   if (has_avx512()) isas.push_back(&isa_avx512());
   if (has_avx512_bf16() && !is_amd()) isas.push_back(&isa_avx512_bf16());
   if (has_avx2()) isas.push_back(&isa_avx2());

@@ -16,6 +16,11 @@ constexpr Isa make_table(const char* name) {
   isa.gemm_f32 = gemm_f32;
   isa.gemm_bf16 = gemm_bf16;
   isa.narrow_rows = kNarrowRows;
+  isa.gemm_int8_a8 = gemm_integers<8, 1>;
+  isa.gemm_int8_a16 = gemm_integers<8, 2>;
+  isa.gemm_int4_a8 = gemm_integers<4, 1>;
+  isa.gemm_int4_a16 = gemm_integers<4, 2>;
+  isa.to_integers = to_integers;
   isa.to_bf16 = to_bf16;
   isa.from_bf16 = from_bf16;
   isa.add = add;
@@ -33,6 +38,8 @@ constexpr Isa make_table(const char* name) {
   isa.finish = finish;
   isa.run_fma = run_fma;
   isa.fma_flops_per_round = kFmaFlopsPerRound;
+  isa.run_dot = run_dot;
+  isa.dot_ops_per_round = kDotOpsPerRound;
   isa.run_read = run_read;
   return isa;
 }

@@ -24,6 +24,22 @@ float run_fma(int64_t rounds) {
 }
 constexpr int64_t kFmaFlopsPerRound = 12 * kLanes * 2;
 
+// The same with products of bytes; without VNNI these are the nibbles of whole bytes.
+int32_t run_dot(int64_t rounds) {
+  IntVec sums[12];
+  for (int i = 0; i < 12; ++i) sums[i] = int_broadcast(i);
+  IntVec codes = int_broadcast(0x01020304);
+  const IntVec x = int_broadcast(0x02030405);
+  for (int64_t round = 0; round < rounds; ++round) {
+    asm("" : "+x"(codes));  // or the compiler would take a product out of the loop
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) sums[i] = dot_bytes(sums[i], split_bytes(codes), x);
+  }
+  for (int i = 1; i < 12; ++i) sums[0] = int_add(sums[0], sums[i]);
+  return sum_int_lanes(sums[0]);
+}
+constexpr int64_t kDotOpsPerRound = 12 * 4 * kLanes * 2;
+
 // Four streams, as a matrix product with one row reads its panels: more than one keeps more requests under way.
 float run_read(const std::byte* memory, int64_t bytes) {
   const float* values = reinterpret_cast<const float*>(memory);

@@ -2,24 +2,37 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "src/base/check.h"
 #include "src/kernels/convert.h"
 #include "src/kernels/host_matrix.h"
+#include "src/kernels/integer.h"
 
 namespace tandem::kernels::cpu {
 namespace {
 
 constexpr int64_t kPackDepth = 256;  // k per piece: a panel's rows of one piece fit in L1 before they are interleaved
 
-int64_t panel_bytes_of(int64_t k, const WeightFormat& format) {
-  if (format == kF32Weights) return k * kPanelWidth * int64_t{sizeof(float)};
-  return round_up(k, 2) * kPanelWidth * int64_t{sizeof(uint16_t)};
+IntegerLayout make_layout(std::span<const HostMatrix> matrices, const WeightFormat& format) {
+  IntegerLayout layout;
+  if (!format.is_integer()) return layout;
+  CHECK_EQ(format.group_size % kGroupMultiple, 0);
+  CHECK(format.activation_bits == 8 || format.activation_bits == 16);
+  layout.k = matrices[0].k;
+  layout.padded = round_up(layout.k, kGroupMultiple);
+  layout.groups = count_groups(layout.k, format);
+  layout.group = layout.groups == 1 ? layout.padded : format.group_size;
+  layout.planes = format.activation_bits / 8;
+  layout.bits = format.type == WeightType::kInt8 ? 8 : 4;
+  layout.own_zeros = has_own_zeros(matrices, format);
+  return layout;
 }
 
-int64_t packed_bytes(std::span<const HostMatrix> matrices, const WeightFormat& format) {
-  const int64_t panels = (matrices[0].n + kPanelWidth - 1) / kPanelWidth;
-  return static_cast<int64_t>(matrices.size()) * panels * panel_bytes_of(matrices[0].k, format);
+int64_t panel_bytes_of(int64_t k, const WeightFormat& format, const IntegerLayout& integers) {
+  if (format.is_integer()) return integers.panel_bytes();
+  if (format == kF32Weights) return k * kPanelWidth * int64_t{sizeof(float)};
+  return round_up(k, 2) * kPanelWidth * int64_t{sizeof(uint16_t)};
 }
 
 }  // namespace
@@ -29,14 +42,50 @@ PackedWeight::PackedWeight(std::span<const HostMatrix> matrices, const WeightFor
       n_(matrices[0].n),
       k_(matrices[0].k),
       format_(format),
-      buffer_(packed_bytes(matrices, format)) {
+      integers_(make_layout(matrices, format)),
+      buffer_(batch_ * panels() * panel_bytes()) {
   pool.run(batch_ * panels(), [&](int64_t index, int /*worker*/) {
     const HostMatrix& matrix = matrices[static_cast<size_t>(index / panels())];
-    pack_panel(matrix, index % panels(), buffer_.address() + index * panel_bytes());
+    std::byte* panel = buffer_.address() + index * panel_bytes();
+    if (format_.is_integer()) {
+      pack_integer_panel(matrix, index % panels(), panel);
+    } else {
+      pack_panel(matrix, index % panels(), panel);
+    }
   });
 }
 
-int64_t PackedWeight::panel_bytes() const { return panel_bytes_of(k_, format_); }
+int64_t PackedWeight::panel_bytes() const { return panel_bytes_of(k_, format_, integers_); }
+
+void PackedWeight::pack_integer_panel(const HostMatrix& matrix, int64_t index, std::byte* panel) const {
+  const int64_t first = index * kPanelWidth;
+  const int64_t lanes = std::min(kPanelWidth, n_ - first);
+  float* scales = reinterpret_cast<float*>(panel + integers_.panel_scales());
+  IntegerWeightRow row;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    encode_weight_row(matrix, first + lane, format_, &row);
+    for (int64_t g = 0; g < integers_.groups; ++g) {
+      const size_t group = static_cast<size_t>(g);
+      scales[g * kPanelWidth + lane] = row.scales[group];
+      if (integers_.own_zeros) panel[integers_.panel_zeros() + g * kPanelWidth + lane] = std::byte{row.zeros[group]};
+    }
+    row.codes.resize(static_cast<size_t>(integers_.padded));
+    const uint8_t* codes = row.codes.data();
+    std::byte* out = panel + lane * 4;
+    if (integers_.bits == 8) {
+      for (int64_t k = 0; k < integers_.padded; k += 4) std::memcpy(out + k * kPanelWidth, codes + k, 4);
+      continue;
+    }
+    for (int64_t k = 0; k < integers_.padded; k += 8) {
+      uint32_t low = 0;
+      uint32_t high = 0;
+      std::memcpy(&low, codes + k, 4);
+      std::memcpy(&high, codes + k + 4, 4);
+      const uint32_t pairs = low | high << 4U;
+      std::memcpy(out + k / 2 * kPanelWidth, &pairs, 4);
+    }
+  }
+}
 
 void PackedWeight::pack_panel(const HostMatrix& matrix, int64_t index, std::byte* panel) const {
   const int64_t first = index * kPanelWidth;
@@ -62,6 +111,7 @@ void PackedWeight::pack_panel(const HostMatrix& matrix, int64_t index, std::byte
 }
 
 void PackedWeight::unpack_row(int64_t matrix, int64_t n, float* out) const {
+  CHECK(!format_.is_integer());
   const std::byte* start = panel(matrix, n / kPanelWidth);
   const int64_t lane = n % kPanelWidth;
   if (format_ == kF32Weights) {

@@ -20,6 +20,8 @@ class PackedWeight final : public Weight {
   WeightFormat format() const override { return format_; }
   int64_t bytes() const override { return buffer_.bytes(); }
 
+  // For integer formats.
+  const IntegerLayout& integers() const { return integers_; }
   int64_t panels() const { return (n_ + kPanelWidth - 1) / kPanelWidth; }
   int64_t panel_bytes() const;
   const std::byte* panel(int64_t matrix, int64_t index) const {
@@ -30,11 +32,13 @@ class PackedWeight final : public Weight {
 
  private:
   void pack_panel(const HostMatrix& matrix, int64_t index, std::byte* panel) const;
+  void pack_integer_panel(const HostMatrix& matrix, int64_t index, std::byte* panel) const;
 
   int64_t batch_;
   int64_t n_;
   int64_t k_;
   WeightFormat format_;
+  IntegerLayout integers_;
   HostBuffer buffer_;
 };
 

@@ -29,6 +29,7 @@ class CpuStream final : public Stream {
  public:
   Scratch rows;      // activations between the parts of one operation
   Scratch narrow;    // x rounded to the weight's format
+  Scratch hidden;    // the same of the experts' hidden activations
   Scratch workers;   // a piece per thread
   Scratch partials;  // results of attention splits
 };

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #define TANDEM_INLINE inline __attribute__((always_inline))
@@ -112,6 +113,58 @@ TANDEM_INLINE void store_bf16(uint16_t* p, Vec x) {
   const __m256i result = _mm256_blendv_epi8(rounded, quiet, is_nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+// Integers: eight lanes of 32 bits, or four times as many of 8.
+using IntVec = __m256i;
+constexpr int kIntegerRows = 4;  // rows per tile of integer products: 8 sums of the 16 registers
+constexpr int integer_panels(int rows) { return rows == 1 ? 2 : 1; }
+
+TANDEM_INLINE IntVec int_zero() { return _mm256_setzero_si256(); }
+TANDEM_INLINE IntVec int_broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+TANDEM_INLINE IntVec int_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+TANDEM_INLINE IntVec int_add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
+TANDEM_INLINE IntVec int_sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
+TANDEM_INLINE IntVec int_mul(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
+TANDEM_INLINE IntVec int_shift_left_8(IntVec a) { return _mm256_slli_epi32(a, 8); }
+TANDEM_INLINE IntVec int_shift_right_8(IntVec a) { return _mm256_srai_epi32(a, 8); }
+TANDEM_INLINE IntVec to_int(Vec a) { return _mm256_cvtps_epi32(a); }
+TANDEM_INLINE Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
+TANDEM_INLINE int32_t sum_int_lanes(IntVec a) {
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1)));
+}
+// The low byte of each lane.
+TANDEM_INLINE void store_low_bytes(std::byte* p, IntVec a) {
+  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i packed = _mm256_shuffle_epi8(a, order);
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+}
+TANDEM_INLINE IntVec load_bytes(const std::byte* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+// Nibbles of bytes, as bytes.
+TANDEM_INLINE IntVec low_nibbles(IntVec a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+TANDEM_INLINE IntVec high_nibbles(IntVec a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+
+// Pairs of products are added in 16 bits, which holds them exactly only if the codes are below 128: codes of 8 bits are
+// multiplied nibble by nibble.
+struct ByteCodes {
+  IntVec low;
+  IntVec high;
+};
+TANDEM_INLINE ByteCodes split_bytes(IntVec codes) { return {low_nibbles(codes), high_nibbles(codes)}; }
+// sums + Σ of four products per lane, of unsigned codes < 16 with signed x.
+TANDEM_INLINE IntVec dot_nibbles(IntVec sums, IntVec codes, IntVec x) {
+  return int_add(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+}
+// The same of codes < 256.
+TANDEM_INLINE IntVec dot_bytes(IntVec sums, const ByteCodes& codes, IntVec x) {
+  sums = dot_nibbles(sums, codes.low, x);
+  return int_add(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.high, x), _mm256_set1_epi16(16)));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #define TANDEM_INLINE inline __attribute__((always_inline))
@@ -106,6 +107,57 @@ TANDEM_INLINE void store_bf16(uint16_t* p, Vec x) {
   const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
 }
+
+// Integers: sixteen lanes of 32 bits, or four times as many of 8.
+using IntVec = __m512i;
+constexpr int kIntegerRows = 8;  // rows per tile of integer products; with two panels 16 sums of the 32 registers
+constexpr int integer_panels(int rows) { return rows <= 2 ? 4 : 2; }
+
+TANDEM_INLINE IntVec int_zero() { return _mm512_setzero_si512(); }
+TANDEM_INLINE IntVec int_broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+TANDEM_INLINE IntVec int_load(const void* p) { return _mm512_loadu_si512(p); }
+TANDEM_INLINE IntVec int_add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
+TANDEM_INLINE IntVec int_sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
+TANDEM_INLINE IntVec int_mul(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }
+TANDEM_INLINE IntVec int_shift_left_8(IntVec a) { return _mm512_slli_epi32(a, 8); }
+TANDEM_INLINE IntVec int_shift_right_8(IntVec a) { return _mm512_srai_epi32(a, 8); }
+TANDEM_INLINE IntVec to_int(Vec a) { return _mm512_cvtps_epi32(a); }
+TANDEM_INLINE Vec to_float(IntVec a) { return _mm512_cvtepi32_ps(a); }
+TANDEM_INLINE int32_t sum_int_lanes(IntVec a) { return _mm512_reduce_add_epi32(a); }
+// The low byte of each lane.
+TANDEM_INLINE void store_low_bytes(std::byte* p, IntVec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+TANDEM_INLINE IntVec load_bytes(const std::byte* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Nibbles of bytes, as bytes.
+TANDEM_INLINE IntVec low_nibbles(IntVec a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+TANDEM_INLINE IntVec high_nibbles(IntVec a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+
+#ifdef TANDEM_DOT_BYTES
+using ByteCodes = IntVec;
+TANDEM_INLINE ByteCodes split_bytes(IntVec codes) { return codes; }
+// sums + Σ of four products per lane, of unsigned codes < 16 with signed x.
+TANDEM_INLINE IntVec dot_nibbles(IntVec sums, IntVec codes, IntVec x) { return _mm512_dpbusd_epi32(sums, codes, x); }
+// The same of codes < 256.
+TANDEM_INLINE IntVec dot_bytes(IntVec sums, ByteCodes codes, IntVec x) { return _mm512_dpbusd_epi32(sums, codes, x); }
+#else
+// Without VNNI pairs of products are added in 16 bits, which holds them exactly only if the codes are below 128: codes
+// of 8 bits are multiplied nibble by nibble.
+struct ByteCodes {
+  IntVec low;
+  IntVec high;
+};
+TANDEM_INLINE ByteCodes split_bytes(IntVec codes) { return {low_nibbles(codes), high_nibbles(codes)}; }
+TANDEM_INLINE IntVec dot_nibbles(IntVec sums, IntVec codes, IntVec x) {
+  return int_add(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+}
+TANDEM_INLINE IntVec dot_bytes(IntVec sums, const ByteCodes& codes, IntVec x) {
+  sums = dot_nibbles(sums, codes.low, x);
+  return int_add(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes.high, x), _mm512_set1_epi16(16)));
+}
+#endif
 
 }  // namespace
 }  // namespace tandem::kernels::cpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "src/kernels/host_ops.h"
+#include "src/kernels/integer.h"
 
 namespace tandem::kernels {
 
@@ -17,7 +18,12 @@ class RefWeight final : public Weight {
   int64_t k() const override { return k_; }
   WeightFormat format() const override { return format_; }
   int64_t bytes() const override;
+  // Not for integer formats.
   float at(int64_t matrix, int64_t n, int64_t k) const;
+  // Only for integer formats.
+  const IntegerWeightRow& integer_row(int64_t matrix, int64_t n) const {
+    return integers_[static_cast<size_t>(matrix * n_ + n)];
+  }
 
  private:
   int64_t batch_;
@@ -26,6 +32,7 @@ class RefWeight final : public Weight {
   WeightFormat format_;
   std::vector<float> f32_;      // [batch, n, k] with kF32
   std::vector<uint16_t> bf16_;  // the same with kBf16
+  std::vector<IntegerWeightRow> integers_;  // [batch, n] with kInt8 and kInt4
 };
 
 class RefOps final : public HostOps {
