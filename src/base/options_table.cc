@@ -38,6 +38,13 @@ constexpr OptionSpec kTable[] = {
     {.name = "dtype", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "Type of weights and KV cache; auto is bfloat16. Sums are float32 in both.",
      .choices = "auto|bfloat16|float32"},
+    {.name = "quantization", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
+     .help = "Format of the linear layers: auto keeps the checkpoint's, the next four quantise at load, the others say "
+             "what the checkpoint must be.",
+     .choices = "auto|wint8|wint4|w8a8|w4a8|fp8|awq|gptq|compressed-tensors|ascend"},
+    {.name = "quantization-group-size", .commands = kServe, .group = "Model", .type = kInteger, .default_text = "0",
+     .help = "Columns per scale of wint4 and w4a8; 0 is their own (wint4: the whole row, w4a8: 128), -1 the whole row.",
+     .min = -1, .max = 1024},
     {.name = "load-format", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "dummy makes deterministic random weights from config.json alone.", .choices = "auto|safetensors|dummy"},
     {.name = "seed", .commands = kServe, .group = "Model", .type = kInteger, .default_text = "0",

@@ -48,6 +48,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
   config.load.format =
       options.text("load-format") == "dummy" ? model::LoadFormat::kDummy : model::LoadFormat::kSafetensors;
   config.load.compute = options.text("dtype") == "float32" ? model::ComputeType::kF32 : model::ComputeType::kBf16;
+  config.load.quantization = {options.text("quantization"), options.integer("quantization-group-size")};
   config.load.max_num_batched_tokens = config.limits.max_num_batched_tokens;
   config.load.max_num_seqs = config.limits.max_num_seqs;
   config.load.max_model_len = options.integer("max-model-len");

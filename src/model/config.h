@@ -68,6 +68,8 @@ struct QuantConfig {
   int64_t block_k = 0;
   std::vector<std::string> modules_to_not_convert;
 
+  // "not quantised", or the name that --quantization knows it by: "fp8".
+  std::string_view method_name() const { return is_fp8_block ? "fp8" : "not quantised"; }
   // Whether the config says that "model.layers.0.mlp.gate" and the like stay unquantised.
   bool is_excluded(std::string_view module) const;
 };

@@ -25,7 +25,7 @@ Decoder::Decoder(kernels::Ops& ops, ModelConfig config)
 
 void Decoder::list_weights(WeightPlan& plan) {
   const int64_t hidden = config_.hidden_size;
-  plan.linear(embedding_, "model.embed_tokens", config_.vocab_size, hidden);
+  plan.embedding(embedding_, "model.embed_tokens", config_.vocab_size, hidden);
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     const std::string prefix = fmt::format("model.layers.{}.", layer);
     Norms& norms = norms_[static_cast<size_t>(layer)];
@@ -35,7 +35,7 @@ void Decoder::list_weights(WeightPlan& plan) {
     mlp_.list_weights(plan, layer, prefix + "mlp.");
   }
   plan.vector(final_norm_, "model.norm.weight", hidden);
-  if (!config_.tied_embeddings) plan.linear(head_, "lm_head", config_.vocab_size, hidden);
+  if (!config_.tied_embeddings) plan.head(head_, "lm_head", config_.vocab_size, hidden);
 }
 
 void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dtype, ModelInfo info) {

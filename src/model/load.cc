@@ -43,17 +43,23 @@ Result<std::unique_ptr<WeightSource>> open_source(const LoadOptions& options, co
   return make_checkpoint_source(std::move(checkpoint), config.quant);
 }
 
-void log_loaded(const ModelConfig& config, const LoadOptions& options, const ModelInfo& info, double seconds) {
-  const std::string weights =
-      kernels::weight_format_name(options.compute == ComputeType::kF32 ? kF32Weights : kBf16Weights);
-  const char* source = options.format == LoadFormat::kDummy ? "dummy"
-                       : config.quant.is_fp8_block          ? "fp8-block"
-                                                            : "plain";
-  log_info(
-      "model",
-      "loaded {}: {} layers, {} experts, {:.1f} M parameters, {} weights packed as {} ({:.1f} MiB), KV {}, in {:.2f} s",
-      config.architecture, config.num_layers, config.moe.num_experts, static_cast<double>(info.num_parameters) / 1e6,
-      source, weights, static_cast<double>(info.weight_bytes) / (1 << 20), info.kv.describe(), seconds);
+// Before anything slow: what the weights are and what becomes of them.
+void log_formats(const ModelConfig& config, const LoadOptions& options, const WeightPlan& plan) {
+  std::string source = "dummy";
+  if (options.format != LoadFormat::kDummy) source = fmt::format("checkpoint ({})", config.quant.method_name());
+  std::string note;
+  if (options.quantization.name == "wint4" || options.quantization.name == "w4a8") {
+    note = config.tied_embeddings ? "; the head is the embedding" : "; the head never has less than 8 bits";
+  }
+  log_info("model", "weights: {}, --quantization {}: {}{}", source, options.quantization.name, plan.describe_formats(),
+           note);
+}
+
+void log_loaded(const ModelConfig& config, const ModelInfo& info, double seconds) {
+  log_info("model", "loaded {}: {} layers, {} experts, {:.1f} M parameters in {:.1f} MiB, KV {}, in {:.2f} s",
+           config.architecture, config.num_layers, config.moe.num_experts,
+           static_cast<double>(info.num_parameters) / 1e6, static_cast<double>(info.weight_bytes) / (1 << 20),
+           info.kv.describe(), seconds);
 }
 
 Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions& options) {
@@ -67,12 +73,17 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   TANDEM_ASSIGN(const std::unique_ptr<WeightSource> source, open_source(options, config));
 
   const bool is_f32 = options.compute == ComputeType::kF32;
+  TANDEM_ASSIGN(WeightFormats formats,
+                choose_formats(options.quantization, config.quant, options.format == LoadFormat::kDummy,
+                               is_f32 ? kF32Weights : kBf16Weights));
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
-  WeightPlan plan(ops, decoder->stream(), *source, is_f32 ? kF32Weights : kBf16Weights);
+  WeightPlan plan(ops, decoder->stream(), *source, std::move(formats));
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());
+  log_formats(decoder->config(), options, plan);
   Sha256 fingerprint;
   fingerprint.add(decoder->config().canonical_json);
+  fingerprint.add(plan.describe_formats());
   TANDEM_ASSIGN(const LoadedWeights loaded, plan.load(fingerprint, options.on_progress));
 
   ModelInfo info;
@@ -84,7 +95,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   info.fingerprint = fingerprint.finish().hex();
   const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, info.max_model_len};
   decoder->allocate(capacity, options.block_size, is_f32 ? DType::kF32 : DType::kBf16, std::move(info));
-  log_loaded(decoder->config(), options, decoder->info(), static_cast<double>(clock.now_us() - start_us) / 1e6);
+  log_loaded(decoder->config(), decoder->info(), static_cast<double>(clock.now_us() - start_us) / 1e6);
   return std::unique_ptr<Model>(std::move(decoder));
 }
 

@@ -17,7 +17,7 @@ void MlpLayers::list_weights(WeightPlan& plan, int64_t index, const std::string&
     list_dense(plan, layer.dense, config_.dense_width, prefix);
     return;
   }
-  plan.linear_f32(layer.router, prefix + "gate", moe.num_experts, config_.hidden_size);
+  plan.router(layer.router, prefix + "gate", moe.num_experts, config_.hidden_size);
   if (moe.has_correction_bias) {
     plan.vector(layer.correction_bias, prefix + "gate.e_score_correction_bias", moe.num_experts);
   }

@@ -12,6 +12,7 @@
 #include "src/kernels/ops.h"
 #include "src/model/batch.h"
 #include "src/model/kv_cache.h"
+#include "src/model/quantization.h"
 
 namespace tandem::model {
 
@@ -22,6 +23,7 @@ struct LoadOptions {
   std::string path;  // model directory, or (with kDummy) a directory or file holding config.json
   LoadFormat format = LoadFormat::kSafetensors;
   ComputeType compute = ComputeType::kBf16;
+  QuantizationRequest quantization;
   int64_t max_num_batched_tokens = 0;  // rows of the largest Batch
   int64_t max_num_seqs = 0;            // chunks, and logit rows, of the largest Batch
   int64_t max_model_len = 0;           // 0: the config's max_position_embeddings
@@ -40,8 +42,9 @@ struct ModelInfo {
   // Rows of prompt tokens and of generated tokens are computed by different forms (MLA), so KV of generated tokens
   // must not serve another request's prompt.
   bool rows_depend_on_role = false;
-  std::string fingerprint;  // SHA-256 hex over config and tensor names, shapes and sampled bytes: same on both sides of
-                            // a transfer
+  // SHA-256 hex over config, weight formats, and tensor names, shapes and sampled bytes: same on both sides of a
+  // transfer.
+  std::string fingerprint;
 };
 
 class Model {

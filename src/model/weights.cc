@@ -9,9 +9,9 @@ namespace {
 
 using kernels::DType;
 using kernels::HostMatrix;
-using kernels::Weight;
 using kernels::kBf16Weights;
 using kernels::kF32Weights;
+using kernels::Weight;
 using kernels::WeightFormat;
 
 // Rows of one task, in pieces small enough that threads finish together.
@@ -67,20 +67,47 @@ void WeightPlan::note(const Status& status) {
 }
 
 void WeightPlan::linear(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices({{module + ".weight", n, k}}, 1, format_, out);
+  add_matrices("linear", {{module + ".weight", n, k}}, 1, linear_format(), out);
 }
 
-void WeightPlan::linear_f32(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices({{module + ".weight", n, k}}, 1, kF32Weights, out);
+void WeightPlan::embedding(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
+  add_matrices("embedding", {{module + ".weight", n, k}}, 1, formats_.dense, out);
+}
+
+void WeightPlan::router(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
+  add_matrices("router", {{module + ".weight", n, k}}, 1, kF32Weights, out);
+}
+
+void WeightPlan::head(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
+  add_matrices("lm_head", {{module + ".weight", n, k}}, 1, formats_.head.value_or(formats_.dense), out);
 }
 
 void WeightPlan::batched(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts) {
-  add_matrices(std::move(refs), parts, format_, out);
+  const bool is_one = static_cast<int64_t>(refs.size()) == parts;
+  add_matrices(is_one ? "linear" : "experts", std::move(refs), parts, linear_format(), out);
 }
 
-void WeightPlan::add_matrices(std::vector<MatrixRef> refs, int64_t parts, WeightFormat format,
+void WeightPlan::note_format(std::string_view kind, const WeightFormat& format) {
+  auto it = std::find_if(kinds_.begin(), kinds_.end(), [&](const auto& entry) { return entry.first == kind; });
+  if (it == kinds_.end()) it = kinds_.insert(it, {std::string(kind), {}});
+  ++it->second[kernels::weight_format_name(format)];
+}
+
+std::string WeightPlan::describe_formats() const {
+  std::string text;
+  for (const auto& [kind, formats] : kinds_) {
+    text += (text.empty() ? "" : ", ") + kind;
+    for (const auto& [format, count] : formats) {
+      text += formats.size() == 1 ? " " + format : fmt::format(" {} ({} of them)", format, count);
+    }
+  }
+  return text;
+}
+
+void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts, WeightFormat format,
                               std::unique_ptr<Weight>& out) {
   for (const MatrixRef& ref : refs) note(source_.check_matrix(ref));
+  note_format(kind, format);
   Task task;
   task.refs = std::move(refs);
   task.parts = parts;
@@ -104,16 +131,17 @@ void WeightPlan::vector(DeviceTensor& out, const std::string& tensor, int64_t n)
 void WeightPlan::derived(const std::string& module, int64_t n, int64_t k, Use use) {
   MatrixRef ref{module + ".weight", n, k};
   note(source_.check_matrix(ref));
+  note_format("kv_b", formats_.dense);
   Task task;
   task.refs.push_back(std::move(ref));
   task.must_be_dense = true;
-  task.format = format_;
+  task.format = formats_.dense;
   task.use = std::move(use);
   tasks_.push_back(std::move(task));
 }
 
 std::unique_ptr<Weight> WeightPlan::pack(std::span<const HostMatrix> matrices) {
-  std::unique_ptr<Weight> weight = ops_.pack_weight(matrices, format_);
+  std::unique_ptr<Weight> weight = ops_.pack_weight(matrices, formats_.dense);
   packed_bytes_ += weight->bytes();
   return weight;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -14,6 +15,7 @@
 #include "src/base/result.h"
 #include "src/kernels/ops.h"
 #include "src/model/device_tensor.h"
+#include "src/model/quantization.h"
 
 namespace tandem::model {
 
@@ -62,9 +64,8 @@ class WeightPlan {
  public:
   using Use = std::function<void(std::span<const kernels::HostMatrix>)>;
 
-  // `format` is what linear() and the like pack to.
-  WeightPlan(kernels::Ops& ops, kernels::Stream& stream, const WeightSource& source, kernels::WeightFormat format)
-      : ops_(ops), stream_(stream), source_(source), format_(format) {}
+  WeightPlan(kernels::Ops& ops, kernels::Stream& stream, const WeightSource& source, WeightFormats formats)
+      : ops_(ops), stream_(stream), source_(source), formats_(std::move(formats)) {}
 
   const WeightSource& source() const { return source_; }
 
@@ -72,8 +73,12 @@ class WeightPlan {
 
   // "<module>.weight" [n, k].
   void linear(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
-  // The same, kept in f32 whatever the plan's format (routers).
-  void linear_f32(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  // The same, never quantised.
+  void embedding(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  // The same, kept in f32.
+  void router(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  // The same in the format of the output head.
+  void head(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // `batch` matrices, each the rows of `parts` consecutive refs on top of each other; all refs have the same n and k.
   void batched(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts);
   // A vector of n values, as f32 [1, n].
@@ -85,6 +90,8 @@ class WeightPlan {
   // For the `use` of derived().
   std::unique_ptr<kernels::Weight> pack(std::span<const kernels::HostMatrix> matrices);
 
+  // "experts int4 g128 a8, linear int8 a8, lm_head bf16, …": the formats of all that is listed.
+  std::string describe_formats() const;
   // The first fault found while listing.
   const Status& status() const { return status_; }
   // Reads, packs and hashes everything in the order of the list. `on_progress` may be empty.
@@ -102,8 +109,10 @@ class WeightPlan {
     std::string tensor;
     int64_t n = 0;
   };
-  void add_matrices(std::vector<MatrixRef> refs, int64_t parts, kernels::WeightFormat format,
+  void add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts, kernels::WeightFormat format,
                     std::unique_ptr<kernels::Weight>& out);
+  void note_format(std::string_view kind, const kernels::WeightFormat& format);
+  kernels::WeightFormat linear_format() const { return formats_.linear.value_or(formats_.dense); }
   void note(const Status& status);
   Status load_matrices(const Task& task);
   void load_vector(const Task& task);
@@ -111,8 +120,10 @@ class WeightPlan {
   kernels::Ops& ops_;
   kernels::Stream& stream_;
   const WeightSource& source_;
-  kernels::WeightFormat format_;
+  WeightFormats formats_;
   std::vector<Task> tasks_;
+  // Kinds of weights in the order of their first mention, each with its formats and how many weights have them.
+  std::vector<std::pair<std::string, std::map<std::string, int64_t>>> kinds_;
   Status status_;
   int64_t packed_bytes_ = 0;
 };
