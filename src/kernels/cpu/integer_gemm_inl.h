@@ -29,8 +29,6 @@ struct IntegerPass {
 };
 
 constexpr int64_t kStepBytes = kPanelWidth * 4;  // of a panel: four columns of 8 bits, or eight of 4
-// How far ahead of its use a panel is fetched when there are few rows: the hardware's own prefetch stops at pages.
-constexpr int64_t kPrefetchBytes = 1024;
 
 TANDEM_INLINE IntVec broadcast_codes(const std::byte* p) {
   int32_t codes;
@@ -50,9 +48,7 @@ TANDEM_INLINE void add_products(const IntegerPass& pass, const std::byte* const*
     IntVecs<VECTORS> codes;
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
-      const std::byte* source = panels[v / kPanelVectors] + offset + v % kPanelVectors * kVectorBytes;
-      codes[v] = int_load(source);
-      if constexpr (ROWS <= 2) __builtin_prefetch(source + kPrefetchBytes);
+      codes[v] = int_load(panels[v / kPanelVectors] + offset + v % kPanelVectors * kVectorBytes);
     }
     if constexpr (BITS == 8) {
       ByteCodes split[static_cast<size_t>(VECTORS)];
