@@ -21,6 +21,7 @@ constexpr Row kRows[] = {
     {Subcommand::kUp, tandem::commands::run_up},
     {Subcommand::kChat, tandem::commands::run_chat},
     {Subcommand::kBenchServe, tandem::commands::run_bench_serve},
+    {Subcommand::kBenchKernels, tandem::commands::run_bench_kernels},
     {Subcommand::kOptions, tandem::commands::run_options},
 };
 

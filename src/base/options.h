@@ -16,7 +16,15 @@
 namespace tandem {
 
 // Bits, so that one row of the table can belong to several subcommands.
-enum class Subcommand : uint32_t { kServe = 1, kRoute = 2, kUp = 4, kChat = 8, kBenchServe = 16, kOptions = 32 };
+enum class Subcommand : uint32_t {
+  kServe = 1,
+  kRoute = 2,
+  kUp = 4,
+  kChat = 8,
+  kBenchServe = 16,
+  kOptions = 32,
+  kBenchKernels = 64,
+};
 
 struct SubcommandInfo {
   Subcommand command;

@@ -11,6 +11,7 @@ constexpr uint32_t kRoute = static_cast<uint32_t>(Subcommand::kRoute);
 constexpr uint32_t kUp = static_cast<uint32_t>(Subcommand::kUp);
 constexpr uint32_t kChat = static_cast<uint32_t>(Subcommand::kChat);
 constexpr uint32_t kBench = static_cast<uint32_t>(Subcommand::kBenchServe);
+constexpr uint32_t kBenchKernels = static_cast<uint32_t>(Subcommand::kBenchKernels);
 constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
 
 constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
@@ -22,6 +23,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kUp, "up", "Start the workers and the router of a cluster file on this host and keep them running."},
     {Subcommand::kChat, "chat", "Talk to a server, line by line."},
     {Subcommand::kBenchServe, "bench serve", "Measure a server: latencies and throughput under a chosen load."},
+    {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kOptions, "options", "Print the reference of every option."},
 };
 
@@ -87,7 +89,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "cpu-isa", .commands = kServe, .group = "Device", .type = kChoice, .default_text = "auto",
      .help = "Instruction set of the cpu backend; one that the machine lacks is refused.",
      .choices = "auto|avx2|avx512|avx512-vnni|avx512-bf16"},
-    {.name = "threads", .commands = kServe, .group = "Device", .type = kInteger, .default_text = "0",
+    {.name = "threads", .commands = kServe | kBenchKernels, .group = "Device", .type = kInteger, .default_text = "0",
      .help = "Compute threads; 0 is one per core this process may use.", .min = 0, .max = 1024},
 
     // route
@@ -202,6 +204,12 @@ constexpr OptionSpec kTable[] = {
      .help = "Name of the result file; by default made from rate, concurrency, model and time."},
     {.name = "label", .commands = kBench, .group = "Result", .type = kText, .default_text = "",
      .help = "Free text put into the result."},
+
+    // bench kernels
+    {.name = "cpu-isa", .commands = kBenchKernels, .group = "Device", .type = kText, .default_text = "all",
+     .help = "Instruction set to measure, as for serve; all measures each that this machine has."},
+    {.name = "filter", .commands = kBenchKernels, .group = "Lines", .type = kText, .default_text = "",
+     .help = "Measure only the lines whose name contains this text, for example \"linear\"."},
 
     // options
     {.name = "markdown", .commands = kOptions, .group = "Output", .type = kFlag, .default_text = "false",

@@ -11,6 +11,7 @@ int run_route(const Options& options);
 int run_up(const Options& options);
 int run_chat(const Options& options);
 int run_bench_serve(const Options& options);
+int run_bench_kernels(const Options& options);
 int run_options(const Options& options);
 
 }  // namespace tandem::commands

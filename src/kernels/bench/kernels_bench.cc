@@ -1,10 +1,9 @@
-// Measures the kernels of one backend beside the machine's limits, in the same run:
-//   kernels_bench [backend [threads]]
-// Best of several repetitions throughout; limits are taken again before every kernel, since a shared machine drifts.
+// Best of several repetitions throughout; limits are taken again after every kernel, since a shared machine drifts.
+#include "src/kernels/bench/kernels_bench.h"
+
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
 #include <random>
 #include <vector>
@@ -43,14 +42,22 @@ struct Limits {
 
 class Bench {
  public:
-  Bench(const cpu::Isa& isa, std::unique_ptr<Ops> ops)
-      : isa_(isa), ops_(std::move(ops)), stream_(ops_->make_stream()), pool_(ops_->num_threads()), memory_(kReadBytes) {
+  Bench(const cpu::Isa& isa, std::unique_ptr<Ops> ops, std::string filter)
+      : isa_(isa),
+        ops_(std::move(ops)),
+        filter_(std::move(filter)),
+        stream_(ops_->make_stream()),
+        pool_(ops_->num_threads()),
+        memory_(kReadBytes) {
     std::fill_n(memory_.address(), kReadBytes, std::byte{1});
   }
 
+  // Every line is one kernel with one shape: add lines here.
   void run_all();
 
  private:
+  // Whether the line of that name is asked for; a line asks before it prepares anything.
+  bool is_selected(const std::string& name) const { return name.find(filter_) != std::string::npos; }
   Limits measure_limits();
   void report(const std::string& name, double seconds, double flops, double bytes);
   Tensor make(DType dtype, int64_t rows, int64_t cols);
@@ -64,6 +71,7 @@ class Bench {
 
   const cpu::Isa& isa_;
   std::unique_ptr<Ops> ops_;
+  const std::string filter_;
   std::unique_ptr<Stream> stream_;
   cpu::ThreadPool pool_;
   HostBuffer memory_;
@@ -128,6 +136,8 @@ std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k) 
 int64_t copies_beyond_caches(int64_t bytes) { return (kReadBytes + bytes - 1) / bytes; }
 
 void Bench::bench_linear(int64_t rows, int64_t n, int64_t k) {
+  const std::string name = fmt::format("linear bf16 M={} N={} K={}", rows, n, k);
+  if (!is_selected(name)) return;
   const int64_t copies = rows == 1 ? copies_beyond_caches(n * k * 2) : 1;
   std::vector<std::unique_ptr<Weight>> weights;
   for (int64_t i = 0; i < copies; ++i) weights.push_back(make_weight(1, n, k));
@@ -137,11 +147,13 @@ void Bench::bench_linear(int64_t rows, int64_t n, int64_t k) {
     for (const std::unique_ptr<Weight>& weight : weights) ops_->linear(*stream_, x, *weight, out);
   });
   const double total = static_cast<double>(copies * n * k);
-  report(fmt::format("linear bf16 M={} N={} K={}", rows, n, k), seconds, 2.0 * total * static_cast<double>(rows),
+  report(name, seconds, 2.0 * total * static_cast<double>(rows),
          2.0 * total);
 }
 
 void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width) {
+  const std::string name = fmt::format("expert_mlp M={} E={} k={} H={} I={}", rows, experts, top_k, hidden, width);
+  if (!is_selected(name)) return;
   const std::unique_ptr<Weight> gate_up = make_weight(experts, 2 * width, hidden);
   const std::unique_ptr<Weight> down = make_weight(experts, hidden, width);
   const Tensor x = make_random(rows, hidden);
@@ -167,11 +179,13 @@ void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t 
   });
   const double weights_per_expert = static_cast<double>(3 * hidden * width);
   const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
-  report(fmt::format("expert_mlp M={} E={} k={} H={} I={}", rows, experts, top_k, hidden, width), seconds,
+  report(name, seconds,
          2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k), 2.0 * weights_per_expert * used);
 }
 
 void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
+  const std::string name = fmt::format("attention rows={} of {} heads={}/{} d={}", rows, positions, q_heads, kv_heads, dim);
+  if (!is_selected(name)) return;
   constexpr int64_t kBlock = 16;
   const int64_t blocks = (positions + kBlock - 1) / kBlock;
   const int64_t block_bytes = 2 * kv_heads * kBlock * dim * 2;
@@ -199,11 +213,13 @@ void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, in
     }
   });
   const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
-  report(fmt::format("attention rows={} of {} heads={}/{} d={}", rows, positions, q_heads, kv_heads, dim), seconds,
+  report(name, seconds,
          static_cast<double>(copies * 4 * q_heads * dim) * seen, static_cast<double>(copies * blocks * block_bytes));
 }
 
 void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope) {
+  const std::string name = fmt::format("mla absorbed rows=1 of {} heads={} {}+{}", positions, heads, latent, rope);
+  if (!is_selected(name)) return;
   constexpr int64_t kBlock = 16;
   const int64_t blocks = (positions + kBlock - 1) / kBlock;
   const int64_t block_bytes = kBlock * (latent + rope) * 2;
@@ -226,7 +242,7 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
                                    cache, out);
     }
   });
-  report(fmt::format("mla absorbed rows=1 of {} heads={} {}+{}", positions, heads, latent, rope), seconds,
+  report(name, seconds,
          static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
          static_cast<double>(copies * blocks * block_bytes));
 }
@@ -249,24 +265,23 @@ void Bench::run_all() {
   bench_latent_attention(8192, 16, 512, 64);
 }
 
-int run_bench(const std::string& name, int threads) {
-  Result<std::unique_ptr<Ops>> ops = make_ops(name, threads);
-  if (!ops.ok()) {
-    fmt::print(stderr, "{}\n", ops.error().message);
-    return 1;
-  }
-  const cpu::Isa* isa = cpu::find_isa((*ops)->name());
+Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) {
+  TANDEM_ASSIGN(std::unique_ptr<Ops> ops, make_ops(name, options.threads));
+  const cpu::Isa* isa = cpu::find_isa(ops->name());
   if (isa == nullptr) {
-    fmt::print(stderr, "backend \"{}\" has no limits to compare with, choose one of the cpu backends\n", name);
-    return 1;
+    return invalid_argument("cpu-isa", "backend \"{}\" has no limits to compare with, choose one of the cpu backends",
+                            name);
   }
-  Bench(*isa, std::move(ops).value()).run_all();
-  return 0;
+  Bench(*isa, std::move(ops), options.filter).run_all();
+  return {};
 }
 
 }  // namespace
-}  // namespace tandem::kernels
 
-int main(int argc, char** argv) {
-  return tandem::kernels::run_bench(argc > 1 ? argv[1] : "auto", argc > 2 ? std::atoi(argv[2]) : 0);
+Status run_kernels_bench(const KernelsBenchOptions& options) {
+  if (options.isa != "all") return run_one_isa(options.isa, options);
+  for (const cpu::Isa* isa : cpu::possible_isas()) TANDEM_TRY(run_one_isa(isa->name, options));
+  return {};
 }
+
+}  // namespace tandem::kernels
