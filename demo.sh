@@ -32,6 +32,10 @@ is_ready() { http_get "$1" /health 2>/dev/null | head -n 1 | grep -q ' 200 '; }
 # Sum of a metric of one worker.
 metric() { http_get "$1" /metrics | awk -v name="$2" 'index($1, name "{") == 1 {sum += $NF} END {printf "%d", sum}'; }
 
+for port in "$ROUTER_PORT" "$PREFILL_PORT" "$DECODE_PORT"; do
+  ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "port $port is in use; stop the program that listens on it"
+done
+
 say "starting the cluster of examples/local-1p1d.yaml"
 build/tandem up examples/local-1p1d.yaml &
 UP=$!
@@ -44,6 +48,7 @@ for _ in $(seq 600); do
   is_ready "$ROUTER_PORT" && is_ready "$PREFILL_PORT" && is_ready "$DECODE_PORT" && break
   sleep 0.1
 done
+kill -0 "$UP" 2>/dev/null || fail "the cluster ended, while another program answers on its ports; its logs are in run/"
 is_ready "$ROUTER_PORT" || fail "the router was not ready after 60 s; the logs are in run/"
 
 say "asking \"$QUESTION\" through both workers"

@@ -1,5 +1,7 @@
 #include "src/api/frontend.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
@@ -338,7 +340,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     const bool decoded = decode_percent(exchange.request().path_tail, name);
     if (!decoded || std::find(model.names.begin(), model.names.end(), name) == model.names.end()) {
       return exchange.respond(
-          error_response({ErrorKind::kNotFound, fmt::format("the model {} does not exist", quote_for_message(name)),
+          error_response({ErrorKind::kNotFound, fmt::format("the model {} does not exist; this server has {}", quote_for_message(name), fmt::join(model.names, ", ")),
                           "model", "model_not_found"}));
     }
     exchange.respond(json_response(model_card(model, name)));

@@ -1,5 +1,7 @@
 #include "src/api/openai_request.h"
 
+#include <fmt/ranges.h>
+
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -99,7 +101,7 @@ void read_model(RequestFields& fields, const ServedModel& model, bool required, 
   if (name->find('\0') != std::string::npos) {
     fields.fail_value("model", "has a NUL character");
   } else if (std::find(model.names.begin(), model.names.end(), *name) == model.names.end()) {
-    fields.fail({ErrorKind::kNotFound, fmt::format("the model {} does not exist", quote_for_message(*name)), "model",
+    fields.fail({ErrorKind::kNotFound, fmt::format("the model {} does not exist; this server has {}", quote_for_message(*name), fmt::join(model.names, ", ")), "model",
                  "model_not_found"});
   } else {
     request.model = *name;

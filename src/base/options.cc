@@ -145,7 +145,7 @@ Result<const OptionSpec*> find_option(Subcommand command, std::string_view name)
     names.emplace_back(spec.name);
   }
   const std::string nearest = nearest_name(wanted, names);
-  if (nearest.empty()) return invalid_argument(std::string(name), "unknown option '{}'", name);
+  if (nearest.empty()) return invalid_argument(std::string(name), "unknown option '{}'; --help lists the options", name);
   return invalid_argument(std::string(name), "unknown option '{}'; did you mean '{}'?", name, nearest);
 }
 

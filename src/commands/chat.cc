@@ -142,10 +142,10 @@ class Chat {
       std::fprintf(stderr, "[%s]\n", answer.stopped ? "stopped before the first token" : "no text");
       return;
     }
-    const double generating_s = answer.last_token_s - answer.first_token_s;
-    const double rate = generating_s > 0 ? static_cast<double>(answer.tokens - 1) / generating_s : 0;
-    std::fprintf(stderr, "[first token after %.0f ms, %lld tokens, %.1f tokens/s%s]\n", answer.first_token_s * 1e3,
-                 static_cast<long long>(answer.tokens), rate, answer.stopped ? ", stopped" : "");
+    // Over the whole answer: a short one may arrive in one piece, which has no rate of its own.
+    const double rate = static_cast<double>(answer.tokens) / answer.last_token_s;
+    std::fprintf(stderr, "[first token after %.0f ms, %lld tokens in %.0f ms, %.1f tokens/s%s]\n", answer.first_token_s * 1e3,
+                 static_cast<long long>(answer.tokens), answer.last_token_s * 1e3, rate, answer.stopped ? ", stopped" : "");
   }
 
   const Options& options_;
