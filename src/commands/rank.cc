@@ -32,6 +32,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
   config.limits.max_num_batched_tokens = options.integer("max-num-batched-tokens");
   config.limits.max_num_seqs = options.integer("max-num-seqs");
   config.limits.max_num_waiting = options.integer("max-num-waiting");
+  config.limits.max_step_us = static_cast<int64_t>(options.number("max-step-ms") * 1000);
   config.limits.block_size = options.integer("block-size");
   config.limits.prefix_caching = options.flag("enable-prefix-caching");
   if (config.limits.max_num_seqs > config.limits.max_num_batched_tokens) {

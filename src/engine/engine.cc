@@ -111,8 +111,9 @@ void Engine::run() {
     scheduler_.commit(plan);
     begin_transfers(plan);
     // From here the blocks of every planned row are held by its sequence.
-    compute(plan);
+    const int64_t step_us = compute(plan);
     scheduler_.advance(plan);
+    scheduler_.learn(plan, step_us);
     take_results(plan);
     update_gauges();
   }
@@ -328,8 +329,9 @@ TokenUsage Engine::usage(const Sequence& sequence) const { return {sequence.prom
 
 // ---- A step ----------------------------------------------------------------------------------------------------
 
-void Engine::compute(const StepPlan& plan) {
-  if (plan.rows.empty()) return;
+// Returns how long it took.
+int64_t Engine::compute(const StepPlan& plan) {
+  if (plan.rows.empty()) return 0;
   batch_.tokens.clear();
   batch_.chunks.clear();
   batch_.logit_rows.clear();
@@ -352,7 +354,9 @@ void Engine::compute(const StepPlan& plan) {
   });
   const int64_t begin_us = clock_.now_us();
   model_.forward(batch_, cache_, pushes ? model::LayerDone([&](int layer) { push_layer(plan, layer); }) : nullptr);
-  probe_.step(static_cast<int64_t>(batch_.tokens.size()), clock_.now_us() - begin_us);
+  const int64_t step_us = clock_.now_us() - begin_us;
+  probe_.step(static_cast<int64_t>(batch_.tokens.size()), step_us);
+  return step_us;
 }
 
 // Samples for every sequence whose last row was computed, and ends those that are complete.

@@ -73,7 +73,7 @@ class Engine final : public Worker {
   void expire_deadlines();
   void renew_leases();
   void begin_transfers(const StepPlan& plan);
-  void compute(const StepPlan& plan);
+  int64_t compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);
   void take_results(const StepPlan& plan);
 

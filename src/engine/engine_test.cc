@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <random>
 
@@ -53,9 +54,14 @@ class Answer {
 class EngineTest : public testing::Test {
  protected:
   void start(int64_t num_blocks, SchedulerLimits limits, int64_t max_model_len = 64) {
+    start(num_blocks, limits, max_model_len, clock_, nullptr);
+  }
+  void start(int64_t num_blocks, SchedulerLimits limits, int64_t max_model_len, const Clock& clock,
+             std::function<void(const model::Batch&)> before_forward) {
     ops_ = kernels::make_ops("ref", 1).value();
     limits.block_size = 4;
     model_ = std::make_unique<FakeModel>(max_model_len, limits.block_size);
+    model_->before_forward = std::move(before_forward);
     cache_ = std::make_unique<model::KvCache>(*ops_, model_->info().kv, num_blocks);
     EngineOptions options;
     options.model_name = "fake";
@@ -63,7 +69,7 @@ class EngineTest : public testing::Test {
     options.eos_ids = {};
     options.sampled_vocab = FakeModel::kVocab;
     registry_ = std::make_unique<Registry>();
-    engine_ = std::make_unique<Engine>(*model_, *cache_, options, clock_, *registry_);
+    engine_ = std::make_unique<Engine>(*model_, *cache_, options, clock, *registry_);
     engine_->start();
   }
   void TearDown() override { engine_.reset(); }
@@ -251,6 +257,50 @@ TEST_F(EngineTest, StopEndsEveryRequest) {
     ASSERT_TRUE(answer.error_);
     EXPECT_EQ(answer.error_->kind, ErrorKind::kUnavailable);
   }
+}
+
+// Four streams run when a long prompt arrives, on a clock that only the model moves: 10 ms a step, 1 ms per stream, 2
+// ms per prompt row and a tenth more per 100 positions before it. Whatever the limit makes of it, tokens stay the same.
+TEST_F(EngineTest, LongPromptLeavesStreamsTheirTime) {
+  std::vector<TokenId> long_prompt;
+  for (int i = 0; i < 900; ++i) long_prompt.push_back(static_cast<TokenId>(i * 31 % FakeModel::kVocab));
+  std::map<int64_t, int64_t> longest_us;  // by limit
+  for (const int64_t max_step_us : {0, 1, 100'000}) {
+    ManualClock clock;
+    int64_t& longest = longest_us[max_step_us];
+    int64_t prompt_steps = 0;
+    SchedulerLimits limits;
+    limits.max_num_batched_tokens = 512;
+    limits.max_step_us = max_step_us;
+    start(600, limits, 1024, clock, [&](const model::Batch& batch) {
+      double cost_us = 10'000;
+      bool has_streams = false;
+      int64_t prompt_rows = 0;
+      for (const model::Chunk& chunk : batch.chunks) {
+        has_streams = has_streams || !chunk.is_prompt;
+        if (chunk.is_prompt) prompt_rows += chunk.num_rows;
+        cost_us += chunk.is_prompt ? chunk.num_rows * 2000.0 * (1 + chunk.first_position / 1000.0) : 1000.0;
+      }
+      clock.advance_us(static_cast<int64_t>(cost_us));
+      if (!has_streams || prompt_rows == 0) return;
+      // The price is unknown in the first such step, and small prompts come first.
+      if (++prompt_steps > 4) longest = std::max(longest, static_cast<int64_t>(cost_us));
+      EXPECT_TRUE(max_step_us != 1 || prompt_rows <= StepBudget::kRowMultiple);
+    });
+    std::vector<Answer> streams(4);
+    for (size_t i = 0; i < 4; ++i) engine_->submit(request({static_cast<TokenId>(i)}, 120), streams[i].sink());
+    for (Answer& stream : streams) stream.wait_for_tokens(1);
+    Answer late;
+    engine_->submit(request(long_prompt, 10), late.sink());
+    late.wait();
+    EXPECT_EQ(late.tokens(), FakeModel::generate(long_prompt, 10));
+    for (size_t i = 0; i < 4; ++i) {
+      streams[i].wait();
+      EXPECT_EQ(streams[i].tokens(), FakeModel::generate({static_cast<TokenId>(i)}, 120));
+    }
+    engine_.reset();
+  }
+  EXPECT_LE(longest_us[100'000], 110'000);
 }
 
 // Random submits, cancels and deadlines from two threads; every answer that ends well is right, every block comes back.

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -52,6 +53,7 @@ class FakeModel final : public model::Model {
   }
 
   void forward(const model::Batch& batch, model::KvCache& cache, const model::LayerDone& on_layer_done) override {
+    if (before_forward) before_forward(batch);
     if (delay_us.load() > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_us.load()));
     for (int layer = 0; layer < kLayers; ++layer) {
       for (const model::Chunk& chunk : batch.chunks) {
@@ -89,6 +91,7 @@ class FakeModel final : public model::Model {
 
   std::span<const float> logits(size_t index) const override { return logits_.at(index); }
 
+  std::function<void(const model::Batch&)> before_forward;  // set before the engine starts; called on its thread
   std::atomic<int64_t> delay_us{0};
   std::atomic<TokenId> poison{-1};  // a sequence that ends in this token gets NaN logits
 

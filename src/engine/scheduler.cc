@@ -10,6 +10,11 @@ namespace {
 
 bool is_receiver(TransferRole role) { return role == TransferRole::kPushReceive || role == TransferRole::kPullReceive; }
 
+// One row is left, and it is of the answer.
+bool is_stream(const Sequence& sequence) {
+  return !sequence.in_prompt() && sequence.length() - sequence.num_computed == 1;
+}
+
 }  // namespace
 
 // A plan in the making: what is left of each resource if the plan so far is carried out.
@@ -18,6 +23,8 @@ struct Scheduler::Draft {
   int64_t tokens_left = 0;
   int64_t seats_left = 0;
   int64_t blocks_left = 0;
+  std::optional<double> prompt_us_left;  // set while there are streams and steps are limited
+  bool has_prompt_rows = false;
   std::unordered_set<RequestId> scheduled;
   std::unordered_set<RequestId> preempted;
 };
@@ -57,27 +64,44 @@ StepPlan Scheduler::plan() const {
 }
 
 void Scheduler::plan_running(Draft& draft) const {
-  for (const bool prompts : {false, true}) {
+  for (const bool streams : {true, false}) {
     for (RequestId id : running_) {
       const Sequence& sequence = get(id);
-      if (sequence.in_prompt() == prompts && !draft.preempted.contains(id)) plan_rows(draft, sequence);
+      if (is_stream(sequence) == streams && !draft.preempted.contains(id)) plan_rows(draft, sequence);
     }
+    if (streams && !draft.plan.rows.empty()) draft.prompt_us_left = budget_.prompt_us();
   }
+}
+
+// Rows from `position` on that this step may still take besides its streams.
+int64_t Scheduler::rows_in_budget(const Draft& draft, int64_t position) const {
+  if (!draft.prompt_us_left) return draft.tokens_left;
+  int64_t rows = budget_.rows_within(*draft.prompt_us_left, position);
+  if (!draft.has_prompt_rows) rows = std::max(rows, StepBudget::kRowMultiple);
+  return std::min(rows, draft.tokens_left);
+}
+
+void Scheduler::take_from_budget(Draft& draft, const ScheduledRows& rows) const {
+  draft.tokens_left -= rows.num_tokens;
+  if (rows.is_stream) return;
+  draft.has_prompt_rows = true;
+  if (draft.prompt_us_left) *draft.prompt_us_left -= budget_.cost_us(rows.num_tokens, rows.first_position);
 }
 
 // Schedules the next rows of a running sequence if tokens and blocks allow.
 bool Scheduler::plan_rows(Draft& draft, const Sequence& sequence) const {
   const int64_t end = sequence.in_prompt() ? sequence.prompt_length : sequence.length();
-  const int64_t num_tokens = std::min(end - sequence.num_computed, draft.tokens_left);
+  const int64_t most = is_stream(sequence) ? draft.tokens_left : rows_in_budget(draft, sequence.num_computed);
+  const int64_t num_tokens = std::min(end - sequence.num_computed, most);
   if (num_tokens <= 0) return false;
   const int64_t blocks_held = static_cast<int64_t>(sequence.blocks.size());
   const int64_t blocks_needed = std::max<int64_t>(0, blocks_for(sequence.num_computed + num_tokens) - blocks_held);
   if (!make_room(draft, sequence, blocks_needed)) return false;
   draft.blocks_left -= blocks_needed;
-  draft.tokens_left -= num_tokens;
   draft.scheduled.insert(sequence.id);
-  draft.plan.rows.push_back(
-      {sequence.id, sequence.num_computed, num_tokens, sequence.num_computed + num_tokens == sequence.length()});
+  draft.plan.rows.push_back({sequence.id, sequence.num_computed, num_tokens,
+                             sequence.num_computed + num_tokens == sequence.length(), is_stream(sequence)});
+  take_from_budget(draft, draft.plan.rows.back());
   return true;
 }
 
@@ -133,18 +157,19 @@ void Scheduler::plan_waiting(Draft& draft) const {
 
     const int64_t computed = cached_blocks * limits_.block_size;
     const int64_t end = computed < sequence.prompt_length ? sequence.prompt_length : sequence.length();
-    const int64_t num_tokens = remote ? 0 : std::min(end - computed, draft.tokens_left);
+    const int64_t num_tokens = remote ? 0 : std::min(end - computed, rows_in_budget(draft, computed));
+    if (!remote && num_tokens <= 0) return;
     // A transfer names all its blocks at once; others grow chunk by chunk.
     const bool all_blocks = sequence.role != TransferRole::kNone;
     const int64_t total_blocks = remote       ? whole_blocks
                                  : all_blocks ? blocks_for(sequence.length())
                                               : blocks_for(computed + num_tokens);
     draft.blocks_left -= total_blocks - cached_blocks + cached_unheld;
-    draft.tokens_left -= num_tokens;
     --draft.seats_left;
     draft.plan.admitted.push_back({id, cached_blocks, total_blocks});
     if (!remote) {
-      draft.plan.rows.push_back({id, computed, num_tokens, computed + num_tokens == sequence.length()});
+      draft.plan.rows.push_back({id, computed, num_tokens, computed + num_tokens == sequence.length(), false});
+      take_from_budget(draft, draft.plan.rows.back());
     }
   }
 }
@@ -215,6 +240,15 @@ void Scheduler::advance(const StepPlan& plan) {
     sequence.num_computed = rows.first_position + rows.num_tokens;
     register_prefixes(sequence);
   }
+}
+
+void Scheduler::learn(const StepPlan& plan, int64_t step_us) {
+  if (plan.rows.empty() || !plan.rows.front().is_stream) return;  // streams come first
+  std::vector<ChunkRows> chunks;
+  for (const ScheduledRows& rows : plan.rows) {
+    if (!rows.is_stream) chunks.push_back({rows.first_position, rows.num_tokens});
+  }
+  budget_.learn(chunks, step_us);
 }
 
 void Scheduler::register_prefixes(Sequence& sequence) {

@@ -1,7 +1,9 @@
 // Decides what each step computes. plan() is a pure function of the state; commit() makes it so.
 //
-// Policy: first every running sequence that generates (one row each), then running prompts in order of arrival, then
-// waiting sequences first come first served, all within max_num_batched_tokens rows and max_num_seqs sequences. When
+// Policy: first every stream (a running sequence that generates, one row each), then running sequences with more rows
+// to compute (prompts, and answers taken up again after a preemption) in order of arrival, then waiting sequences first
+// come first served, all within max_num_batched_tokens rows and max_num_seqs sequences. While there are streams, the
+// others' rows are also limited by time (step_budget.h), so that no stream waits longer than max_step_us or so. When
 // blocks run out, the running sequence that arrived last gives its blocks back and waits again (preemption by
 // recompute); its prompt blocks usually still stand in the prefix cache when it returns.
 //
@@ -16,6 +18,7 @@
 
 #include "src/base/ids.h"
 #include "src/engine/sequence.h"
+#include "src/engine/step_budget.h"
 #include "src/kv/block_pool.h"
 
 namespace tandem::engine {
@@ -24,6 +27,7 @@ struct SchedulerLimits {
   int64_t max_num_batched_tokens = 512;
   int64_t max_num_seqs = 64;
   int64_t max_num_waiting = 1024;
+  int64_t max_step_us = 0;  // of a step with streams; 0: no limit
   int64_t block_size = 16;
   bool prefix_caching = true;
   // KV of generated tokens must not serve another request's prompt (model::ModelInfo::rows_depend_on_role).
@@ -36,6 +40,7 @@ struct ScheduledRows {
   int64_t first_position = 0;
   int64_t num_tokens = 0;
   bool wants_logits = false;
+  bool is_stream = false;  // the next row of an answer in progress
 };
 
 // A waiting sequence that gets blocks: `cached_blocks` from the prefix cache and the rest new, `total_blocks` in all.
@@ -55,7 +60,8 @@ struct StepPlan {
 
 class Scheduler {
  public:
-  Scheduler(const SchedulerLimits& limits, kv::BlockPool& pool) : limits_(limits), pool_(pool) {}
+  Scheduler(const SchedulerLimits& limits, kv::BlockPool& pool)
+      : limits_(limits), pool_(pool), budget_(limits.max_step_us) {}
 
   const SchedulerLimits& limits() const { return limits_; }
 
@@ -66,6 +72,8 @@ class Scheduler {
   void commit(const StepPlan& plan);
   // After the step: the rows are computed; full blocks are offered to the prefix cache.
   void advance(const StepPlan& plan);
+  // How long the planned step took: later plans reckon with it.
+  void learn(const StepPlan& plan, int64_t step_us);
   // A receiver has its prompt's KV up to `num_computed` tokens and starts running.
   void start_received(Sequence& sequence, int64_t num_computed);
   // Stops computing a running sequence that waits for its transfer.
@@ -87,6 +95,8 @@ class Scheduler {
   void plan_running(Draft& draft) const;
   void plan_waiting(Draft& draft) const;
   bool plan_rows(Draft& draft, const Sequence& sequence) const;
+  int64_t rows_in_budget(const Draft& draft, int64_t position) const;
+  void take_from_budget(Draft& draft, const ScheduledRows& rows) const;
   bool make_room(Draft& draft, const Sequence& sequence, int64_t blocks_needed) const;
   int64_t count_cached_blocks(const Sequence& sequence) const;
   int64_t shareable_tokens(const Sequence& sequence) const;
@@ -99,6 +109,7 @@ class Scheduler {
 
   SchedulerLimits limits_;
   kv::BlockPool& pool_;
+  StepBudget budget_;
   std::unordered_map<RequestId, std::unique_ptr<Sequence>> sequences_;
   std::deque<RequestId> waiting_;
   std::vector<RequestId> running_;  // in order of arrival: kRunning only
