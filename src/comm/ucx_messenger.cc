@@ -41,6 +41,7 @@ constexpr int64_t kMinBackoffUs = 50;      // after them: pauses of this length 
 constexpr int64_t kMaxBackoffUs = 1000;    // … doubling up to this
 constexpr int64_t kFlushUs = 50'000;       // at the end, for messages that the transport has not finished
 constexpr int64_t kShutdownUs = 500'000;   // then for closing all connections
+constexpr int64_t kCloseUs = 500'000;        // for closing one; UCX may wait for room in the queue of a peer that is dead
 constexpr int kLastRounds = 256;           // of progress when a peer is lost: it may have spoken before
 constexpr int64_t kMaxLookUps = 8;         // names being resolved at a time
 constexpr int64_t kMeetingUs = 5'000'000;  // from an accepted socket to an exchanged address
@@ -72,6 +73,7 @@ struct Connection {
   ucp_worker_h worker = nullptr;
   ucp_ep_h endpoint = nullptr;
   ucs_status_ptr_t closing = nullptr;  // set while UCX closes the endpoint
+  int64_t close_deadline_us = 0;       // then the worker is destroyed with what it still has
   bool heard = false;                  // at least one message came
   bool closed_by_us = false;
   bool misbehaved = false;  // what it says is not wanted any more
@@ -590,6 +592,7 @@ void UcxMessenger::sweep_closed() {
       const ucs_status_ptr_t result = ucp_ep_close_nbx(connection.endpoint, &param);
       if (UCS_PTR_IS_PTR(result)) {
         connection.closing = result;
+        connection.close_deadline_us = clock_.now_us() + kCloseUs;
       } else {
         connection.close_done = true;
       }
@@ -597,6 +600,10 @@ void UcxMessenger::sweep_closed() {
     if (connection.closing != nullptr && ucp_request_check_status(connection.closing) != UCS_INPROGRESS) {
       ucp_request_free(connection.closing);
       connection.closing = nullptr;
+      connection.close_done = true;
+    }
+    if (connection.closing != nullptr && clock_.now_us() >= connection.close_deadline_us) {
+      log_warning("comm", "the connection to {} did not close within {} ms", connection.peer, kCloseUs / 1000);
       connection.close_done = true;
     }
     if (connection.endpoint == nullptr || connection.close_done) {
