@@ -22,6 +22,8 @@ constexpr Row kRows[] = {
     {Subcommand::kChat, tandem::commands::run_chat},
     {Subcommand::kBenchServe, tandem::commands::run_bench_serve},
     {Subcommand::kBenchKernels, tandem::commands::run_bench_kernels},
+    {Subcommand::kBenchThroughput, tandem::commands::run_bench_throughput},
+    {Subcommand::kBenchLatency, tandem::commands::run_bench_latency},
     {Subcommand::kOptions, tandem::commands::run_options},
 };
 

@@ -24,6 +24,8 @@ enum class Subcommand : uint32_t {
   kBenchServe = 16,
   kOptions = 32,
   kBenchKernels = 64,
+  kBenchThroughput = 128,
+  kBenchLatency = 256,
 };
 
 struct SubcommandInfo {

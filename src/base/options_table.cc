@@ -12,6 +12,10 @@ constexpr uint32_t kUp = static_cast<uint32_t>(Subcommand::kUp);
 constexpr uint32_t kChat = static_cast<uint32_t>(Subcommand::kChat);
 constexpr uint32_t kBench = static_cast<uint32_t>(Subcommand::kBenchServe);
 constexpr uint32_t kBenchKernels = static_cast<uint32_t>(Subcommand::kBenchKernels);
+constexpr uint32_t kThroughput = static_cast<uint32_t>(Subcommand::kBenchThroughput);
+constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
+// All that run an engine in this process.
+constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
 constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
 
 constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
@@ -23,6 +27,8 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kUp, "up", "Start the workers and the router of a cluster file on this host and keep them running."},
     {Subcommand::kChat, "chat", "Talk to a server, line by line."},
     {Subcommand::kBenchServe, "bench serve", "Measure a server: latencies and throughput under a chosen load."},
+    {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
+    {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kOptions, "options", "Print the reference of every option."},
 };
@@ -33,36 +39,36 @@ using enum OptionType;
 // clang-format off
 constexpr OptionSpec kTable[] = {
     // serve: what runs
-    {.name = "model", .commands = kServe, .group = "Model", .type = kText, .default_text = "",
+    {.name = "model", .commands = kEngine, .group = "Model", .type = kText, .default_text = "",
      .help = "Directory with config.json, safetensors and tokenizer files.", .positional = true},
     {.name = "served-model-name", .commands = kServe | kRoute, .group = "Model", .type = kList, .default_text = "",
      .help = "Names that requests may give as `model`; the first is shown. Default: the model's directory name."},
-    {.name = "dtype", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
+    {.name = "dtype", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "Type of weights and KV cache; auto is bfloat16. Sums are float32 in both.",
      .choices = "auto|bfloat16|float32"},
-    {.name = "quantization", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
+    {.name = "quantization", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "Format of the linear layers: auto keeps the checkpoint's, the next four quantise at load, the others say "
              "what the checkpoint must be.",
      .choices = "auto|wint8|wint4|w8a8|w4a8|fp8|awq|gptq|compressed-tensors|ascend"},
-    {.name = "quantization-group-size", .commands = kServe, .group = "Model", .type = kInteger, .default_text = "0",
+    {.name = "quantization-group-size", .commands = kEngine, .group = "Model", .type = kInteger, .default_text = "0",
      .help = "Columns per scale of wint4 and w4a8; 0 is their own (wint4: the whole row, w4a8: 128), -1 the whole row.",
      .min = -1, .max = 1024},
-    {.name = "load-format", .commands = kServe, .group = "Model", .type = kChoice, .default_text = "auto",
+    {.name = "load-format", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "dummy makes deterministic random weights from config.json alone.", .choices = "auto|safetensors|dummy"},
-    {.name = "seed", .commands = kServe, .group = "Model", .type = kInteger, .default_text = "0",
+    {.name = "seed", .commands = kEngine, .group = "Model", .type = kInteger, .default_text = "0",
      .help = "Seed of the weights of --load-format dummy.", .min = 0, .max = kMaxInt},
-    {.name = "max-model-len", .commands = kServe, .group = "Model", .type = kBytes, .default_text = "0",
+    {.name = "max-model-len", .commands = kEngine, .group = "Model", .type = kBytes, .default_text = "0",
      .help = "Longest prompt plus answer in tokens; 0 takes it from config.json.", .min = 0, .max = 16777216},
 
     // serve: the scheduler
     // On a CPU one step of 2,048 prompt tokens takes a second or more, and every answer in flight waits for it;
     // 512 keeps the gap between tokens short and the matrices still tall enough to use the machine.
-    {.name = "max-num-batched-tokens", .commands = kServe, .group = "Scheduler", .type = kInteger,
+    {.name = "max-num-batched-tokens", .commands = kEngine, .group = "Scheduler", .type = kInteger,
      .default_text = "512", .help = "Most tokens computed in one step; longer prompts are cut into chunks.", .min = 1,
      .max = 1048576},
-    {.name = "max-num-seqs", .commands = kServe, .group = "Scheduler", .type = kInteger, .default_text = "64",
+    {.name = "max-num-seqs", .commands = kEngine, .group = "Scheduler", .type = kInteger, .default_text = "64",
      .help = "Most requests computed in one step.", .min = 1, .max = 65536},
-    {.name = "max-step-ms", .commands = kServe, .group = "Scheduler", .type = kNumber, .default_text = "250",
+    {.name = "max-step-ms", .commands = kEngine, .group = "Scheduler", .type = kNumber, .default_text = "250",
      .help = "While answers are being generated, a step takes as many prompt tokens as fit into this time; 0 is no limit.",
      .min = 0, .max = 3600000},
     {.name = "max-num-waiting", .commands = kServe, .group = "Scheduler", .type = kInteger, .default_text = "2048",
@@ -70,14 +76,14 @@ constexpr OptionSpec kTable[] = {
      .max = 1048576},
 
     // serve: the KV cache
-    {.name = "block-size", .commands = kServe, .group = "KV cache", .type = kInteger, .default_text = "16",
+    {.name = "block-size", .commands = kEngine, .group = "KV cache", .type = kInteger, .default_text = "16",
      .help = "Tokens per KV block.", .min = 1, .max = 256},
-    {.name = "kv-cache-memory-bytes", .commands = kServe, .group = "KV cache", .type = kBytes, .default_text = "1G",
+    {.name = "kv-cache-memory-bytes", .commands = kEngine, .group = "KV cache", .type = kBytes, .default_text = "1G",
      .help = "Memory for KV blocks, for example 512M or 4G.", .min = 1, .max = kMaxInt},
-    {.name = "num-gpu-blocks-override", .commands = kServe, .group = "KV cache", .type = kInteger,
+    {.name = "num-gpu-blocks-override", .commands = kEngine, .group = "KV cache", .type = kInteger,
      .default_text = "0", .help = "Number of KV blocks instead of a memory size; 0 computes it.", .min = 0,
      .max = 2147483647},
-    {.name = "enable-prefix-caching", .commands = kServe, .group = "KV cache", .type = kFlag, .default_text = "true",
+    {.name = "enable-prefix-caching", .commands = kEngine, .group = "KV cache", .type = kFlag, .default_text = "true",
      .help = "Keep the blocks of finished requests and use them for prompts that begin alike."},
 
     // serve: prefill/decode
@@ -86,13 +92,13 @@ constexpr OptionSpec kTable[] = {
              "kv_buffer_device, kv_parallel_size, kv_connector_extra_config."},
 
     // serve: the device
-    {.name = "device", .commands = kServe, .group = "Device", .type = kChoice, .default_text = "auto",
+    {.name = "device", .commands = kEngine, .group = "Device", .type = kChoice, .default_text = "auto",
      .help = "cpu is the vectorised backend, ref the plain C++ one; auto takes the best this machine has.",
      .choices = "auto|cpu|ref"},
-    {.name = "cpu-isa", .commands = kServe, .group = "Device", .type = kChoice, .default_text = "auto",
+    {.name = "cpu-isa", .commands = kEngine, .group = "Device", .type = kChoice, .default_text = "auto",
      .help = "Instruction set of the cpu backend; one that the machine lacks is refused.",
      .choices = "auto|avx2|avx512|avx512-vnni|avx512-bf16"},
-    {.name = "threads", .commands = kServe | kBenchKernels, .group = "Device", .type = kInteger, .default_text = "0",
+    {.name = "threads", .commands = kEngine | kBenchKernels, .group = "Device", .type = kInteger, .default_text = "0",
      .help = "Compute threads; 0 is one per core this process may use.", .min = 0, .max = 1024},
 
     // route
@@ -207,6 +213,26 @@ constexpr OptionSpec kTable[] = {
      .help = "Name of the result file; by default made from rate, concurrency, model and time."},
     {.name = "label", .commands = kBench, .group = "Result", .type = kText, .default_text = "",
      .help = "Free text put into the result."},
+
+    // bench throughput, bench latency
+    {.name = "input-len", .commands = kThroughput, .group = "Load", .type = kInteger, .default_text = "128",
+     .help = "Tokens of a prompt, drawn at random.", .min = 1, .max = 16777216},
+    {.name = "input-len", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "32",
+     .help = "Tokens of a prompt, drawn at random.", .min = 1, .max = 16777216},
+    {.name = "output-len", .commands = kThroughput, .group = "Load", .type = kInteger, .default_text = "64",
+     .help = "Tokens of an answer.", .min = 1, .max = 16777216},
+    {.name = "output-len", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "128",
+     .help = "Tokens of an answer.", .min = 1, .max = 16777216},
+    {.name = "num-prompts", .commands = kThroughput, .group = "Load", .type = kInteger, .default_text = "100",
+     .help = "Number of requests, all submitted at the start.", .min = 1, .max = 1048576},
+    {.name = "batch-size", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "8",
+     .help = "Requests of a batch.", .min = 1, .max = 65536},
+    {.name = "num-iters-warmup", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "1",
+     .help = "Batches before the measurement.", .min = 0, .max = 10000},
+    {.name = "num-iters", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "5",
+     .help = "Batches measured.", .min = 1, .max = 10000},
+    {.name = "output-json", .commands = kThroughput | kLatency, .group = "Result", .type = kText, .default_text = "",
+     .help = "File for the result as JSON, under vLLM's names."},
 
     // bench kernels
     {.name = "cpu-isa", .commands = kBenchKernels, .group = "Device", .type = kText, .default_text = "all",

@@ -12,6 +12,8 @@ int run_up(const Options& options);
 int run_chat(const Options& options);
 int run_bench_serve(const Options& options);
 int run_bench_kernels(const Options& options);
+int run_bench_throughput(const Options& options);
+int run_bench_latency(const Options& options);
 int run_options(const Options& options);
 
 }  // namespace tandem::commands

@@ -7,6 +7,8 @@
 namespace tandem::commands {
 namespace {
 
+constexpr int64_t kMostPrompts = int64_t{1} << 20;  // of --num-prompts
+
 std::string choose_backend(const Options& options) {
   const std::string& device = options.text("device");
   const std::string& isa = options.text("cpu-isa");
@@ -31,7 +33,6 @@ Result<RankConfig> make_rank_config(const Options& options) {
   config.threads = static_cast<int>(options.integer("threads"));
   config.limits.max_num_batched_tokens = options.integer("max-num-batched-tokens");
   config.limits.max_num_seqs = options.integer("max-num-seqs");
-  config.limits.max_num_waiting = options.integer("max-num-waiting");
   config.limits.max_step_us = static_cast<int64_t>(options.number("max-step-ms") * 1000);
   config.limits.block_size = options.integer("block-size");
   config.limits.prefix_caching = options.flag("enable-prefix-caching");
@@ -43,7 +44,12 @@ Result<RankConfig> make_rank_config(const Options& options) {
   }
   config.num_blocks = options.integer("num-gpu-blocks-override");
   config.kv_memory_bytes = options.integer("kv-cache-memory-bytes");
-  TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
+  if (options.command() == Subcommand::kServe) {
+    config.limits.max_num_waiting = options.integer("max-num-waiting");
+    TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
+  } else {
+    config.limits.max_num_waiting = kMostPrompts;  // a benchmark submits everything at once
+  }
 
   config.load.path = options.text("model");
   config.load.format =

@@ -44,6 +44,7 @@ class Rank {
   ~Rank();
 
   engine::Engine& engine() { return *engine_; }
+  const kernels::Ops& ops() const { return *ops_; }
   const model::ModelInfo& info() const { return model_->info(); }
 
  private:

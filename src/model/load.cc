@@ -91,6 +91,8 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   info.vocab_size = decoder->config().vocab_size;
   info.max_model_len = options.max_model_len == 0 ? decoder->config().max_positions : options.max_model_len;
   info.weight_bytes = loaded.bytes;
+  info.expert_bytes = loaded.expert_bytes;
+  info.lookup_bytes = decoder->config().tied_embeddings ? 0 : loaded.embedding_bytes;
   info.num_parameters = loaded.num_parameters;
   info.fingerprint = fingerprint.finish().hex();
   const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, info.max_model_len};

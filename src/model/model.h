@@ -37,6 +37,8 @@ struct ModelInfo {
   int64_t vocab_size = 0;     // rows of the output head
   int64_t max_model_len = 0;  // positions
   int64_t weight_bytes = 0;   // packed, resident
+  int64_t expert_bytes = 0;   // of these, in routed experts
+  int64_t lookup_bytes = 0;   // of these, in tables of which a step reads single rows (an embedding that is not tied)
   int64_t num_parameters = 0;
   KvLayout kv;
   // Rows of prompt tokens and of generated tokens are computed by different forms (MLA), so KV of generated tokens

@@ -112,9 +112,13 @@ void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs
   task.refs = std::move(refs);
   task.parts = parts;
   task.format = format;
-  task.use = [this, format, &out](std::span<const HostMatrix> matrices) {
+  int64_t* const kind_bytes = kind == "experts"     ? &loaded_.expert_bytes
+                              : kind == "embedding" ? &loaded_.embedding_bytes
+                                                    : nullptr;
+  task.use = [this, format, kind_bytes, &out](std::span<const HostMatrix> matrices) {
     out = ops_.pack_weight(matrices, format);
-    packed_bytes_ += out->bytes();
+    loaded_.bytes += out->bytes();
+    if (kind_bytes != nullptr) *kind_bytes += out->bytes();
   };
   tasks_.push_back(std::move(task));
 }
@@ -142,7 +146,7 @@ void WeightPlan::derived(const std::string& module, int64_t n, int64_t k, Use us
 
 std::unique_ptr<Weight> WeightPlan::pack(std::span<const HostMatrix> matrices) {
   std::unique_ptr<Weight> weight = ops_.pack_weight(matrices, formats_.dense);
-  packed_bytes_ += weight->bytes();
+  loaded_.bytes += weight->bytes();
   return weight;
 }
 
@@ -167,7 +171,7 @@ void WeightPlan::load_vector(const Task& task) {
   *task.vector = DeviceTensor(ops_, DType::kF32, 1, task.n);
   task.vector->upload<float>(ops_, stream_, values);
   ops_.synchronize(stream_);
-  packed_bytes_ += task.vector->bytes();
+  loaded_.bytes += task.vector->bytes();
 }
 
 Result<LoadedWeights> WeightPlan::load(Sha256& fingerprint, const std::function<void(double fraction)>& on_progress) {
@@ -177,8 +181,8 @@ Result<LoadedWeights> WeightPlan::load(Sha256& fingerprint, const std::function<
     for (const MatrixRef& ref : task.refs) parameters += ref.n * ref.k;
     return parameters;
   };
-  LoadedWeights loaded;
-  for (const Task& task : tasks_) loaded.num_parameters += parameters_of(task);
+  loaded_ = {};
+  for (const Task& task : tasks_) loaded_.num_parameters += parameters_of(task);
   int64_t done = 0;
   for (const Task& task : tasks_) {
     if (task.vector != nullptr) {
@@ -191,10 +195,9 @@ Result<LoadedWeights> WeightPlan::load(Sha256& fingerprint, const std::function<
       TANDEM_TRY(load_matrices(task));
     }
     done += parameters_of(task);
-    if (on_progress) on_progress(static_cast<double>(done) / static_cast<double>(loaded.num_parameters));
+    if (on_progress) on_progress(static_cast<double>(done) / static_cast<double>(loaded_.num_parameters));
   }
-  loaded.bytes = packed_bytes_;
-  return loaded;
+  return loaded_;
 }
 
 }  // namespace tandem::model

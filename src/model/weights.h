@@ -57,7 +57,9 @@ class WeightSource {
 
 struct LoadedWeights {
   int64_t num_parameters = 0;
-  int64_t bytes = 0;  // packed, on the device
+  int64_t bytes = 0;            // packed, on the device
+  int64_t expert_bytes = 0;     // of these
+  int64_t embedding_bytes = 0;  // of these
 };
 
 class WeightPlan {
@@ -125,7 +127,7 @@ class WeightPlan {
   // Kinds of weights in the order of their first mention, each with its formats and how many weights have them.
   std::vector<std::pair<std::string, std::map<std::string, int64_t>>> kinds_;
   Status status_;
-  int64_t packed_bytes_ = 0;
+  LoadedWeights loaded_;
 };
 
 }  // namespace tandem::model

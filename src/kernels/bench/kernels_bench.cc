@@ -35,6 +35,20 @@ double best_seconds(const std::function<void()>& run, int repetitions = kRepetit
   return best;
 }
 
+double read_gbytes(const cpu::Isa& isa, cpu::ThreadPool& pool, const std::byte* memory, int64_t bytes) {
+  const int threads = pool.num_threads();
+  std::vector<float> sinks(static_cast<size_t>(threads) * 16);
+  const int64_t share = bytes / threads;
+  const double seconds = best_seconds(
+      [&] {
+        pool.run(threads, [&](int64_t i, int) {
+          sinks[static_cast<size_t>(i) * 16] += isa.run_read(memory + i * share, share);
+        });
+      },
+      3);
+  return static_cast<double>(share * threads) / seconds * 1e-9;
+}
+
 struct Limits {
   double gflops;
   double read_gbytes;
@@ -86,16 +100,8 @@ Limits Bench::measure_limits() {
   const double compute = best_seconds(
       [&] { pool_.run(threads, [&](int64_t i, int) { sinks[static_cast<size_t>(i) * 16] = isa_.run_fma(kRounds); }); },
       3);
-  const int64_t share = kReadBytes / threads;
-  const double read = best_seconds(
-      [&] {
-        pool_.run(threads, [&](int64_t i, int) {
-          sinks[static_cast<size_t>(i) * 16] += isa_.run_read(memory_.address() + i * share, share);
-        });
-      },
-      3);
   const double flops = static_cast<double>(isa_.fma_flops_per_round * kRounds * threads);
-  return {flops / compute * 1e-9, static_cast<double>(share * threads) / read * 1e-9};
+  return {flops / compute * 1e-9, read_gbytes(isa_, pool_, memory_.address(), kReadBytes)};
 }
 
 void Bench::report(const std::string& name, double seconds, double flops, double bytes) {
@@ -147,8 +153,7 @@ void Bench::bench_linear(int64_t rows, int64_t n, int64_t k) {
     for (const std::unique_ptr<Weight>& weight : weights) ops_->linear(*stream_, x, *weight, out);
   });
   const double total = static_cast<double>(copies * n * k);
-  report(name, seconds, 2.0 * total * static_cast<double>(rows),
-         2.0 * total);
+  report(name, seconds, 2.0 * total * static_cast<double>(rows), 2.0 * total);
 }
 
 void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width) {
@@ -179,12 +184,13 @@ void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t 
   });
   const double weights_per_expert = static_cast<double>(3 * hidden * width);
   const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
-  report(name, seconds,
-         2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k), 2.0 * weights_per_expert * used);
+  report(name, seconds, 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k),
+         2.0 * weights_per_expert * used);
 }
 
 void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
-  const std::string name = fmt::format("attention rows={} of {} heads={}/{} d={}", rows, positions, q_heads, kv_heads, dim);
+  const std::string name =
+      fmt::format("attention rows={} of {} heads={}/{} d={}", rows, positions, q_heads, kv_heads, dim);
   if (!is_selected(name)) return;
   constexpr int64_t kBlock = 16;
   const int64_t blocks = (positions + kBlock - 1) / kBlock;
@@ -213,8 +219,8 @@ void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, in
     }
   });
   const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
-  report(name, seconds,
-         static_cast<double>(copies * 4 * q_heads * dim) * seen, static_cast<double>(copies * blocks * block_bytes));
+  report(name, seconds, static_cast<double>(copies * 4 * q_heads * dim) * seen,
+         static_cast<double>(copies * blocks * block_bytes));
 }
 
 void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope) {
@@ -242,8 +248,7 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
                                    cache, out);
     }
   });
-  report(name, seconds,
-         static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
+  report(name, seconds, static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
          static_cast<double>(copies * blocks * block_bytes));
 }
 
@@ -277,6 +282,15 @@ Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) 
 }
 
 }  // namespace
+
+double measure_read_gbytes(std::string_view backend, int threads) {
+  const cpu::Isa* isa = cpu::find_isa(backend);
+  if (isa == nullptr) isa = cpu::possible_isas().front();
+  cpu::ThreadPool pool(threads);
+  HostBuffer memory(kReadBytes);
+  std::fill_n(memory.address(), kReadBytes, std::byte{1});
+  return read_gbytes(*isa, pool, memory.address(), kReadBytes);
+}
 
 Status run_kernels_bench(const KernelsBenchOptions& options) {
   if (options.isa != "all") return run_one_isa(options.isa, options);

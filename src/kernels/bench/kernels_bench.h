@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "src/base/result.h"
 
@@ -16,5 +17,9 @@ struct KernelsBenchOptions {
 
 // Prints to stdout. An error names an instruction set that this machine cannot run.
 Status run_kernels_bench(const KernelsBenchOptions& options);
+
+// The machine's read bandwidth as `threads` threads reach it with the instructions of that backend, in 1e9 bytes per
+// second; the plain backend has no such limit and gives that of the best one.
+double measure_read_gbytes(std::string_view backend, int threads);
 
 }  // namespace tandem::kernels
