@@ -38,28 +38,6 @@ const Family* read_architecture(JsonFields& json) {
   return family;
 }
 
-QuantConfig read_quant(JsonFields& json) {
-  QuantConfig quant;
-  json.expect(!json.has("compression_config"), "compression_config", kUnsupported);
-  if (!json.has("quantization_config")) return quant;
-  JsonFields fields = json.object("quantization_config");
-  fields.expect(
-      fields.text_or("quant_method", "") == "fp8", "quant_method",
-      "must be \"fp8\", the one quantised format that is read; use the bf16 or FP8-block release of the model");
-  fields.expect(fields.text_or("fmt", "e4m3") == "e4m3", "fmt", "must be \"e4m3\"; use an e4m3 release of the model");
-  fields.expect(fields.text_or("activation_scheme", "dynamic") == "dynamic", "activation_scheme",
-                "must be \"dynamic\"; use a release without static activation scales");
-  const std::vector<int64_t> block = fields.integers("weight_block_size", 1, kMaxDim);
-  fields.expect(
-      block.size() == 2, "weight_block_size",
-      "must be two integers such as [128, 128]; scales per tensor are not supported, use an FP8-block release");
-  quant.is_fp8_block = true;
-  quant.block_n = block.empty() ? 1 : block.front();
-  quant.block_k = block.empty() ? 1 : block.back();
-  quant.modules_to_not_convert = fields.texts("modules_to_not_convert");
-  return quant;
-}
-
 void add_eos(JsonFields& json, int64_t vocab_size, GenerationConfig& generation) {
   for (const int64_t id : json.integers("eos_token_id", 0, vocab_size - 1)) {
     generation.eos_token_ids.push_back(static_cast<TokenId>(id));
@@ -93,7 +71,7 @@ void read_common(JsonFields& json, ModelConfig& config) {
   config.rms_norm_eps = static_cast<float>(json.number_or("rms_norm_eps", 1e-6, 1e-20, 1));
   config.tied_embeddings = json.boolean_or("tie_word_embeddings", false);
   config.rope = read_rope(json);
-  config.quant = read_quant(json);
+  config.quant = read_quant_config(json);
   json.expect(json.text_or("hidden_act", "silu") == "silu", "hidden_act",
               "must be \"silu\"; other activations are not supported");
   json.expect(!json.boolean_or("attention_bias", false), "attention_bias", kUnsupported);
@@ -108,13 +86,6 @@ void read_common(JsonFields& json, ModelConfig& config) {
 }
 
 }  // namespace
-
-bool QuantConfig::is_excluded(std::string_view module) const {
-  for (const std::string& entry : modules_to_not_convert) {
-    if (module == entry || module.starts_with(entry + ".")) return true;
-  }
-  return false;
-}
 
 // Newer files have one `rope_parameters`; older ones `rope_theta` and, if scaled, `rope_scaling` with "type" or
 // "rope_type".
@@ -166,6 +137,7 @@ Result<ModelConfig> load_config(const std::string& path) {
   TANDEM_TRY(json.status());
   config.canonical_json = json.canonical_text(kIgnoredKeys);
   const std::string folder = config.path.substr(0, config.path.rfind('/') + 1);
+  TANDEM_TRY(read_quant_files(folder, config.quant));
   TANDEM_TRY(read_generation(folder + "generation_config.json", config.vocab_size, config.generation));
   return config;
 }

@@ -12,6 +12,7 @@
 #include "src/base/result.h"
 #include "src/kernels/ops.h"
 #include "src/model/json_fields.h"
+#include "src/model/quant_config.h"
 
 namespace tandem::model {
 
@@ -59,19 +60,6 @@ struct MoeConfig {
   int64_t shared_width = 0;  // of all shared experts together; 0: none
   bool has_correction_bias = false;
   kernels::RouterParams router;
-};
-
-// FP8 blocks, the one quantised format that is read.
-struct QuantConfig {
-  bool is_fp8_block = false;
-  int64_t block_n = 0;
-  int64_t block_k = 0;
-  std::vector<std::string> modules_to_not_convert;
-
-  // "not quantised", or the name that --quantization knows it by: "fp8".
-  std::string_view method_name() const { return is_fp8_block ? "fp8" : "not quantised"; }
-  // Whether the config says that "model.layers.0.mlp.gate" and the like stay unquantised.
-  bool is_excluded(std::string_view module) const;
 };
 
 // Defaults of the sampling parameters; a request's own values win.

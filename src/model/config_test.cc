@@ -51,10 +51,10 @@ TEST(Config, ReadsDeepseek) {
   EXPECT_EQ(config.rope.factor, 40);
   EXPECT_EQ(config.rope.mscale_all_dim, 0.5);
   EXPECT_EQ(config.generation.eos_token_ids, (std::vector<TokenId>{1, 5}));
-  EXPECT_EQ(config.quant.block_k, 64);
-  EXPECT_TRUE(config.quant.is_excluded("lm_head"));
-  EXPECT_TRUE(config.quant.is_excluded("model.layers.1.mlp.gate"));
-  EXPECT_FALSE(config.quant.is_excluded("model.layers.11.mlp.gate"));
+  EXPECT_EQ(config.quant.rules.at(0).scheme.block_k, 64);
+  EXPECT_EQ(config.quant.scheme_of("lm_head"), nullptr);
+  EXPECT_EQ(config.quant.scheme_of("model.layers.1.mlp.gate"), nullptr);
+  EXPECT_NE(config.quant.scheme_of("model.layers.11.mlp.gate"), nullptr);
   EXPECT_EQ(must_parse(replaced(kDeepseek, R"("q_lora_rank": 32)", R"("q_lora_rank": null)")).mla.q_lora_rank, 0);
 }
 
@@ -65,7 +65,7 @@ TEST(Config, ReadsQwen) {
   EXPECT_EQ(config.rope.theta, 500000);
   EXPECT_EQ(config.rope.factor, 4);
   EXPECT_FALSE(config.moe.router.normalize);
-  EXPECT_FALSE(config.quant.is_fp8_block);
+  EXPECT_EQ(config.quant.method, QuantMethod::kNone);
   const std::string old_spelling =
       replaced(kQwen, R"("rope_parameters": {"rope_type": "yarn", "rope_theta": 500000.0,)",
                R"("rope_theta": 500000.0, "rope_scaling": {"rope_type": "yarn",)");
@@ -136,8 +136,8 @@ TEST(Config, RefusesBadFields) {
       {kDeepseek, R"("eos_token_id": [5, 1])", R"("eos_token_id": [5, 128])", "eos_token_id is [5,128], must be"},
       {kDeepseek, R"("eos_token_id": [5, 1])", R"("eos_token_id": -1)", "eos_token_id is -1"},
       {kDeepseek, R"("torch_dtype": "bfloat16")", R"("torch_dtype": "int8")", "torch_dtype is \"int8\""},
-      {kDeepseek, R"("quant_method": "fp8")", R"("quant_method": "awq")",
-       "quantization_config.quant_method is \"awq\""},
+      {kDeepseek, R"("quant_method": "fp8")", R"("quant_method": "exl2")",
+       "quantization_config.quant_method is \"exl2\""},
       {kDeepseek, R"("fmt": "e4m3")", R"("fmt": "e5m2")", "quantization_config.fmt is \"e5m2\""},
       {kDeepseek, R"("weight_block_size": [128, 64],)", "", "quantization_config.weight_block_size is missing"},
       {kDeepseek, R"([128, 64])", R"([128, 0])", "weight_block_size is [128,0]"},

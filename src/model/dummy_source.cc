@@ -57,12 +57,18 @@ class DummySource final : public WeightSource {
   Status check_matrix(const MatrixRef&) const override { return {}; }
   Status check_vector(const std::string&, int64_t) const override { return {}; }
   Status check_values(const MatrixRef&) const override { return {}; }
-  bool is_stored() const override { return false; }
+  std::optional<kernels::WeightFormat> integer_format(const MatrixRef&) const override { return std::nullopt; }
+  bool has_zeros(const MatrixRef&) const override { return false; }
+  bool has_view(const MatrixRef&) const override { return false; }
   bool is_bf16(const MatrixRef&) const override { return true; }
   void release(const MatrixRef&) const override {}
 
   kernels::HostMatrix view(const MatrixRef& ref) const override {
     fail_check(__FILE__, __LINE__, "a generated matrix has no view: " + ref.tensor);
+  }
+
+  void read_integers(const MatrixRef& ref, int64_t, int64_t, const IntegerRows&) const override {
+    fail_check(__FILE__, __LINE__, "a generated matrix has no integers: " + ref.tensor);
   }
 
   void read_rows(const MatrixRef& ref, int64_t first, int64_t count, DType dtype, std::byte* out) const override {

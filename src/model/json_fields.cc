@@ -204,6 +204,12 @@ std::vector<std::pair<std::string, std::string>> JsonFields::text_items() {
   return items;
 }
 
+std::vector<std::string> JsonFields::keys() const {
+  std::vector<std::string> keys;
+  for (const auto& [key, value] : node_->items()) keys.push_back(key);
+  return keys;
+}
+
 JsonFields JsonFields::object(std::string_view key) {
   const Json* value = find(key);
   if (value != nullptr && !value->is_object()) {

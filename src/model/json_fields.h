@@ -49,6 +49,8 @@ class JsonFields {
   std::vector<std::string> texts(std::string_view key);
   // All keys of this object with their values, which must be strings, in the order of the keys.
   std::vector<std::pair<std::string, std::string>> text_items();
+  // All keys of this object, ascending.
+  std::vector<std::string> keys() const;
   // A nested object; an empty one when absent.
   JsonFields object(std::string_view key);
 

@@ -7,7 +7,7 @@
 
 #include "src/base/result.h"
 #include "src/kernels/ops.h"
-#include "src/model/config.h"
+#include "src/model/quant_config.h"
 
 namespace tandem::model {
 

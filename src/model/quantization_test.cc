@@ -11,7 +11,7 @@ using kernels::WeightType;
 Result<WeightFormats> choose(const std::string& name, int64_t group_size = 0, bool is_fp8 = false,
                              bool is_dummy = false) {
   QuantConfig stored;
-  stored.is_fp8_block = is_fp8;
+  stored.method = is_fp8 ? QuantMethod::kFp8 : QuantMethod::kNone;
   return choose_formats({name, group_size}, stored, is_dummy, kernels::kBf16Weights);
 }
 

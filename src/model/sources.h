@@ -11,7 +11,7 @@
 
 namespace tandem::model {
 
-// Tensors of a checkpoint: bf16, f16, f32, or F8_E4M3 with "<tensor>_scale_inv" per block.
+// Tensors of a checkpoint: bf16, f16, f32, F8_E4M3 with scales per block, or integers (stored_integers.h).
 std::unique_ptr<WeightSource> make_checkpoint_source(std::unique_ptr<Checkpoint> checkpoint, const QuantConfig& quant);
 
 // Random values that depend only on seed, tensor name and index: matrices about N(0, 0.02), norms about N(1, 0.02).

@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "src/base/result.h"
 #include "src/kernels/ops.h"
 #include "src/model/device_tensor.h"
+#include "src/model/integer_rows.h"
 #include "src/model/quantization.h"
 
 namespace tandem::model {
@@ -39,17 +41,25 @@ class WeightSource {
   // Whether its values can be used; called just before they are.
   virtual Status check_values(const MatrixRef& ref) const = 0;
 
-  // True if the matrix lies in memory as it is and view() may be called.
-  virtual bool is_stored() const = 0;
+  // The format to which the matrix can be packed code by code, if it is stored as integers.
+  virtual std::optional<kernels::WeightFormat> integer_format(const MatrixRef& ref) const = 0;
+  // Whether its rows have zeros that are not all the middle code.
+  virtual bool has_zeros(const MatrixRef& ref) const = 0;
+  // Rows [first, first + count) of it, `first` a multiple of 8. Thread-safe.
+  virtual void read_integers(const MatrixRef& ref, int64_t first, int64_t count, const IntegerRows& out) const = 0;
+
+  // True if the matrix lies in memory as floats and view() may be called.
+  virtual bool has_view(const MatrixRef& ref) const = 0;
   virtual kernels::HostMatrix view(const MatrixRef& ref) const = 0;
   // True if no value of the matrix loses anything in bf16.
   virtual bool is_bf16(const MatrixRef& ref) const = 0;
-  // Rows [first, first + count) as a dense [count, k] array of `dtype`, kBf16 or kF32. Thread-safe.
+  // Rows [first, first + count), `first` a multiple of 8, as a dense [count, k] array of `dtype`, kBf16 (only if
+  // is_bf16 or kBf16 is what it will be packed to) or kF32. Thread-safe.
   virtual void read_rows(const MatrixRef& ref, int64_t first, int64_t count, kernels::DType dtype,
                          std::byte* out) const = 0;
   virtual std::vector<float> read_vector(const std::string& tensor, int64_t n) const = 0;
 
-  // Adds the tensor's identity (name, shape, some of its bytes) to a fingerprint.
+  // Adds the identity (names, shapes, some bytes) of a vector, or of all tensors of a matrix, to a fingerprint.
   virtual void add_fingerprint(const std::string& tensor, Sha256& hash) const = 0;
   // Says that the matrix is not needed again.
   virtual void release(const MatrixRef& ref) const = 0;
@@ -111,10 +121,11 @@ class WeightPlan {
     std::string tensor;
     int64_t n = 0;
   };
-  void add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts, kernels::WeightFormat format,
-                    std::unique_ptr<kernels::Weight>& out);
+  void add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
+                    const std::optional<kernels::WeightFormat>& wanted, std::unique_ptr<kernels::Weight>& out);
+  kernels::WeightFormat choose_format(const std::vector<MatrixRef>& refs,
+                                      const std::optional<kernels::WeightFormat>& wanted);
   void note_format(std::string_view kind, const kernels::WeightFormat& format);
-  kernels::WeightFormat linear_format() const { return formats_.linear.value_or(formats_.dense); }
   void note(const Status& status);
   Status load_matrices(const Task& task);
   void load_vector(const Task& task);
@@ -128,6 +139,7 @@ class WeightPlan {
   std::vector<std::pair<std::string, std::map<std::string, int64_t>>> kinds_;
   Status status_;
   LoadedWeights loaded_;
+  IntegerBuffer integers_;  // of the weight that is being loaded
 };
 
 }  // namespace tandem::model
