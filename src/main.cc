@@ -24,6 +24,7 @@ constexpr Row kRows[] = {
     {Subcommand::kBenchKernels, tandem::commands::run_bench_kernels},
     {Subcommand::kBenchThroughput, tandem::commands::run_bench_throughput},
     {Subcommand::kBenchLatency, tandem::commands::run_bench_latency},
+    {Subcommand::kQuantize, tandem::commands::run_quantize},
     {Subcommand::kOptions, tandem::commands::run_options},
 };
 

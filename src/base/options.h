@@ -26,6 +26,7 @@ enum class Subcommand : uint32_t {
   kBenchKernels = 64,
   kBenchThroughput = 128,
   kBenchLatency = 256,
+  kQuantize = 512,
 };
 
 struct SubcommandInfo {

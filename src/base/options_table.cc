@@ -16,6 +16,7 @@ constexpr uint32_t kThroughput = static_cast<uint32_t>(Subcommand::kBenchThrough
 constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
 // All that run an engine in this process.
 constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
+constexpr uint32_t kQuantize = static_cast<uint32_t>(Subcommand::kQuantize);
 constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
 
 constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
@@ -30,6 +31,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
+    {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
     {Subcommand::kOptions, "options", "Print the reference of every option."},
 };
 
@@ -39,7 +41,7 @@ using enum OptionType;
 // clang-format off
 constexpr OptionSpec kTable[] = {
     // serve: what runs
-    {.name = "model", .commands = kEngine, .group = "Model", .type = kText, .default_text = "",
+    {.name = "model", .commands = kEngine | kQuantize, .group = "Model", .type = kText, .default_text = "",
      .help = "Directory with config.json, safetensors and tokenizer files.", .positional = true},
     {.name = "served-model-name", .commands = kServe | kRoute, .group = "Model", .type = kList, .default_text = "",
      .help = "Names that requests may give as `model`; the first is shown. Default: the model's directory name."},
@@ -50,7 +52,8 @@ constexpr OptionSpec kTable[] = {
      .help = "Format of the linear layers: auto keeps the checkpoint's, the next four quantise at load, the others say "
              "what the checkpoint must be.",
      .choices = "auto|wint8|wint4|w8a8|w4a8|fp8|awq|gptq|compressed-tensors|ascend"},
-    {.name = "quantization-group-size", .commands = kEngine, .group = "Model", .type = kInteger, .default_text = "0",
+    {.name = "quantization-group-size", .commands = kEngine | kQuantize, .group = "Model", .type = kInteger,
+     .default_text = "0",
      .help = "Columns per scale of wint4 and w4a8; 0 is their own (wint4: the whole row, w4a8: 128), -1 the whole row.",
      .min = -1, .max = 1024},
     {.name = "load-format", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
@@ -98,7 +101,8 @@ constexpr OptionSpec kTable[] = {
     {.name = "cpu-isa", .commands = kEngine, .group = "Device", .type = kChoice, .default_text = "auto",
      .help = "Instruction set of the cpu backend; one that the machine lacks is refused.",
      .choices = "auto|avx2|avx512|avx512-vnni|avx512-bf16"},
-    {.name = "threads", .commands = kEngine | kBenchKernels, .group = "Device", .type = kInteger, .default_text = "0",
+    {.name = "threads", .commands = kEngine | kBenchKernels | kQuantize, .group = "Device", .type = kInteger,
+     .default_text = "0",
      .help = "Compute threads; 0 is one per core this process may use.", .min = 0, .max = 1024},
 
     // route
@@ -134,9 +138,9 @@ constexpr OptionSpec kTable[] = {
     {.name = "request-timeout-s", .commands = kServe | kRoute, .group = "Server", .type = kNumber,
      .default_text = "600", .help = "Deadline of a request from its arrival to its last token, in seconds.",
      .min = 0.001, .max = 86400},
-    {.name = "log-level", .commands = kServe | kRoute | kUp, .group = "Server", .type = kChoice,
+    {.name = "log-level", .commands = kServe | kRoute | kUp | kQuantize, .group = "Server", .type = kChoice,
      .default_text = "info", .help = "Least level of the lines that are logged.", .choices = "debug|info|warning|error"},
-    {.name = "log-name", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "",
+    {.name = "log-name", .commands = kServe | kRoute | kQuantize, .group = "Server", .type = kText, .default_text = "",
      .help = "Name of this process, put on every log line."},
 
     // up
@@ -239,6 +243,13 @@ constexpr OptionSpec kTable[] = {
      .help = "Instruction set to measure, as for serve; all measures each that this machine has."},
     {.name = "filter", .commands = kBenchKernels, .group = "Lines", .type = kText, .default_text = "",
      .help = "Measure only the lines whose name contains this text, for example \"linear\"."},
+    // quantize
+    {.name = "target", .commands = kQuantize, .group = "Model", .type = kText, .default_text = "",
+     .help = "Directory to write; it appears when it is complete.", .positional = true},
+    {.name = "quantization", .commands = kQuantize, .group = "Model", .type = kChoice, .default_text = "w8a8",
+     .help = "Format of the linear layers.", .choices = "wint8|wint4|w8a8|w4a8"},
+    {.name = "force", .commands = kQuantize, .group = "Model", .type = kFlag, .default_text = "false",
+     .help = "Replace the directory if it is a model's."},
 
     // options
     {.name = "markdown", .commands = kOptions, .group = "Output", .type = kFlag, .default_text = "false",

@@ -24,32 +24,13 @@
 #include "src/base/log.h"
 #include "src/base/version.h"
 #include "src/commands/commands.h"
+#include "src/commands/loading_bar.h"
 #include "src/commands/rank.h"
 #include "src/commands/server_common.h"
 #include "src/text/text_bundle.h"
 
 namespace tandem::commands {
 namespace {
-
-// A bar on a terminal, else a line for every tenth.
-class LoadingBar {
- public:
-  void show(double fraction) {
-    const int percent = static_cast<int>(fraction * 100);
-    if (isatty(STDERR_FILENO) == 1) {
-      constexpr int kWidth = 40;
-      const std::string bar(static_cast<size_t>(fraction * kWidth), '#');
-      std::fprintf(stderr, "\rloading weights [%-*s] %3d %%%s", kWidth, bar.c_str(), percent,
-                   fraction >= 1 ? "\n" : "");
-    } else if (percent / 10 > shown_ / 10) {
-      log_info("serve", "loading weights: {} %", percent);
-    }
-    shown_ = percent;
-  }
-
- private:
-  int shown_ = 0;
-};
 
 // Random weights need no trained tokenizer. Where the folder has none, token i is written "ti", so that every id still
 // has a text of its own.
@@ -203,7 +184,7 @@ class Server {
   boost::asio::signal_set signals_{io_, SIGINT, SIGTERM};
   boost::asio::steady_timer linger_{io_};
   api::ServedText served_;
-  LoadingBar bar_;
+  LoadingBar bar_{"loading weights"};
   std::atomic<double> progress_{0};
   bool is_serving_ = false;
 

@@ -38,8 +38,7 @@ Status check_layer_count(const Checkpoint& checkpoint, const ModelConfig& config
 
 Result<std::unique_ptr<WeightSource>> open_source(const LoadOptions& options, const ModelConfig& config) {
   if (options.format == LoadFormat::kDummy) return make_dummy_source(options.dummy_seed);
-  TANDEM_ASSIGN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::open(options.path));
-  TANDEM_TRY(check_layer_count(*checkpoint, config));
+  TANDEM_ASSIGN(std::unique_ptr<Checkpoint> checkpoint, open_matching_checkpoint(options.path, config));
   return make_checkpoint_source(std::move(checkpoint), config.quant);
 }
 
@@ -102,6 +101,12 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
 }
 
 }  // namespace
+
+Result<std::unique_ptr<Checkpoint>> open_matching_checkpoint(const std::string& path, const ModelConfig& config) {
+  TANDEM_ASSIGN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::open(path));
+  TANDEM_TRY(check_layer_count(*checkpoint, config));
+  return checkpoint;
+}
 
 Result<std::unique_ptr<Model>> load_model(kernels::Ops& ops, const LoadOptions& options) {
   try {

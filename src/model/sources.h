@@ -11,6 +11,9 @@
 
 namespace tandem::model {
 
+// The checkpoint in `path`, whose layers must be those of the config.
+Result<std::unique_ptr<Checkpoint>> open_matching_checkpoint(const std::string& path, const ModelConfig& config);
+
 // Tensors of a checkpoint: bf16, f16, f32, F8_E4M3 with scales per block, or integers (stored_integers.h).
 std::unique_ptr<WeightSource> make_checkpoint_source(std::unique_ptr<Checkpoint> checkpoint, const QuantConfig& quant);
 

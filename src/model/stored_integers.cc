@@ -77,7 +77,7 @@ Result<StoredIntegers> StoredIntegers::find(const Checkpoint& checkpoint, const 
   found.scheme_ = &scheme;
   found.n_ = n;
   found.k_ = k;
-  const int64_t columns = found.columns();
+  const int64_t columns = scheme.group_size == 0 ? k : scheme.group_size;
   if (k % columns != 0 && !quant.allows_ragged_groups) {
     return make_error(ErrorKind::kInvalidArgument,
                       "{}: the group size {} does not divide the {} columns of {}; use a release with another group "

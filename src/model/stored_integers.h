@@ -16,6 +16,7 @@
 #include <string>
 #include <string_view>
 
+#include "src/kernels/integer.h"
 #include "src/model/checkpoint.h"
 #include "src/model/integer_rows.h"
 #include "src/model/quant_config.h"
@@ -52,7 +53,7 @@ class StoredIntegers {
   void read_awq(int64_t first, int64_t count, const IntegerRows& out) const;
   void read_gptq(int64_t first, int64_t count, const IntegerRows& out) const;
   bool is_transposed() const { return scheme_->layout == QuantLayout::kAwq || scheme_->layout == QuantLayout::kGptq; }
-  int64_t columns() const { return scheme_->group_size == 0 ? k_ : scheme_->group_size; }  // of a group
+  int64_t columns() const { return kernels::group_columns(k_, scheme_->format()); }  // of a group
   int64_t per_word() const { return 32 / scheme_->bits; }
 
   const QuantScheme* scheme_ = nullptr;

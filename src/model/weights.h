@@ -76,6 +76,19 @@ class WeightPlan {
  public:
   using Use = std::function<void(std::span<const kernels::HostMatrix>)>;
 
+  // One packed weight, or one vector.
+  struct Task {
+    std::vector<MatrixRef> refs;
+    int64_t parts = 1;
+    bool must_be_dense = false;
+    kernels::WeightFormat format = kernels::kBf16Weights;
+    Use use;
+    // Or, for a vector:
+    DeviceTensor* vector = nullptr;
+    std::string tensor;
+    int64_t n = 0;
+  };
+
   WeightPlan(kernels::Ops& ops, kernels::Stream& stream, const WeightSource& source, WeightFormats formats)
       : ops_(ops), stream_(stream), source_(source), formats_(std::move(formats)) {}
 
@@ -104,23 +117,14 @@ class WeightPlan {
 
   // "experts int4 g128 a8, linear int8 a8, lm_head bf16, …": the formats of all that is listed.
   std::string describe_formats() const;
+  // All that is listed, in order.
+  std::span<const Task> tasks() const { return tasks_; }
   // The first fault found while listing.
   const Status& status() const { return status_; }
   // Reads, packs and hashes everything in the order of the list. `on_progress` may be empty.
   Result<LoadedWeights> load(Sha256& fingerprint, const std::function<void(double fraction)>& on_progress);
 
  private:
-  struct Task {
-    std::vector<MatrixRef> refs;
-    int64_t parts = 1;
-    bool must_be_dense = false;
-    kernels::WeightFormat format = kernels::kBf16Weights;
-    Use use;
-    // Or, for a vector:
-    DeviceTensor* vector = nullptr;
-    std::string tensor;
-    int64_t n = 0;
-  };
   void add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
                     const std::optional<kernels::WeightFormat>& wanted, std::unique_ptr<kernels::Weight>& out);
   kernels::WeightFormat choose_format(const std::vector<MatrixRef>& refs,
