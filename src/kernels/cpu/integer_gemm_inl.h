@@ -26,6 +26,9 @@ struct IntegerPass {
   int64_t first_column = 0;
   int64_t cols = 0;
   const IntegerLayout* layout = nullptr;
+  // Fetched into the second cache on the way, prefetch_step bytes for every step of the panels; null: nothing.
+  const std::byte* prefetch = nullptr;
+  int64_t prefetch_step = 0;
 };
 
 constexpr int64_t kStepBytes = kPanelWidth * 4;  // of a panel: four columns of 8 bits, or eight of 4
@@ -45,6 +48,11 @@ TANDEM_INLINE void add_products(const IntegerPass& pass, const std::byte* const*
   constexpr int64_t kVectorBytes = kLanes * 4;
   for (int64_t k = begin; k < end; k += kColumns) {
     const int64_t offset = k / kColumns * kStepBytes;
+    if constexpr (ROWS > 2) {
+      const std::byte* ahead = pass.prefetch + k / kColumns * pass.prefetch_step;
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + pass.prefetch_step / 2, 0, 2);
+    }
     IntVecs<VECTORS> codes;
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
@@ -176,11 +184,15 @@ TANDEM_INLINE void multiply_integers(const GemmBlock& block) {
     pass.first_column = p * kPanelWidth;
     pass.cols = block.cols;
     pass.layout = block.integers;
+    // The next group's share of each block of rows: memory is read while this group is computed.
+    const int64_t share = kPanels * block.panel_bytes / row_blocks;
+    pass.prefetch_step = share * kStepBytes / (kPanelWidth * BITS / 8) / block.integers->padded / 8 * 8;
     for (int64_t b = 0; b < row_blocks; ++b) {
       const int64_t row = b * block.rows / row_blocks;
       const int64_t rows = (b + 1) * block.rows / row_blocks - row;
       pass.x = reinterpret_cast<const std::byte* const*>(block.x) + row;
       pass.out = block.out + row;
+      pass.prefetch = pass.panels + group * block.panel_bytes + b * share;
       if (group == kPanels) {
         multiply_integer_rows<BITS, PLANES, MAX_ROWS, kPanels>(rows, pass);
       } else {
