@@ -81,8 +81,12 @@ constexpr OptionSpec kTable[] = {
     // serve: the KV cache
     {.name = "block-size", .commands = kEngine, .group = "KV cache", .type = kInteger, .default_text = "16",
      .help = "Tokens per KV block.", .min = 1, .max = 256},
-    {.name = "kv-cache-memory-bytes", .commands = kEngine, .group = "KV cache", .type = kBytes, .default_text = "1G",
-     .help = "Memory for KV blocks, for example 512M or 4G.", .min = 1, .max = kMaxInt},
+    {.name = "kv-cache-memory-bytes", .commands = kEngine, .group = "KV cache", .type = kBytes, .default_text = "0",
+     .help = "Memory for KV blocks, for example 512M or 4G; 0 is 1G, more if one request of --max-model-len needs it, less "
+             "if it does not fit, or all that --gpu-memory-utilization leaves if that is given.", .min = 0, .max = kMaxInt},
+    {.name = "gpu-memory-utilization", .commands = kEngine, .group = "KV cache", .type = kNumber, .default_text = "0.9",
+     .help = "Most of the memory available at start (on a CPU: of the machine or the control group) to use for weights, "
+             "workspace and KV cache; a model that needs more is refused.", .min = 0.01, .max = 1},
     {.name = "num-gpu-blocks-override", .commands = kEngine, .group = "KV cache", .type = kInteger,
      .default_text = "0", .help = "Number of KV blocks instead of a memory size; 0 computes it.", .min = 0,
      .max = 2147483647},

@@ -3,11 +3,14 @@
 #include <algorithm>
 
 #include "src/base/log.h"
+#include "src/base/memory_info.h"
 
 namespace tandem::commands {
 namespace {
 
 constexpr int64_t kMostPrompts = int64_t{1} << 20;  // of --num-prompts
+
+double mebibytes(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 std::string choose_backend(const Options& options) {
   const std::string& device = options.text("device");
@@ -42,8 +45,10 @@ Result<RankConfig> make_rank_config(const Options& options) {
                             "row per step; lower the first or raise the second",
                             config.limits.max_num_seqs, config.limits.max_num_batched_tokens);
   }
-  config.num_blocks = options.integer("num-gpu-blocks-override");
-  config.kv_memory_bytes = options.integer("kv-cache-memory-bytes");
+  config.memory.num_blocks = options.integer("num-gpu-blocks-override");
+  config.memory.kv_bytes = options.integer("kv-cache-memory-bytes");
+  config.memory.utilization = options.number("gpu-memory-utilization");
+  config.memory.fill = options.is_set("gpu-memory-utilization");
   if (options.command() == Subcommand::kServe) {
     config.limits.max_num_waiting = options.integer("max-num-waiting");
     TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
@@ -71,8 +76,7 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
   TANDEM_ASSIGN(rank->ops_, kernels::make_ops(config.backend, config.threads));
   log_info("serve", "kernels: {}, {} threads", rank->ops_->name(), rank->ops_->num_threads());
   config.load.on_progress = std::move(on_progress);
-  TANDEM_ASSIGN(rank->model_, model::load_model(*rank->ops_, config.load));
-  TANDEM_TRY(rank->open_cache(config));
+  TANDEM_TRY(rank->load_weights(config));
 
   engine::EngineOptions options;
   options.model_name = config.model_name;
@@ -89,26 +93,27 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
   return rank;
 }
 
-// The pool must hold one sequence of full length, or such a request could never end.
-Status Rank::open_cache(const RankConfig& config) {
+// Weights and cache; refused before any weight is read if they do not fit.
+Status Rank::load_weights(const RankConfig& config) {
+  model::LoadOptions load = config.load;
+  int64_t num_blocks = 0;
+  load.on_sized = [&](const model::MemoryNeeds& needs) -> Status {
+    const AvailableMemory available = available_memory();
+    TANDEM_ASSIGN(const engine::MemoryPlan plan, engine::plan_memory(needs, config.memory, available));
+    num_blocks = plan.num_blocks;
+    log_info("serve",
+             "memory: weights {:.0f} MiB, workspace {:.0f} MiB, KV cache {:.0f} MiB, in all {:.0f} of {:.0f} MiB "
+             "available ({})",
+             mebibytes(needs.weight_bytes), mebibytes(needs.workspace_bytes),
+             mebibytes(num_blocks * needs.kv.total_block_bytes()), mebibytes(plan.total_bytes),
+             mebibytes(available.bytes), available.limited_by);
+    return {};
+  };
+  TANDEM_ASSIGN(model_, model::load_model(*ops_, load));
   const model::KvLayout& layout = info().kv;
-  const int64_t num_blocks =
-      config.num_blocks > 0 ? config.num_blocks : config.kv_memory_bytes / layout.total_block_bytes();
-  const int64_t needed = (info().max_model_len + layout.block_size - 1) / layout.block_size;
-  if (num_blocks < needed) {
-    return invalid_argument(
-        config.num_blocks > 0 ? "num-gpu-blocks-override" : "kv-cache-memory-bytes",
-        "{} KV blocks ({:.1f} MiB) cannot hold one request of --max-model-len {}, which needs {} ({:.1f} MiB); raise "
-        "--{} "
-        "or lower --max-model-len to {}",
-        num_blocks, static_cast<double>(num_blocks * layout.total_block_bytes()) / (1 << 20), info().max_model_len,
-        needed, static_cast<double>(needed * layout.total_block_bytes()) / (1 << 20),
-        config.num_blocks > 0 ? "num-gpu-blocks-override" : "kv-cache-memory-bytes", num_blocks * layout.block_size);
-  }
   cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks);
   log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB; room for {:.1f} requests of {} tokens",
-           layout.describe(), num_blocks, num_blocks * layout.block_size,
-           static_cast<double>(cache_->bytes()) / (1 << 20),
+           layout.describe(), num_blocks, num_blocks * layout.block_size, mebibytes(cache_->bytes()),
            static_cast<double>(num_blocks * layout.block_size) / static_cast<double>(info().max_model_len),
            info().max_model_len);
   return {};

@@ -13,6 +13,7 @@
 #include "src/base/options.h"
 #include "src/base/result.h"
 #include "src/engine/engine.h"
+#include "src/engine/memory_plan.h"
 #include "src/kernels/ops.h"
 #include "src/model/config.h"
 #include "src/model/model.h"
@@ -26,8 +27,7 @@ struct RankConfig {
   model::LoadOptions load;
   model::ModelConfig model;
   engine::SchedulerLimits limits;
-  int64_t num_blocks = 0;  // 0: from kv_memory_bytes
-  int64_t kv_memory_bytes = 0;
+  engine::MemoryRequest memory;
   std::optional<KvTransferConfig> kv_transfer;
   std::string model_name;
 };
@@ -49,7 +49,7 @@ class Rank {
 
  private:
   Rank() = default;
-  Status open_cache(const RankConfig& config);
+  Status load_weights(const RankConfig& config);
   Status open_agent(const RankConfig& config);
 
   // In order of dependence; the agent goes before the cache that it reads and writes.

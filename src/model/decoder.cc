@@ -38,13 +38,18 @@ void Decoder::list_weights(WeightPlan& plan) {
   if (!config_.tied_embeddings) plan.head(head_, "lm_head", config_.vocab_size, hidden);
 }
 
+KvLayout Decoder::make_kv_layout(int64_t block_size, DType kv_dtype) const {
+  KvLayout kv = attention_->kv_layout();
+  kv.num_layers = config_.num_layers;
+  kv.block_size = block_size;
+  kv.dtype = kv_dtype;
+  kv.bytes_per_token = values_per_token(kv) * kernels::dtype_bytes(kv_dtype);
+  return kv;
+}
+
 void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dtype, ModelInfo info) {
   info_ = std::move(info);
-  info_.kv = attention_->kv_layout();
-  info_.kv.num_layers = config_.num_layers;
-  info_.kv.block_size = block_size;
-  info_.kv.dtype = kv_dtype;
-  info_.kv.bytes_per_token = values_per_token(info_.kv) * kernels::dtype_bytes(kv_dtype);
+  info_.kv = make_kv_layout(block_size, kv_dtype);
   info_.rows_depend_on_role = attention_->rows_depend_on_role();
 
   const StepLimits limits{capacity.rows, capacity.chunks, capacity.positions, config_.vocab_size, block_size};

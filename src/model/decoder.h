@@ -21,6 +21,8 @@ class Decoder final : public Model {
   // Lists every tensor of the model; `plan` must be made for stream().
   void list_weights(WeightPlan& plan);
   // Allocates all scratch memory, once the weights are there.
+  // What the cache must look like.
+  KvLayout make_kv_layout(int64_t block_size, kernels::DType kv_dtype) const;
   void allocate(const Capacity& capacity, int64_t block_size, kernels::DType kv_dtype, ModelInfo info);
   kernels::Stream& stream() { return *stream_; }
 

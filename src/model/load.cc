@@ -4,6 +4,7 @@
 #include "src/base/clock.h"
 #include "src/base/log.h"
 #include "src/model/decoder.h"
+#include "src/model/memory_needs.h"
 #include "src/model/sources.h"
 
 namespace tandem::model {
@@ -80,6 +81,17 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());
   log_formats(decoder->config(), options, plan);
+  const DType kv_dtype = is_f32 ? DType::kF32 : DType::kBf16;
+  const int64_t max_model_len = options.max_model_len == 0 ? decoder->config().max_positions : options.max_model_len;
+  const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, max_model_len};
+  if (options.on_sized) {
+    MemoryNeeds needs;
+    count_weights(plan, needs);
+    needs.workspace_bytes = workspace_bytes(decoder->config(), capacity);
+    needs.max_model_len = max_model_len;
+    needs.kv = decoder->make_kv_layout(options.block_size, kv_dtype);
+    TANDEM_TRY(options.on_sized(needs));
+  }
   Sha256 fingerprint;
   fingerprint.add(decoder->config().canonical_json);
   fingerprint.add(plan.describe_formats());
@@ -88,14 +100,13 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   ModelInfo info;
   info.architecture = decoder->config().architecture;
   info.vocab_size = decoder->config().vocab_size;
-  info.max_model_len = options.max_model_len == 0 ? decoder->config().max_positions : options.max_model_len;
+  info.max_model_len = max_model_len;
   info.weight_bytes = loaded.bytes;
   info.expert_bytes = loaded.expert_bytes;
   info.lookup_bytes = decoder->config().tied_embeddings ? 0 : loaded.embedding_bytes;
   info.num_parameters = loaded.num_parameters;
   info.fingerprint = fingerprint.finish().hex();
-  const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, info.max_model_len};
-  decoder->allocate(capacity, options.block_size, is_f32 ? DType::kF32 : DType::kBf16, std::move(info));
+  decoder->allocate(capacity, options.block_size, kv_dtype, std::move(info));
   log_loaded(decoder->config(), decoder->info(), static_cast<double>(clock.now_us() - start_us) / 1e6);
   return std::unique_ptr<Model>(std::move(decoder));
 }

@@ -1,6 +1,7 @@
 // What load_model makes of good and bad model folders.
 #include <limits>
 
+#include "src/model/memory_needs.h"
 #include "src/model/test_support.h"
 
 namespace tandem::model {
@@ -50,6 +51,40 @@ LoadOptions dummy_options(const std::string& path, uint64_t seed) {
   options.format = LoadFormat::kDummy;
   options.dummy_seed = seed;
   return options;
+}
+
+// What is foretold before loading is what is then taken, within a tenth: scales are small, panels are filled up.
+TEST_F(LoadTest, ForetellsItsMemory) {
+  const std::unique_ptr<kernels::Ops> ops = must_make_ops("auto");
+  for (const char* quantization : {"auto", "wint8", "w8a8", "wint4"}) {
+    SCOPED_TRACE(quantization);
+    LoadOptions options;
+    options.path = std::string(TANDEM_SOURCE_DIR) + "/models/demo";
+    options.quantization.name = quantization;
+    options.max_num_batched_tokens = 64;
+    options.max_num_seqs = 4;
+    MemoryNeeds needs;
+    options.on_sized = [&needs](const MemoryNeeds& foretold) {
+      needs = foretold;
+      return Status();
+    };
+    const std::unique_ptr<Model> model = must_load(*ops, options);
+    const double actual = static_cast<double>(model->info().weight_bytes);
+    EXPECT_NEAR(static_cast<double>(needs.weight_bytes), actual, 0.1 * actual);
+    EXPECT_EQ(needs.kv, model->info().kv);
+    EXPECT_GT(needs.workspace_bytes, 0);
+  }
+}
+
+TEST_F(LoadTest, EndsBeforeReadingIfItIsTooLarge) {
+  LoadOptions options = golden_options(golden_path("qwen_base"), ComputeType::kBf16);
+  bool has_read = false;
+  options.on_sized = [](const MemoryNeeds&) -> Status { return make_error(ErrorKind::kUnavailable, "too large"); };
+  options.on_progress = [&has_read](double fraction) { has_read = has_read || fraction > 0; };
+  const Result<std::unique_ptr<Model>> model = load_model(*ops_, options);
+  ASSERT_FALSE(model.ok());
+  EXPECT_EQ(model.error().message, "too large");
+  EXPECT_FALSE(has_read);
 }
 
 TEST_F(LoadTest, DescribesTheModel) {

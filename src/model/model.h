@@ -16,6 +16,8 @@
 
 namespace tandem::model {
 
+struct MemoryNeeds;  // memory_needs.h
+
 enum class ComputeType : uint8_t { kBf16, kF32 };  // of weights and KV; sums are f32 in both
 enum class LoadFormat : uint8_t { kSafetensors, kDummy };
 
@@ -29,6 +31,8 @@ struct LoadOptions {
   int64_t max_model_len = 0;           // 0: the config's max_position_embeddings
   int64_t block_size = 16;
   uint64_t dummy_seed = 0;
+  // Called before any weight is read; an error ends the load. May be empty.
+  std::function<Status(const MemoryNeeds&)> on_sized;
   std::function<void(double fraction)> on_progress;  // 0 … 1 while weights load; may be empty
 };
 
