@@ -49,8 +49,16 @@ double read_gbytes(const cpu::Isa& isa, cpu::ThreadPool& pool, const std::byte* 
   return static_cast<double>(share * threads) / seconds * 1e-9;
 }
 
+// bf16, then what --quantization w8a8, wint8, w4a8 and wint4 with groups make.
+constexpr WeightFormat kFormats[] = {kBf16Weights,
+                                     {WeightType::kInt8, 0, 8},
+                                     {WeightType::kInt8, 0, 16},
+                                     {WeightType::kInt4, 128, 8},
+                                     {WeightType::kInt4, 128, 16}};
+
 struct Limits {
-  double gflops;
+  double gflops;     // f32 multiply-adds
+  double byte_gops;  // products of 8-bit integers
   double read_gbytes;
 };
 
@@ -73,13 +81,15 @@ class Bench {
   // Whether the line of that name is asked for; a line asks before it prepares anything.
   bool is_selected(const std::string& name) const { return name.find(filter_) != std::string::npos; }
   Limits measure_limits();
-  void report(const std::string& name, double seconds, double flops, double bytes);
+  // `ops` counts a multiply-add as two; the limit is that of 8-bit products where `of_bytes`.
+  void report(const std::string& name, double seconds, double ops, double bytes, bool of_bytes = false);
   Tensor make(DType dtype, int64_t rows, int64_t cols);
   Tensor make_random(int64_t rows, int64_t cols);
-  std::unique_ptr<Weight> make_weight(int64_t batch, int64_t n, int64_t k);
+  std::unique_ptr<Weight> make_weight(int64_t batch, int64_t n, int64_t k, const WeightFormat& format);
 
-  void bench_linear(int64_t rows, int64_t n, int64_t k);
-  void bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width);
+  void bench_linear(const WeightFormat& format, int64_t rows, int64_t n, int64_t k);
+  void bench_experts(const WeightFormat& format, int64_t rows, int64_t experts, int64_t top_k, int64_t hidden,
+                     int64_t width);
   void bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim);
   void bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope);
 
@@ -100,16 +110,25 @@ Limits Bench::measure_limits() {
   const double compute = best_seconds(
       [&] { pool_.run(threads, [&](int64_t i, int) { sinks[static_cast<size_t>(i) * 16] = isa_.run_fma(kRounds); }); },
       3);
+  const double byte_products = best_seconds(
+      [&] {
+        pool_.run(threads, [&](int64_t i, int) {
+          sinks[static_cast<size_t>(i) * 16] += static_cast<float>(isa_.run_dot(kRounds));
+        });
+      },
+      3);
   const double flops = static_cast<double>(isa_.fma_flops_per_round * kRounds * threads);
-  return {flops / compute * 1e-9, read_gbytes(isa_, pool_, memory_.address(), kReadBytes)};
+  const double byte_ops = static_cast<double>(isa_.dot_ops_per_round * kRounds * threads);
+  return {flops / compute * 1e-9, byte_ops / byte_products * 1e-9, read_gbytes(isa_, pool_, memory_.address(), kReadBytes)};
 }
 
-void Bench::report(const std::string& name, double seconds, double flops, double bytes) {
+void Bench::report(const std::string& name, double seconds, double ops, double bytes, bool of_bytes) {
   const Limits limits = measure_limits();
-  const double gflops = flops / seconds * 1e-9;
+  const double gops = ops / seconds * 1e-9;
+  const double most_gops = of_bytes ? limits.byte_gops : limits.gflops;
   const double gbytes = bytes / seconds * 1e-9;
-  fmt::print("{:<44} {:>10.1f} us {:>8.1f} GFLOP/s ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f})\n",
-             name, seconds * 1e6, gflops, 100 * gflops / limits.gflops, limits.gflops, gbytes,
+  fmt::print("{:<44} {:>10.1f} us {:>8.1f} {} ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f})\n",
+             name, seconds * 1e6, gops, of_bytes ? "GOP/s  " : "GFLOP/s", 100 * gops / most_gops, most_gops, gbytes,
              100 * gbytes / limits.read_gbytes, limits.read_gbytes);
   std::fflush(stdout);
   buffers_.clear();
@@ -129,38 +148,42 @@ Tensor Bench::make_random(int64_t rows, int64_t cols) {
   return tensor;
 }
 
-std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k) {
+std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k, const WeightFormat& format) {
   std::vector<uint16_t> values(static_cast<size_t>(n * k));
   std::uniform_real_distribution<float> uniform(-0.1F, 0.1F);
   for (uint16_t& value : values) value = bf16_from_float(uniform(random_));
   const HostMatrix matrix{.data = reinterpret_cast<const std::byte*>(values.data()), .n = n, .k = k};
   const std::vector<HostMatrix> matrices(static_cast<size_t>(batch), matrix);
-  return ops_->pack_weight(matrices, kBf16Weights);
+  return ops_->pack_weight(matrices, format);
 }
 
 // How often a working set must be repeated, so that its copies together do not fit in the caches.
 int64_t copies_beyond_caches(int64_t bytes) { return (kReadBytes + bytes - 1) / bytes; }
 
-void Bench::bench_linear(int64_t rows, int64_t n, int64_t k) {
-  const std::string name = fmt::format("linear bf16 M={} N={} K={}", rows, n, k);
+void Bench::bench_linear(const WeightFormat& format, int64_t rows, int64_t n, int64_t k) {
+  const std::string name = fmt::format("linear {} M={} N={} K={}", weight_format_name(format), rows, n, k);
   if (!is_selected(name)) return;
-  const int64_t copies = rows == 1 ? copies_beyond_caches(n * k * 2) : 1;
   std::vector<std::unique_ptr<Weight>> weights;
-  for (int64_t i = 0; i < copies; ++i) weights.push_back(make_weight(1, n, k));
+  weights.push_back(make_weight(1, n, k, format));
+  const int64_t weight_bytes = weights[0]->bytes();
+  const int64_t copies = rows == 1 ? copies_beyond_caches(weight_bytes) : 1;
+  while (std::ssize(weights) < copies) weights.push_back(make_weight(1, n, k, format));
   const Tensor x = make_random(rows, k);
   const Tensor out = make(DType::kF32, rows, n);
   const double seconds = best_seconds([&] {
     for (const std::unique_ptr<Weight>& weight : weights) ops_->linear(*stream_, x, *weight, out);
   });
-  const double total = static_cast<double>(copies * n * k);
-  report(name, seconds, 2.0 * total * static_cast<double>(rows), 2.0 * total);
+  report(name, seconds, 2.0 * static_cast<double>(copies * n * k * rows), static_cast<double>(copies * weight_bytes),
+         format.is_integer());
 }
 
-void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t hidden, int64_t width) {
-  const std::string name = fmt::format("expert_mlp M={} E={} k={} H={} I={}", rows, experts, top_k, hidden, width);
+void Bench::bench_experts(const WeightFormat& format, int64_t rows, int64_t experts, int64_t top_k, int64_t hidden,
+                          int64_t width) {
+  const std::string name = fmt::format("expert_mlp {} M={} E={} k={} H={} I={}", weight_format_name(format), rows,
+                                       experts, top_k, hidden, width);
   if (!is_selected(name)) return;
-  const std::unique_ptr<Weight> gate_up = make_weight(experts, 2 * width, hidden);
-  const std::unique_ptr<Weight> down = make_weight(experts, hidden, width);
+  const std::unique_ptr<Weight> gate_up = make_weight(experts, 2 * width, hidden, format);
+  const std::unique_ptr<Weight> down = make_weight(experts, hidden, width, format);
   const Tensor x = make_random(rows, hidden);
   const Tensor out = make(DType::kF32, rows * top_k, hidden);
   const int64_t steps = rows == 1 ? experts / top_k : 1;  // one after another, all experts are read
@@ -183,9 +206,10 @@ void Bench::bench_experts(int64_t rows, int64_t experts, int64_t top_k, int64_t 
     }
   });
   const double weights_per_expert = static_cast<double>(3 * hidden * width);
+  const double bytes_per_expert = static_cast<double>(gate_up->bytes() + down->bytes()) / static_cast<double>(experts);
   const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
   report(name, seconds, 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k),
-         2.0 * weights_per_expert * used);
+         bytes_per_expert * used, format.is_integer());
 }
 
 void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
@@ -253,16 +277,15 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
 }
 
 void Bench::run_all() {
-  fmt::print("{}, {} threads; shares are of f32 multiply-adds and of memory reads measured beside each line\n",
+  fmt::print("{}, {} threads; shares are of f32 multiply-adds (integer formats: of products of bytes) and of "
+             "memory reads measured beside each line\n",
              ops_->name(), ops_->num_threads());
-  bench_linear(1, 2048, 2048);
-  bench_linear(1, 7168, 2048);
-  bench_linear(4, 2048, 2048);
-  bench_linear(16, 2048, 2048);
-  bench_linear(256, 2048, 2048);
-  bench_linear(256, 2048, 7168);
-  bench_experts(1, 64, 8, 2048, 768);
-  bench_experts(256, 64, 8, 2048, 768);
+  for (const WeightFormat& format : kFormats) {
+    for (const int64_t rows : {1, 4, 16, 64, 256}) bench_linear(format, rows, 4096, 2048);
+    bench_linear(format, 1, 7168, 2048);
+    bench_linear(format, 256, 2048, 7168);
+    for (const int64_t rows : {1, 16, 256, 512}) bench_experts(format, rows, 128, 8, 2048, 768);
+  }
   bench_attention(1, 8192, 32, 4, 128);
   bench_attention(1, 8192, 16, 16, 128);
   bench_attention(512, 512, 32, 4, 128);
