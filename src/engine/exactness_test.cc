@@ -21,6 +21,7 @@ constexpr size_t kNumPrompts = 12;  // kernels are some fifty times slower here,
 #else
 constexpr size_t kNumPrompts = 100;
 #endif
+constexpr size_t kNumQuantisedPrompts = kNumPrompts / 4;
 constexpr int64_t kMaxTokens = 12;
 
 struct Answer {
@@ -33,6 +34,7 @@ struct Answer {
 
 struct RankSetup {
   std::string backend = "auto";
+  model::QuantizationRequest quantization;
   int threads = 1;
   int64_t max_num_batched_tokens = 512;
   int64_t max_num_seqs = 1;
@@ -48,6 +50,7 @@ class Rank {
     ops_ = kernels::make_ops(setup.backend, setup.threads).value();
     model::LoadOptions load;
     load.path = model_path;
+    load.quantization = setup.quantization;
     load.max_num_batched_tokens = setup.max_num_batched_tokens;
     load.max_num_seqs = setup.max_num_seqs;
     load.max_model_len = kMaxModelLen;
@@ -329,6 +332,34 @@ TEST_P(Exactness, PulledByDecodeFromPrefill) {
   }
   expect_same(answers, "pull");
 }
+
+// The same of every integer format: alone and whole, or together, in small steps, on two threads.
+class QuantisedExactness : public testing::TestWithParam<model::QuantizationRequest> {};
+
+TEST_P(QuantisedExactness, BatchesChunksAndThreads) {
+  for (const char* model : {"models/demo", "tests/golden/qwen_base"}) {
+    const std::string path = std::string(TANDEM_SOURCE_DIR) + "/" + model;
+    RankSetup setup;
+    setup.quantization = GetParam();
+    Rank alone(path, setup);
+    const std::vector<TokenRequest> requests = make_requests(alone.vocab_size(), kNumQuantisedPrompts);
+    const std::vector<Answer> expected = run_all(alone, requests, 1);
+    for (const Answer& answer : expected) ASSERT_EQ(answer.error, "");
+    setup.threads = 2;
+    setup.max_num_seqs = 16;
+    setup.max_num_batched_tokens = 23;
+    Rank together(path, setup);
+    EXPECT_TRUE(run_all(together, requests, 16) == expected) << model;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, QuantisedExactness,
+                         testing::Values(model::QuantizationRequest{"wint8", 0}, model::QuantizationRequest{"wint4", 0},
+                                         model::QuantizationRequest{"w8a8", 0}, model::QuantizationRequest{"w4a8", 0},
+                                         model::QuantizationRequest{"wint4", 32}),
+                         [](const testing::TestParamInfo<model::QuantizationRequest>& test) {
+                           return fmt::format("{}_g{}", test.param.name, test.param.group_size);
+                         });
 
 std::string path_as_name(const testing::TestParamInfo<const char*>& param) {
   std::string name = param.param;

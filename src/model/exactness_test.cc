@@ -8,6 +8,7 @@ struct ExactCase {
   std::string backend;
   std::string golden;
   ComputeType compute;
+  QuantizationRequest quantization;
 };
 
 std::vector<ExactCase> exact_cases() {
@@ -15,8 +16,15 @@ std::vector<ExactCase> exact_cases() {
   for (const std::string& backend : kernels::available_backends()) {
     for (const char* golden : {"ds_base", "ds_fp8", "qwen_base"}) {
       for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBf16}) {
-        cases.push_back({backend, golden, compute});
+        cases.push_back({backend, golden, compute, {}});
       }
+    }
+    const std::pair<const char*, QuantizationRequest> quantised[] = {
+        {"ds_base", {"wint8", 0}}, {"qwen_base", {"wint4", 0}}, {"ds_base", {"wint4", 32}},
+        {"ds_base", {"w8a8", 0}},  {"qwen_base", {"w8a8", 0}},  {"qwen_base", {"w4a8", 32}}};
+    for (const auto& [golden, request] : quantised) {
+      const bool is_slow = backend == "ref" && std::string_view(golden) == "ds_base";
+      if (!is_slow) cases.push_back({backend, golden, ComputeType::kBf16, request});
     }
   }
   return cases;
@@ -25,6 +33,8 @@ std::vector<ExactCase> exact_cases() {
 std::string case_name(const testing::TestParamInfo<ExactCase>& test) {
   std::string name = test.param.backend + "_" + test.param.golden;
   std::replace(name.begin(), name.end(), '-', '_');
+  const QuantizationRequest& request = test.param.quantization;
+  if (request.name != "auto") return fmt::format("{}_{}_g{}", name, request.name, request.group_size);
   return name + (test.param.compute == ComputeType::kF32 ? "_f32" : "_bf16");
 }
 
@@ -61,7 +71,11 @@ class ExactnessTest : public testing::TestWithParam<ExactCase> {
     }
   }
 
-  LoadOptions options() const { return golden_options(golden_path(GetParam().golden), GetParam().compute); }
+  LoadOptions options() const {
+    LoadOptions options = golden_options(golden_path(GetParam().golden), GetParam().compute);
+    options.quantization = GetParam().quantization;
+    return options;
+  }
 
   const std::unique_ptr<kernels::Ops> ops_ = must_make_ops(GetParam().backend, 1);
   const std::unique_ptr<Model> model_ = must_load(*ops_, options());

@@ -2,6 +2,7 @@
 // it; shares no code with what reads them.
 #pragma once
 
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -163,6 +164,30 @@ inline std::string config_with(const std::string& golden, const std::string& qua
   std::string config = read_text(golden_path(golden) + "/config.json");
   if (quantization.empty()) return config;
   return replaced(config, "{", "{\"quantization_config\": " + quantization + ",");
+}
+
+// A golden case in which every linear layer but head and router is made of random integers, one group per row. `write`
+// is one of the writers above.
+inline void write_integer_model(
+    const TempDir& dir, const std::string& golden, const std::string& quantization, int64_t bits, bool is_symmetric,
+    const std::function<std::vector<FileTensor>(const std::string&, const TestIntegers&)>& write) {
+  std::mt19937_64 random(31);
+  std::vector<FileTensor> tensors;
+  std::string description;
+  for (const FileTensor& tensor : read_tensors(golden_path(golden) + "/model.safetensors")) {
+    const bool is_linear = tensor.name.find("_proj") != std::string::npos && tensor.shape.size() == 2;
+    if (!is_linear) {
+      tensors.push_back(tensor);
+      continue;
+    }
+    const std::string module = tensor.name.substr(0, tensor.name.rfind('.'));
+    const TestIntegers matrix = random_integers(random, bits, tensor.shape[0], tensor.shape[1], 0, is_symmetric);
+    for (const FileTensor& part : write(module, matrix)) tensors.push_back(part);
+    description += fmt::format("{}\"{}.weight\": \"W8A8_DYNAMIC\"", description.empty() ? "" : ", ", module);
+  }
+  dir.write("config.json", config_with(golden, quantization));
+  if (quantization.empty()) dir.write("quant_model_description.json", "{" + description + "}");
+  dir.write("model.safetensors", safetensors_image(tensors));
 }
 
 }  // namespace tandem::model

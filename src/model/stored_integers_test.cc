@@ -215,6 +215,72 @@ TEST(StoredIntegers, RefusesBadTensors) {
   }
 }
 
+// The same integers in every layout are the same model, bit for bit; kv_b of ds_base is decoded, gate and up are
+// stacked.
+TEST(StoredIntegers, EveryLayoutIsTheSameModel) {
+  using Writer = std::function<std::vector<FileTensor>(const std::string&, const TestIntegers&)>;
+  struct Layout {
+    std::string quantization;
+    Writer write;
+  };
+  const auto packed = [](bool is_symmetric) -> Writer {
+    return [=](const std::string& module, const TestIntegers& m) { return as_packed(module, m, is_symmetric); };
+  };
+  const auto gptq = [](bool is_v2) -> Writer {
+    return [=](const std::string& module, const TestIntegers& m) { return as_gptq(module, m, is_v2); };
+  };
+  const auto bytes = [](bool is_symmetric, bool has_offsets) -> Writer {
+    return [=](const std::string& module, const TestIntegers& m) {
+      return as_bytes(module, m, is_symmetric, has_offsets);
+    };
+  };
+  const struct {
+    int64_t bits;
+    bool is_symmetric;
+    std::vector<Layout> layouts;
+  } families[] = {
+      {4,
+       false,
+       {{compressed_config("pack-quantized", 4, 0, false, false), packed(false)},
+        {replaced(kAwqConfig, "32", "-1"), as_awq},
+        {gptq_config(4, 0, false, "gptq"), gptq(false)},
+        {gptq_config(4, 0, false, "gptq_v2"), gptq(true)}}},
+      {4,
+       true,
+       {{compressed_config("pack-quantized", 4, 0, true, false), packed(true)},
+        {gptq_config(4, 0, true, "gptq"), gptq(false)}}},
+      {8,
+       true,
+       {{compressed_config("pack-quantized", 8, 0, true, false), packed(true)},
+        {gptq_config(8, 0, true, "gptq"), gptq(false)},
+        {compressed_config("int-quantized", 8, 0, true, false), bytes(true, false)}}},
+      {8,
+       false,
+       {{compressed_config("pack-quantized", 8, 0, false, false), packed(false)},
+        {gptq_config(8, 0, false, "gptq_v2"), gptq(true)},
+        {compressed_config("int-quantized", 8, 0, false, false), bytes(false, false)}}},
+      {8, true, {{compressed_config("int-quantized", 8, 0, true, true), bytes(true, false)}, {"", bytes(true, true)}}},
+  };
+  const std::unique_ptr<kernels::Ops> ops = must_make_ops("auto", 2);
+  for (const char* golden : {"qwen_base", "ds_base"}) {
+    for (const auto& family : families) {
+      Sequences::Logits first;
+      for (const Layout& layout : family.layouts) {
+        const TempDir dir;
+        write_integer_model(dir, golden, layout.quantization, family.bits, family.is_symmetric, layout.write);
+        const std::unique_ptr<Model> model = must_load(*ops, golden_options(dir.path(), ComputeType::kBf16));
+        Sequences sequences(*ops, *model, {{3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8}});
+        sequences.run(0, 8, 8);
+        if (first.empty()) first = sequences.logits(0);
+        for (const std::vector<float>& row : first) {
+          for (const float value : row) ASSERT_TRUE(std::isfinite(value));
+        }
+        EXPECT_EQ(sequences.logits(0), first) << golden << " " << layout.quantization;
+      }
+    }
+  }
+}
+
 // The vectorised quantiser and the kernels' definition give the same bits.
 TEST(QuantiseRows, AgreesWithTheKernels) {
   constexpr uint64_t kSeed = 99;
