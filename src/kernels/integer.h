@@ -11,6 +11,8 @@ namespace tandem::kernels {
 
 // Columns of a group are a multiple of this, but for the last group of a row.
 inline constexpr int64_t kGroupMultiple = 16;
+// Most columns of a group: so many products of a code below 256 with one in -128 … 127 fit into an int32.
+inline constexpr int64_t kMaxGroupColumns = 65'536;
 // Below this a group counts as all zeros: the inverse of its scale would not be finite.
 inline constexpr float kLeastMagnitude = 1e-30F;
 

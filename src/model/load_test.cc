@@ -1,5 +1,6 @@
 // What load_model makes of good and bad model folders.
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "src/model/memory_needs.h"
 #include "src/model/test_support.h"
@@ -208,6 +209,21 @@ TEST_F(LoadTest, DummyWeightsDependOnTheSeedAlone) {
   for (const std::vector<float>& row : one) {
     for (const float value : row) ASSERT_TRUE(std::isfinite(value));
   }
+}
+
+// A sum of more products than an int32 holds would be wrong without a word.
+TEST_F(LoadTest, RefusesGroupsTooWideToSum) {
+  nlohmann::json config = nlohmann::json::parse(read_text(golden_path("ds_base") + "/config.json"));
+  config["intermediate_size"] = 65'552;
+  TempDir dir;
+  dir.write("config.json", config.dump());
+  LoadOptions options = dummy_options(dir.path() + "/config.json", 1);
+  options.quantization.name = "w8a8";
+  const Result<std::unique_ptr<Model>> model = load_model(*ops_, options);
+  ASSERT_FALSE(model.ok());
+  EXPECT_EQ(model.error().message,
+            "model.layers.0.mlp.down_proj.weight: 65552 columns share a scale, at most 65536 can be summed exactly; use "
+            "--quantization wint4 or w4a8 with a --quantization-group-size, or auto");
 }
 
 TEST_F(LoadTest, DummyWeightsAreTheSameForAnyThreadCount) {

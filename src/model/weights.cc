@@ -15,6 +15,20 @@ using kernels::kF32Weights;
 using kernels::Weight;
 using kernels::WeightFormat;
 
+namespace {
+
+Status check_group_columns(const MatrixRef& ref, const WeightFormat& format) {
+  if (!format.is_integer()) return {};
+  const int64_t columns = kernels::group_columns(ref.k, format);
+  if (columns <= kernels::kMaxGroupColumns) return {};
+  return invalid_argument("quantization",
+                          "{}: {} columns share a scale, at most {} can be summed exactly; use --quantization wint4 or "
+                          "w4a8 with a --quantization-group-size, or auto",
+                          ref.tensor, columns, kernels::kMaxGroupColumns);
+}
+
+}  // namespace
+
 void WeightPlan::note(const Status& status) {
   if (status_.ok() && !status.ok()) status_ = status;
 }
@@ -90,6 +104,7 @@ void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs
   for (const MatrixRef& ref : refs) note(source_.check_matrix(ref));
   const WeightFormat format = status_.ok() ? choose_format(refs, wanted) : formats_.dense;
   note_format(kind, format);
+  note(check_group_columns(refs[0], format));
   Task task;
   task.refs = std::move(refs);
   task.parts = parts;

@@ -25,6 +25,7 @@ IntegerLayout make_layout(std::span<const HostMatrix> matrices, const WeightForm
   layout.group = layout.groups == 1 ? layout.padded : format.group_size;
   layout.planes = format.activation_bits / 8;
   layout.bits = format.type == WeightType::kInt8 ? 8 : 4;
+  CHECK_LE(group_columns(layout.k, format), kMaxGroupColumns);
   layout.own_zeros = has_own_zeros(matrices, format);
   return layout;
 }

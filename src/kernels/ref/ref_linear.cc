@@ -44,6 +44,7 @@ const RefWeight& ref_weight(const Weight& weight) {
 
 std::unique_ptr<Weight> RefOps::pack_weight(std::span<const HostMatrix> matrices, const WeightFormat& format) {
   check_host_matrices(matrices);
+  if (format.is_integer()) CHECK_LE(group_columns(matrices[0].k, format), kMaxGroupColumns);
   return std::make_unique<RefWeight>(matrices, format);
 }
 
