@@ -22,6 +22,8 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
 
+bool is_earlier(const Candidate& a, const Candidate& b) { return a.token < b.token; }
+
 bool needs_edit(const SampleInput& input, const SamplingParams& params) {
   const int64_t output_length = static_cast<int64_t>(input.tokens.size()) - input.prompt_length;
   return !params.logit_bias.empty() || params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 ||
@@ -67,17 +69,91 @@ std::vector<float> edit_logits(const SampleInput& input, const SamplingParams& p
   return logits;
 }
 
-// Highest finite logit, lowest id among equals; -1 if there is none.
-TokenId argmax(std::span<const float> logits) {
+// Highest finite logit, lowest id among equals; -1 if there is none. Sets `is_bad` if a logit is NaN or +infinity.
+TokenId argmax(std::span<const float> logits, bool& is_bad) {
   TokenId best = -1;
   float best_logit = kBarred;
   for (size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] > best_logit) {
-      best_logit = logits[i];
-      best = static_cast<TokenId>(i);
+    if (logits[i] <= best_logit) continue;  // a NaN is not
+    if (!(logits[i] < std::numeric_limits<float>::infinity())) {
+      is_bad = true;
+      return -1;
     }
+    best_logit = logits[i];
+    best = static_cast<TokenId>(i);
   }
   return best;
+}
+
+// The `count` best of the logits that are not barred, in no order. One pass: whatever does not beat the worst of the
+// best so far is passed over; the others gather behind them until they are as many again.
+std::vector<Candidate> select_best(std::span<const float> logits, size_t count) {
+  constexpr size_t kLeastBuffer = 256;
+  const size_t buffer = std::max(2 * count, kLeastBuffer);
+  std::vector<Candidate> best;
+  best.reserve(std::min(buffer, logits.size()));
+  const auto keep_best = [&best, count] {
+    std::nth_element(best.begin(), best.begin() + static_cast<std::ptrdiff_t>(count) - 1, best.end(), better);
+    best.resize(count);
+  };
+  float worst = kBarred;  // ties go to the lower token, which comes first: later ones must be higher
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!(logits[i] > worst)) continue;
+    best.push_back({logits[i], static_cast<TokenId>(i)});
+    if (best.size() < buffer) continue;
+    keep_best();
+    worst = static_cast<float>(best.back().logit);
+  }
+  if (best.size() > count) keep_best();
+  return best;
+}
+
+// What top-k and min-p leave, with logits divided by the temperature. In order of tokens, or, if top-k left some out,
+// best first. The order is part of the definition, since sums depend on it.
+std::vector<Candidate> list_candidates(std::span<const float> logits, double max_logit, const SamplingParams& params) {
+  const double inverse_temperature = 1.0 / params.temperature;
+  // min-p keeps tokens with p >= min_p * p_max, that is logit >= max + ln(min_p).
+  const double floor = params.min_p > 0 ? max_logit + std::log(params.min_p) : -std::numeric_limits<double>::infinity();
+  std::vector<Candidate> candidates;
+  if (params.top_k == 0 || static_cast<size_t>(params.top_k) >= logits.size()) {
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double logit = logits[i] * inverse_temperature;
+      if (logit >= floor && logits[i] != kBarred) candidates.push_back({logit, static_cast<TokenId>(i)});
+    }
+    return candidates;
+  }
+  // One more than top_k tells whether any is left out. Dividing by the temperature does not change their order.
+  const size_t top_k = static_cast<size_t>(params.top_k);
+  candidates = select_best(logits, top_k + 1);
+  for (Candidate& candidate : candidates) candidate.logit *= inverse_temperature;
+  std::erase_if(candidates, [floor](const Candidate& candidate) { return candidate.logit < floor; });
+  if (candidates.size() > top_k) {
+    std::sort(candidates.begin(), candidates.end(), better);
+    candidates.pop_back();
+  } else {
+    std::sort(candidates.begin(), candidates.end(), is_earlier);
+  }
+  return candidates;
+}
+
+std::vector<double> weights_of(std::span<const Candidate> candidates, double max_logit) {
+  std::vector<double> weights;
+  weights.reserve(candidates.size());
+  for (const Candidate& candidate : candidates) weights.push_back(std::exp(candidate.logit - max_logit));
+  return weights;
+}
+
+double sum_of(std::span<const double> weights) {
+  double sum = 0;
+  for (double weight : weights) sum += weight;
+  return sum;
+}
+
+// Below this weight a token cannot be in the nucleus: half of an even share of what the nucleus may leave out. All such
+// tokens together are at most half of it, far more than sums are off by.
+double least_nucleus_weight(size_t count, double total, double top_p) {
+  constexpr double kLeastRest = 1e-6;
+  return 1 - top_p < kLeastRest ? 0 : 0.5 * (1 - top_p) * total / static_cast<double>(count);
 }
 
 // Brings the best candidates, in order, to the front until they hold `top_p` of the total weight; returns how many.
@@ -87,9 +163,10 @@ size_t order_nucleus(std::vector<Candidate>& candidates, double max_logit, doubl
   double mass = 0;
   for (size_t wanted = 64;; wanted *= 8) {
     wanted = std::min(wanted, candidates.size());
-    const std::ptrdiff_t from = static_cast<std::ptrdiff_t>(ordered);
-    std::partial_sort(candidates.begin() + from, candidates.begin() + static_cast<std::ptrdiff_t>(wanted),
-                      candidates.end(), better);
+    const auto from = candidates.begin() + static_cast<std::ptrdiff_t>(ordered);
+    const auto to = candidates.begin() + static_cast<std::ptrdiff_t>(wanted);
+    if (to != candidates.end()) std::nth_element(from, to, candidates.end(), better);
+    std::sort(from, to, better);
     for (; ordered < wanted; ++ordered) {
       mass += std::exp(candidates[ordered].logit - max_logit);
       if (mass >= top_p * total) return ordered + 1;
@@ -98,38 +175,52 @@ size_t order_nucleus(std::vector<Candidate>& candidates, double max_logit, doubl
   }
 }
 
-TokenId draw(std::span<const float> logits, TokenId best, uint64_t position, const SamplingParams& params) {
-  const double inverse_temperature = 1.0 / params.temperature;
-  const double max_logit = logits[static_cast<size_t>(best)] * inverse_temperature;
-  // min-p keeps tokens with p >= min_p * p_max, that is logit >= max + ln(min_p).
-  const double floor = params.min_p > 0 ? max_logit + std::log(params.min_p) : -std::numeric_limits<double>::infinity();
-
-  std::vector<Candidate> candidates;
-  candidates.reserve(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] == kBarred) continue;
-    const double logit = logits[i] * inverse_temperature;
-    if (logit >= floor) candidates.push_back({logit, static_cast<TokenId>(i)});
-  }
-  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < candidates.size()) {
-    std::nth_element(candidates.begin(), candidates.begin() + params.top_k, candidates.end(), better);
-    candidates.resize(static_cast<size_t>(params.top_k));
-    std::sort(candidates.begin(), candidates.end(), better);
-  }
-  double total = 0;
-  for (const Candidate& candidate : candidates) total += std::exp(candidate.logit - max_logit);
-  if (params.top_p < 1.0) {
-    candidates.resize(order_nucleus(candidates, max_logit, total, params.top_p));
-    total = 0;
-    for (const Candidate& candidate : candidates) total += std::exp(candidate.logit - max_logit);
-  }
-  const double target = uniform_at(params.seed, position) * total;
+// The index at which the running sum of weights passes `share` of their total; the last that has any weight if rounding
+// leaves the sum a hair below it.
+size_t invert_cumulative(std::span<const double> weights, double total, double share) {
+  const double target = share * total;
   double sum = 0;
-  for (const Candidate& candidate : candidates) {
-    sum += std::exp(candidate.logit - max_logit);
-    if (sum > target) return candidate.token;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    sum += weights[i];
+    if (sum > target) return i;
   }
-  return candidates.back().token;  // rounding left the sum a hair below the target
+  size_t last = weights.size() - 1;
+  while (last > 0 && weights[last] == 0) --last;
+  return last;
+}
+
+// From candidates whose weights, with those left out, sum to `total`.
+TokenId draw_from(std::vector<Candidate>& candidates, double max_logit, double total, double share, double top_p) {
+  if (top_p < 1) candidates.resize(order_nucleus(candidates, max_logit, total, top_p));
+  const std::vector<double> weights = weights_of(candidates, max_logit);
+  return candidates[invert_cumulative(weights, sum_of(weights), share)].token;
+}
+
+// Any token may be chosen that is not barred; a barred one weighs exactly nothing.
+TokenId draw_from_all(std::span<const float> logits, double max_logit, double share, const SamplingParams& params) {
+  const double inverse_temperature = 1.0 / params.temperature;
+  std::vector<double> weights;
+  weights.reserve(logits.size());
+  for (float logit : logits) weights.push_back(std::exp(logit * inverse_temperature - max_logit));
+  const double total = sum_of(weights);
+  if (params.top_p >= 1) return static_cast<TokenId>(invert_cumulative(weights, total, share));
+  const double least = least_nucleus_weight(weights.size(), total, params.top_p);
+  std::vector<Candidate> candidates;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i] < least || logits[i] == kBarred) continue;
+    candidates.push_back({logits[i] * inverse_temperature, static_cast<TokenId>(i)});
+  }
+  return draw_from(candidates, max_logit, total, share, params.top_p);
+}
+
+TokenId draw(std::span<const float> logits, TokenId best, uint64_t position, const SamplingParams& params) {
+  const double max_logit = logits[static_cast<size_t>(best)] * (1.0 / params.temperature);
+  const double share = uniform_at(params.seed, position);
+  const bool has_top_k = params.top_k > 0 && static_cast<size_t>(params.top_k) < logits.size();
+  if (!has_top_k && params.min_p <= 0) return draw_from_all(logits, max_logit, share, params);
+  std::vector<Candidate> candidates = list_candidates(logits, max_logit, params);
+  const double total = sum_of(weights_of(candidates, max_logit));
+  return draw_from(candidates, max_logit, total, share, params.top_p);
 }
 
 // Natural logarithms of the softmax of the untouched logits.
@@ -142,14 +233,14 @@ void fill_logprobs(std::span<const float> logits, int64_t count, GeneratedToken&
   chosen.logprob = static_cast<float>(logits[static_cast<size_t>(chosen.token)] - log_total);
   if (count == 0) return;
 
-  std::vector<Candidate> candidates;
-  candidates.reserve(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i) candidates.push_back({logits[i], static_cast<TokenId>(i)});
-  const size_t wanted = std::min(static_cast<size_t>(count), candidates.size());
-  std::partial_sort(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(wanted), candidates.end(),
-                    better);
-  for (size_t i = 0; i < wanted; ++i) {
-    chosen.top_logprobs.emplace_back(candidates[i].token, static_cast<float>(candidates[i].logit - log_total));
+  const size_t wanted = std::min(static_cast<size_t>(count), logits.size());
+  std::vector<Candidate> best = select_best(logits, wanted);
+  std::sort(best.begin(), best.end(), better);
+  for (size_t i = 0; best.size() < wanted; ++i) {
+    if (logits[i] == kBarred) best.push_back({kBarred, static_cast<TokenId>(i)});
+  }
+  for (const Candidate& candidate : best) {
+    chosen.top_logprobs.emplace_back(candidate.token, static_cast<float>(candidate.logit - log_total));
   }
 }
 
@@ -157,21 +248,21 @@ void fill_logprobs(std::span<const float> logits, int64_t count, GeneratedToken&
 
 Result<GeneratedToken> sample_token(const SampleInput& input, const SamplingParams& params) {
   CHECK(!input.logits.empty());
-  for (float logit : input.logits) {
-    if (std::isnan(logit) || logit == std::numeric_limits<float>::infinity()) {
-      return make_error(ErrorKind::kDataLoss,
-                        "the model produced a NaN or infinite logit at position {}; this request fails alone",
-                        input.tokens.size());
-    }
-  }
+  GeneratedToken chosen;
+  bool is_bad = false;
+  chosen.token = argmax(input.logits, is_bad);
   std::vector<float> edited;
   std::span<const float> logits = input.logits;
-  if (needs_edit(input, params)) {
+  if (!is_bad && needs_edit(input, params)) {
     edited = edit_logits(input, params);
     logits = edited;
+    chosen.token = argmax(logits, is_bad);
   }
-  GeneratedToken chosen;
-  chosen.token = argmax(logits);
+  if (is_bad) {
+    return make_error(ErrorKind::kDataLoss,
+                      "the model produced a NaN or infinite logit at position {}; this request fails alone",
+                      input.tokens.size());
+  }
   if (chosen.token < 0) {
     return make_error(ErrorKind::kDataLoss, "no token may be chosen at position {}: every logit is -inf",
                       input.tokens.size());

@@ -2,9 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
+#include <random>
+#include <set>
 
 #include "src/engine/philox.h"
 
@@ -138,6 +143,86 @@ TEST(Sampler, LogprobsAreOfTheUntouchedLogits) {
   ASSERT_EQ(chosen.top_logprobs.size(), 2U);
   EXPECT_EQ(chosen.top_logprobs[0].first, 0);
   EXPECT_NEAR(chosen.top_logprobs[1].second, std::log(0.3), 1e-6);
+}
+
+// The definition in sampler.h word for word: sort everything, sum everything.
+TokenId choose_plainly(const std::vector<float>& logits, const SamplingParams& params, uint64_t position) {
+  std::vector<std::pair<double, TokenId>> candidates;
+  const double inverse_temperature = 1.0 / params.temperature;
+  const double max_logit = *std::max_element(logits.begin(), logits.end()) * inverse_temperature;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double logit = logits[i] * inverse_temperature;
+    if (logits[i] == -kInf || (params.min_p > 0 && logit < max_logit + std::log(params.min_p))) continue;
+    candidates.emplace_back(logit, static_cast<TokenId>(i));
+  }
+  const auto best_first = [](const auto& a, const auto& b) { return a.first > b.first; };
+  const auto total = [&] {
+    double sum = 0;
+    for (const auto& candidate : candidates) sum += std::exp(candidate.first - max_logit);
+    return sum;
+  };
+  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < candidates.size()) {
+    std::stable_sort(candidates.begin(), candidates.end(), best_first);
+    candidates.resize(static_cast<size_t>(params.top_k));
+  }
+  if (params.top_p < 1) {
+    const double wanted = params.top_p * total();
+    std::stable_sort(candidates.begin(), candidates.end(), best_first);
+    double mass = 0;
+    size_t size = 0;
+    while (size < candidates.size() && mass < wanted) mass += std::exp(candidates[size++].first - max_logit);
+    candidates.resize(size);
+  }
+  const double target = uniform_at(params.seed, position) * total();
+  double sum = 0;
+  for (const auto& candidate : candidates) {
+    sum += std::exp(candidate.first - max_logit);
+    if (sum > target) return candidate.second;
+  }
+  return candidates.back().second;
+}
+
+// Every shortcut gives what sorting the vocabulary gives: the same bits decide, so the same token comes out.
+TEST(Sampler, ShortcutsAgreeWithSortingEverything) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937 random(seed);
+  const auto one_of = [&random](auto... values) {
+    const std::array list{static_cast<double>(values)...};
+    return list[random() % list.size()];
+  };
+  std::set<TokenId> chosen_tokens;
+  for (int round = 0; round < 3000; ++round) {
+    std::vector<float> logits(static_cast<size_t>(one_of(1, 2, 40, 500, 3000)));
+    std::normal_distribution<float> normal(0, static_cast<float>(one_of(0.01, 1, 5)));
+    const bool has_ties = random() % 2 == 0;
+    for (float& logit : logits) {
+      logit = normal(random);
+      if (has_ties) logit = std::round(logit * 4) / 4;
+      if (random() % 50 == 0) logit = -kInf;
+    }
+    logits[random() % logits.size()] = 1;  // one at least may be chosen
+    SamplingParams params;
+    params.temperature = one_of(0.1, 0.7, 1, 2);
+    params.top_k = static_cast<int64_t>(one_of(0, 0, 1, 5, 50, 499, 5000));
+    params.top_p = one_of(1, 1, 0.999999999, 0.99, 0.9, 0.5, 0.01);
+    params.min_p = one_of(0, 0, 0.01, 0.3);
+    params.seed = random();
+    params.num_logprobs = static_cast<int64_t>(one_of(-1, 3, 20));
+    const std::vector<TokenId> tokens(1 + random() % 20, 0);
+    const GeneratedToken chosen = sample_token({logits, tokens, 1, {}}, params).value();
+    ASSERT_EQ(chosen.token, choose_plainly(logits, params, tokens.size())) << "round " << round;
+    chosen_tokens.insert(chosen.token);
+    if (params.num_logprobs < 0) continue;
+    std::vector<TokenId> sorted(logits.size());
+    std::iota(sorted.begin(), sorted.end(), 0);
+    std::stable_sort(sorted.begin(), sorted.end(), [&](TokenId a, TokenId b) {
+      return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)];
+    });
+    ASSERT_EQ(chosen.top_logprobs.size(), std::min(logits.size(), static_cast<size_t>(params.num_logprobs)));
+    for (size_t i = 0; i < chosen.top_logprobs.size(); ++i) ASSERT_EQ(chosen.top_logprobs[i].first, sorted[i]);
+  }
+  EXPECT_GT(chosen_tokens.size(), 100U);
 }
 
 }  // namespace
