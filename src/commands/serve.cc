@@ -2,6 +2,7 @@
 //
 // Order of start: options, config.json, tokenizer and every tensor header are checked before the port opens; the port
 // answers /health with 503 and the progress while weights load; requests are taken once the engine runs.
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -9,10 +10,12 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <cerrno>
 #include <condition_variable>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -204,6 +207,12 @@ class Server {
 int run_serve(const Options& options) {
   start_log(options);
   log_info("serve", "tandem {} {}", kVersion, options.changed_json());
+  // Before any thread starts: each takes the niceness of its creator.
+  const int niceness = static_cast<int>(options.integer("nice"));
+  if (niceness > 0 && ::setpriority(PRIO_PROCESS, 0, niceness) != 0) {
+    std::fprintf(stderr, "--nice %d was refused by the system: %s\n", niceness, std::strerror(errno));
+    return 1;
+  }
   Server server(options);
   const Status status = server.run();
   if (!status.ok()) {

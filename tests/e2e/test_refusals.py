@@ -82,6 +82,7 @@ def test_port_in_use():
 @pytest.mark.parametrize("options,word", [
     (["--max-model-len", "1000000"], "max-model-len"),
     (["--num-gpu-blocks-override", "2"], "num-gpu-blocks-override"),
+    (["--kv-cache-memory-bytes", "100T"], "too little; lower --kv-cache-memory-bytes to"),
     (["--no-such-option", "1"], "no-such-option"),
     (["--kv-transfer-config", '{"kv_connector":"UcxConnector","kv_role":"kv_dictator"}'], "kv_role"),
     (["--kv-transfer-config", '{"kv_connector":"P2pNcclConnector","kv_role":"kv_both"}'], "UcxConnector"),
