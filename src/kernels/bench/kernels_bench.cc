@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -62,6 +63,14 @@ struct Limits {
   double read_gbytes;
 };
 
+// Rates of the plain backend in 1e9 operations per second, by kernel and format.
+using ReferenceRates = std::map<std::string, double>;
+
+// "linear int8 a8 M=1 N=4096 K=2048" is of "linear int8 a8".
+std::string kernel_and_format(const std::string& line_name) {
+  return line_name.substr(0, line_name.rfind(' ', line_name.find('=')));
+}
+
 class Bench {
  public:
   Bench(const cpu::Isa& isa, std::unique_ptr<Ops> ops, std::string filter)
@@ -75,7 +84,10 @@ class Bench {
   }
 
   // Every line is one kernel with one shape: add lines here.
-  void run_all();
+  void run_all(const ReferenceRates& reference);
+  // One small shape of every kernel and format, for the plain backend, which would take minutes for the others. Prints
+  // nothing.
+  ReferenceRates run_small();
 
  private:
   // Whether the line of that name is asked for; a line asks before it prepares anything.
@@ -83,6 +95,8 @@ class Bench {
   Limits measure_limits();
   // `ops` counts a multiply-add as two; the limit is that of 8-bit products where `of_bytes`.
   void report(const std::string& name, double seconds, double ops, double bytes, bool of_bytes = false);
+  // How often a working set must be repeated, so that its copies together do not fit in the caches.
+  int64_t copies_beyond_caches(int64_t bytes) const;
   Tensor make(DType dtype, int64_t rows, int64_t cols);
   Tensor make_random(int64_t rows, int64_t cols);
   std::unique_ptr<Weight> make_weight(int64_t batch, int64_t n, int64_t k, const WeightFormat& format);
@@ -96,6 +110,8 @@ class Bench {
   const cpu::Isa& isa_;
   std::unique_ptr<Ops> ops_;
   const std::string filter_;
+  bool is_small_ = false;
+  ReferenceRates rates_;  // filled by run_small, compared with by run_all
   std::unique_ptr<Stream> stream_;
   cpu::ThreadPool pool_;
   HostBuffer memory_;
@@ -119,17 +135,27 @@ Limits Bench::measure_limits() {
       3);
   const double flops = static_cast<double>(isa_.fma_flops_per_round * kRounds * threads);
   const double byte_ops = static_cast<double>(isa_.dot_ops_per_round * kRounds * threads);
-  return {flops / compute * 1e-9, byte_ops / byte_products * 1e-9, read_gbytes(isa_, pool_, memory_.address(), kReadBytes)};
+  return {flops / compute * 1e-9, byte_ops / byte_products * 1e-9,
+          read_gbytes(isa_, pool_, memory_.address(), kReadBytes)};
 }
 
 void Bench::report(const std::string& name, double seconds, double ops, double bytes, bool of_bytes) {
-  const Limits limits = measure_limits();
   const double gops = ops / seconds * 1e-9;
+  const std::string kind = kernel_and_format(name);
+  if (is_small_) {
+    rates_[kind] = gops;
+    buffers_.clear();
+    return;
+  }
+  const Limits limits = measure_limits();
+  const auto reference = rates_.find(kind);
+  const std::string times =
+      reference == rates_.end() ? "no reference" : fmt::format("{:.0f} x ref", gops / reference->second);
   const double most_gops = of_bytes ? limits.byte_gops : limits.gflops;
   const double gbytes = bytes / seconds * 1e-9;
-  fmt::print("{:<44} {:>10.1f} us {:>8.1f} {} ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f})\n",
+  fmt::print("{:<44} {:>10.1f} us {:>8.1f} {} ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f}) {:>10}\n",
              name, seconds * 1e6, gops, of_bytes ? "GOP/s  " : "GFLOP/s", 100 * gops / most_gops, most_gops, gbytes,
-             100 * gbytes / limits.read_gbytes, limits.read_gbytes);
+             100 * gbytes / limits.read_gbytes, limits.read_gbytes, times);
   std::fflush(stdout);
   buffers_.clear();
 }
@@ -157,8 +183,7 @@ std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k, 
   return ops_->pack_weight(matrices, format);
 }
 
-// How often a working set must be repeated, so that its copies together do not fit in the caches.
-int64_t copies_beyond_caches(int64_t bytes) { return (kReadBytes + bytes - 1) / bytes; }
+int64_t Bench::copies_beyond_caches(int64_t bytes) const { return is_small_ ? 1 : (kReadBytes + bytes - 1) / bytes; }
 
 void Bench::bench_linear(const WeightFormat& format, int64_t rows, int64_t n, int64_t k) {
   const std::string name = fmt::format("linear {} M={} N={} K={}", weight_format_name(format), rows, n, k);
@@ -208,8 +233,8 @@ void Bench::bench_experts(const WeightFormat& format, int64_t rows, int64_t expe
   const double weights_per_expert = static_cast<double>(3 * hidden * width);
   const double bytes_per_expert = static_cast<double>(gate_up->bytes() + down->bytes()) / static_cast<double>(experts);
   const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
-  report(name, seconds, 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k),
-         bytes_per_expert * used, format.is_integer());
+  report(name, seconds, 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k), bytes_per_expert * used,
+         format.is_integer());
 }
 
 void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
@@ -276,10 +301,23 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
          static_cast<double>(copies * blocks * block_bytes));
 }
 
-void Bench::run_all() {
-  fmt::print("{}, {} threads; shares are of f32 multiply-adds (integer formats: of products of bytes) and of "
-             "memory reads measured beside each line\n",
-             ops_->name(), ops_->num_threads());
+ReferenceRates Bench::run_small() {
+  is_small_ = true;
+  for (const WeightFormat& format : kFormats) {
+    bench_linear(format, 8, 256, 512);
+    bench_experts(format, 8, 8, 2, 256, 128);
+  }
+  bench_attention(16, 256, 4, 2, 128);
+  bench_latent_attention(256, 4, 512, 64);
+  return std::move(rates_);
+}
+
+void Bench::run_all(const ReferenceRates& reference) {
+  rates_ = reference;
+  fmt::print(
+      "{}, {} threads; shares are of f32 multiply-adds (integer formats: of products of bytes) and of memory "
+      "reads measured beside each line; ref is the plain backend, one thread, at a small shape\n",
+      ops_->name(), ops_->num_threads());
   for (const WeightFormat& format : kFormats) {
     for (const int64_t rows : {1, 4, 16, 64, 256}) bench_linear(format, rows, 4096, 2048);
     bench_linear(format, 1, 7168, 2048);
@@ -300,7 +338,9 @@ Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) 
     return invalid_argument("cpu-isa", "backend \"{}\" has no limits to compare with, choose one of the cpu backends",
                             name);
   }
-  Bench(*isa, std::move(ops), options.filter).run_all();
+  TANDEM_ASSIGN(std::unique_ptr<Ops> ref_ops, make_ops("ref", 1));
+  const ReferenceRates reference = Bench(*isa, std::move(ref_ops), options.filter).run_small();
+  Bench(*isa, std::move(ops), options.filter).run_all(reference);
   return {};
 }
 
