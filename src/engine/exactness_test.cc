@@ -38,6 +38,7 @@ struct RankSetup {
   int threads = 1;
   int64_t max_num_batched_tokens = 512;
   int64_t max_num_seqs = 1;
+  int64_t max_step_us = 0;
   int64_t num_blocks = 2 * kMaxModelLen / 16 * 16;
   bool prefix_caching = false;
   std::optional<KvRole> kv_role;
@@ -61,6 +62,7 @@ class Rank {
     options.model_name = "exact";
     options.limits.max_num_batched_tokens = setup.max_num_batched_tokens;
     options.limits.max_num_seqs = setup.max_num_seqs;
+    options.limits.max_step_us = setup.max_step_us;
     options.limits.max_num_waiting = 4096;
     options.limits.block_size = info.kv.block_size;
     options.limits.prefix_caching = setup.prefix_caching;
@@ -235,6 +237,17 @@ TEST_P(Exactness, ChunkSizes) {
   mixed.max_num_seqs = 8;
   Rank rank(path_, mixed);
   expect_same(run_all(rank, requests_, 8), "8 at once in steps of 23 rows");
+}
+
+// Steps whose rows follow the clock, hence chunks that differ from run to run.
+TEST_P(Exactness, StepsLimitedByTime) {
+  for (const int64_t max_step_us : {1, 2000}) {
+    RankSetup setup;
+    setup.max_num_seqs = 8;
+    setup.max_step_us = max_step_us;
+    Rank rank(path_, setup);
+    expect_same(run_all(rank, requests_, 8), "steps of " + std::to_string(max_step_us) + " us");
+  }
 }
 
 TEST_P(Exactness, PrefixHits) {
