@@ -177,6 +177,58 @@ TEST_F(LoadTest, StackedExpertsAreTheSameModel) {
   }
 }
 
+// Experts of 1,560 columns: thirteen FP8 blocks or groups of 128, of which the last has 24.
+TEST_F(LoadTest, ExpertWidthNeedNotBeAMultipleOfTheBlock) {
+  constexpr int64_t kWidth = 1560;
+  constexpr int64_t kHidden = 64;
+  std::mt19937_64 random(1560);
+  std::vector<FileTensor> scales_of_all;
+  Folder as_fp8("qwen_base");
+  Folder as_f32("qwen_base");
+  as_fp8.config = replaced(as_fp8.config, "\"moe_intermediate_size\": 24", "\"moe_intermediate_size\": 1560");
+  as_f32.config = as_fp8.config;
+  as_fp8.config = replaced(as_fp8.config, "{", R"({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3",
+      "activation_scheme": "dynamic", "weight_block_size": [128, 128]},)");
+  for (FileTensor& tensor : as_fp8.tensors) {
+    if (tensor.name.find(".experts.") == std::string::npos) continue;
+    const bool is_down = tensor.name.find("down_proj") != std::string::npos;
+    const int64_t n = is_down ? kHidden : kWidth;
+    const int64_t k = is_down ? kWidth : kHidden;
+    const int64_t columns = (k + 127) / 128;
+    std::vector<float> scales(static_cast<size_t>((n + 127) / 128 * columns));
+    for (float& scale : scales) scale = 1e-3F * static_cast<float>(1 + random() % 8);
+    std::vector<uint8_t> codes(static_cast<size_t>(n * k));
+    std::vector<float> values(codes.size());
+    for (size_t i = 0; i < codes.size(); ++i) {
+      codes[i] = static_cast<uint8_t>(random() % 2 * 128 + random() % 96);
+      const int64_t row = static_cast<int64_t>(i) / k;
+      const int64_t column = static_cast<int64_t>(i) % k;
+      values[i] =
+          kernels::float_from_f8e4m3(codes[i]) * scales[static_cast<size_t>(row / 128 * columns + column / 128)];
+    }
+    const auto text_of = [](const auto& array) {
+      return std::string(reinterpret_cast<const char*>(array.data()), array.size() * sizeof(array[0]));
+    };
+    as_f32.tensor(tensor.name) = {tensor.name, "F32", {n, k}, text_of(values)};
+    tensor = {tensor.name, "F8_E4M3", {n, k}, text_of(codes)};
+    scales_of_all.push_back({tensor.name + "_scale_inv", "F32", {(n + 127) / 128, columns}, text_of(scales)});
+  }
+  as_fp8.tensors.insert(as_fp8.tensors.end(), scales_of_all.begin(), scales_of_all.end());
+  as_fp8.write();
+  as_f32.write();
+  for (const QuantizationRequest& request :
+       {QuantizationRequest{}, {"w8a8", 0}, {"wint4", 128}, {"w4a8", 0}, {"wint8", 0}}) {
+    SCOPED_TRACE(request.name);
+    LoadOptions of_fp8 = golden_options(as_fp8.dir.path(), ComputeType::kF32);
+    LoadOptions of_f32 = golden_options(as_f32.dir.path(), ComputeType::kF32);
+    of_fp8.quantization = request;
+    of_f32.quantization = request;
+    const Sequences::Logits logits = logits_of(of_fp8);
+    EXPECT_EQ(logits, logits_of(of_f32));
+    for (const float value : logits.back()) ASSERT_TRUE(std::isfinite(value));
+  }
+}
+
 TEST_F(LoadTest, FingerprintTellsWeightsAndConfigsApart) {
   const auto fingerprint_of = [&](const std::string& path) {
     return must_load(*ops_, golden_options(path, ComputeType::kBf16))->info().fingerprint;
