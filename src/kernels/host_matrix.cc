@@ -94,6 +94,33 @@ void check_host_matrices(std::span<const HostMatrix> matrices) {
   }
 }
 
+// Eight codes at a time: a model has billions.
+void load_codes(const HostMatrix& matrix, int64_t n, uint8_t* out) {
+  int64_t k = 0;
+  if (matrix.dtype == DType::kI8) {
+    const std::byte* codes = element_address(matrix, n, 0);
+    for (; k + 8 <= matrix.k; k += 8) {
+      const uint64_t word = load<uint64_t>(codes + k) ^ 0x8080808080808080U;
+      std::memcpy(out + k, &word, sizeof word);
+    }
+    for (; k < matrix.k; ++k) out[k] = static_cast<uint8_t>(std::to_integer<uint8_t>(codes[k]) ^ 0x80U);
+    return;
+  }
+  CHECK_EQ(matrix.dtype, DType::kU4);
+  const std::byte* pairs = matrix.data + n * (((matrix.row_stride == 0 ? matrix.k : matrix.row_stride) + 1) / 2);
+  for (; k + 8 <= matrix.k; k += 8) {
+    uint64_t word = load<uint32_t>(pairs + k / 2);  // spread its nibbles over bytes
+    word = (word | word << 16U) & 0x0000FFFF0000FFFFU;
+    word = (word | word << 8U) & 0x00FF00FF00FF00FFU;
+    word = (word | word << 4U) & 0x0F0F0F0F0F0F0F0FU;
+    std::memcpy(out + k, &word, sizeof word);
+  }
+  for (; k < matrix.k; ++k) {
+    const uint8_t pair = std::to_integer<uint8_t>(pairs[k / 2]);
+    out[k] = k % 2 == 0 ? pair & 0x0FU : static_cast<uint8_t>(pair >> 4U);
+  }
+}
+
 float load_scale(const HostMatrix& matrix, int64_t index) {
   return load_float(matrix.scales + index * dtype_bytes(matrix.scales_dtype), matrix.scales_dtype);
 }

@@ -17,6 +17,9 @@ void decode_row(const HostMatrix& matrix, int64_t n, int64_t first, int64_t coun
 // The same, rounded to bf16; a bf16 source is copied bit by bit.
 void decode_row_bf16(const HostMatrix& matrix, int64_t n, int64_t first, int64_t count, uint16_t* out);
 
+// The k codes of row n of a kI8 or kU4 matrix, unsigned: 8 bits count from 128.
+void load_codes(const HostMatrix& matrix, int64_t n, uint8_t* out);
+
 // Element `index` of matrix.scales.
 float load_scale(const HostMatrix& matrix, int64_t index);
 

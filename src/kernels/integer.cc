@@ -36,18 +36,8 @@ int32_t to_code(float x, float inverse, int64_t limit) {
                     static_cast<int32_t>(limit));
 }
 
-uint8_t stored_code(const HostMatrix& matrix, int64_t n, int64_t k) {
-  const int64_t stride = matrix.row_stride == 0 ? matrix.k : matrix.row_stride;
-  if (matrix.dtype == DType::kI8) {
-    return static_cast<uint8_t>(std::to_integer<uint8_t>(matrix.data[n * stride + k]) ^ 0x80U);
-  }
-  const int64_t even_stride = (stride + 1) / 2 * 2;
-  const uint8_t pair = std::to_integer<uint8_t>(matrix.data[(n * even_stride + k) / 2]);
-  return k % 2 == 0 ? pair & 0x0FU : static_cast<uint8_t>(pair >> 4U);
-}
-
 void take_over(const HostMatrix& matrix, int64_t n, const WeightFormat& format, IntegerWeightRow* row) {
-  for (int64_t k = 0; k < matrix.k; ++k) row->codes[static_cast<size_t>(k)] = stored_code(matrix, n, k);
+  load_codes(matrix, n, row->codes.data());
   const int64_t groups = std::ssize(row->scales);
   for (int64_t g = 0; g < groups; ++g) {
     const size_t i = static_cast<size_t>(g);
