@@ -48,8 +48,13 @@ TANDEM_INLINE void add_products(const IntegerPass& pass, const std::byte* const*
   constexpr int64_t kVectorBytes = kLanes * 4;
   for (int64_t k = begin; k < end; k += kColumns) {
     const int64_t offset = k / kColumns * kStepBytes;
-    if constexpr (ROWS > 2) {
-      const std::byte* ahead = pass.prefetch + k / kColumns * pass.prefetch_step;
+    const std::byte* ahead = pass.prefetch + k / kColumns * pass.prefetch_step;
+    if constexpr (ROWS <= 2 && BITS == 4) {
+      // Unpacking leaves room for few loads in the core's window. Codes of 8 bits need no help and would be slowed
+      // down.
+#pragma GCC unroll 9
+      for (int line = 0; line <= VECTORS; ++line) __builtin_prefetch(ahead + line * 64, 0, 2);
+    } else if constexpr (ROWS > 2) {
       __builtin_prefetch(ahead, 0, 2);
       __builtin_prefetch(ahead + pass.prefetch_step / 2, 0, 2);
     }
@@ -108,8 +113,8 @@ TANDEM_INLINE void take_group(const IntegerPass& pass, const std::byte* const* p
     for (int r = 0; r < ROWS; ++r) {
       const float* x_scales = reinterpret_cast<const float*>(pass.x[r] + layout.row_scales());
       const int32_t* x_sums = reinterpret_cast<const int32_t*>(pass.x[r] + layout.row_sums());
-      Vec value = to_float(int_sub(sums[PLANES - 1][r][v],
-                                   int_mul(zeros, int_broadcast(x_sums[(PLANES - 1) * layout.groups + g]))));
+      Vec value = to_float(
+          int_sub(sums[PLANES - 1][r][v], int_mul(zeros, int_broadcast(x_sums[(PLANES - 1) * layout.groups + g]))));
       if constexpr (PLANES == 2) {
         const Vec high = to_float(int_sub(sums[0][r][v], int_mul(zeros, int_broadcast(x_sums[g]))));
         value = fma(broadcast(256.0F), high, value);
