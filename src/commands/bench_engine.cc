@@ -8,7 +8,7 @@
 #include "src/commands/client_common.h"
 #include "src/commands/commands.h"
 #include "src/commands/rank.h"
-#include "src/kernels/bench/kernels_bench.h"
+#include "src/kernels/bench/limits.h"
 
 namespace tandem::commands {
 namespace {
@@ -90,7 +90,7 @@ struct LatencySamples {
   std::vector<double> latencies;  // of whole batches
   std::vector<double> prompts;    // until every request of the batch has its first token
   std::vector<double> steps;      // of decode
-  std::vector<double> read_gbytes;
+  std::vector<double> limits;     // 1e9 bytes per second that memory gave, the mean of before and after each batch
 };
 
 void add_samples(const bench::EngineRun& run, LatencySamples& samples) {
@@ -110,16 +110,19 @@ void add_samples(const bench::EngineRun& run, LatencySamples& samples) {
 Result<LatencySamples> take_samples(const Options& options, Rank& rank, const Clock& clock) {
   const int64_t warmups = options.integer("num-iters-warmup");
   LatencySamples samples;
+  kernels::LimitMeter meter(rank.ops().name(), rank.ops().num_threads());
   for (int64_t i = 0; i < warmups + options.integer("num-iters"); ++i) {
     // New prompts each time: none is found in the prefix cache.
     TANDEM_ASSIGN(
         const std::vector<bench::PromptRequest> prompts,
         make_prompts(options, rank, options.integer("batch-size"), static_cast<uint64_t>(options.integer("seed") + i)));
+    const double limit_before = meter.sample_read_gbytes();
     const bench::EngineRun run = bench::run_on_worker(rank.engine(), prompts, clock);
     TANDEM_TRY(check_all_succeeded(run));
+    const double limit_after = meter.sample_read_gbytes();
     if (i < warmups) continue;
     add_samples(run, samples);
-    samples.read_gbytes.push_back(kernels::measure_read_gbytes(rank.ops().name(), rank.ops().num_threads()));
+    samples.limits.push_back((limit_before + limit_after) / 2);
   }
   return samples;
 }
@@ -167,15 +170,21 @@ Status measure_latency(const Options& options) {
                       {"prompt_tokens_per_second", prompt_rate}};
   if (!samples.steps.empty()) {
     const double step_s = bench::describe_values(samples.steps, {}).median;
-    const double gbytes = decode_step_bytes(options, loaded) / step_s * 1e-9;
-    const double limit = bench::describe_values(samples.read_gbytes, {}).median;
+    const double bytes = decode_step_bytes(options, loaded);
+    const double gbytes = bytes / step_s * 1e-9;
+    const double limit = bench::describe_values(samples.limits, {}).median;
+    std::vector<double> shares;
+    for (size_t i = 0; i < samples.steps.size(); ++i)
+      shares.push_back(bytes / samples.steps[i] * 1e-9 / samples.limits[i]);
+    const double share = bench::describe_values(shares, {}).median;
     std::printf("decode: %.3f ms a step, %.1f tokens/s; reads %.1f MB a step (experts evenly chosen) = %.1f GB/s, ",
                 step_s * 1e3, rows / step_s, gbytes * step_s * 1e3, gbytes);
-    std::printf("%.0f %% of the %.1f GB/s measured beside it\n", 100 * gbytes / limit, limit);
+    std::printf("%.0f %% of the %.1f GB/s measured before and after\n", 100 * share, limit);
     json.update({{"decode_step_seconds", step_s},
                  {"decode_tokens_per_second", rows / step_s},
                  {"decode_read_gbytes_per_second", gbytes},
-                 {"measured_read_gbytes_per_second", limit}});
+                 {"measured_read_gbytes_per_second", limit},
+                 {"decode_share_of_read_limit", share}});
   }
   return save_json(options.text("output-json"), json);
 }

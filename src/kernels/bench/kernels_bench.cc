@@ -1,4 +1,3 @@
-// Best of several repetitions throughout; limits are taken again after every kernel, since a shared machine drifts.
 #include "src/kernels/bench/kernels_bench.h"
 
 #include <fmt/format.h>
@@ -9,46 +8,15 @@
 #include <random>
 #include <vector>
 
-#include "src/base/clock.h"
+#include "src/kernels/bench/limits.h"
 #include "src/kernels/convert.h"
 #include "src/kernels/cpu/isa_choice.h"
-#include "src/kernels/cpu/thread_pool.h"
-#include "src/kernels/host_ops.h"
 #include "src/kernels/ops.h"
 
 namespace tandem::kernels {
 namespace {
 
-constexpr int64_t kReadBytes = int64_t{256} << 20;  // far beyond the caches
-constexpr int kRepetitions = 7;
-
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-double best_seconds(const std::function<void()>& run, int repetitions = kRepetitions) {
-  double best = 1e30;
-  for (int i = 0; i <= repetitions; ++i) {
-    const double start = seconds_now();
-    run();
-    if (i > 0) best = std::min(best, seconds_now() - start);  // the first fills caches and page tables
-  }
-  return best;
-}
-
-double read_gbytes(const cpu::Isa& isa, cpu::ThreadPool& pool, const std::byte* memory, int64_t bytes) {
-  const int threads = pool.num_threads();
-  std::vector<float> sinks(static_cast<size_t>(threads) * 16);
-  const int64_t share = bytes / threads;
-  const double seconds = best_seconds(
-      [&] {
-        pool.run(threads, [&](int64_t i, int) {
-          sinks[static_cast<size_t>(i) * 16] += isa.run_read(memory + i * share, share);
-        });
-      },
-      3);
-  return static_cast<double>(share * threads) / seconds * 1e-9;
-}
+constexpr int64_t kCacheBytes = int64_t{256} << 20;  // more than any cache
 
 // bf16, then what --quantization w8a8, wint8, w4a8 and wint4 with groups make.
 constexpr WeightFormat kFormats[] = {kBf16Weights,
@@ -57,10 +25,13 @@ constexpr WeightFormat kFormats[] = {kBf16Weights,
                                      {WeightType::kInt4, 128, 8},
                                      {WeightType::kInt4, 128, 16}};
 
-struct Limits {
-  double gflops;     // f32 multiply-adds
-  double byte_gops;  // products of 8-bit integers
-  double read_gbytes;
+// What one measurement runs.
+struct Work {
+  std::string name;
+  int64_t calls = 1;      // of the kernel
+  double ops = 0;         // of all calls; a multiply-add counts as two
+  double bytes = 0;       // that all calls must read
+  bool of_bytes = false;  // operations are products of 8-bit integers
 };
 
 // Rates of the plain backend in 1e9 operations per second, by kernel and format.
@@ -74,14 +45,10 @@ std::string kernel_and_format(const std::string& line_name) {
 class Bench {
  public:
   Bench(const cpu::Isa& isa, std::unique_ptr<Ops> ops, std::string filter)
-      : isa_(isa),
-        ops_(std::move(ops)),
+      : ops_(std::move(ops)),
         filter_(std::move(filter)),
         stream_(ops_->make_stream()),
-        pool_(ops_->num_threads()),
-        memory_(kReadBytes) {
-    std::fill_n(memory_.address(), kReadBytes, std::byte{1});
-  }
+        meter_(isa, ops_->num_threads()) {}
 
   // Every line is one kernel with one shape: add lines here.
   void run_all(const ReferenceRates& reference);
@@ -92,9 +59,8 @@ class Bench {
  private:
   // Whether the line of that name is asked for; a line asks before it prepares anything.
   bool is_selected(const std::string& name) const { return name.find(filter_) != std::string::npos; }
-  Limits measure_limits();
-  // `ops` counts a multiply-add as two; the limit is that of 8-bit products where `of_bytes`.
-  void report(const std::string& name, double seconds, double ops, double bytes, bool of_bytes = false);
+  // Measures and prints a line; frees what make() made.
+  void report(const Work& work, const std::function<void()>& run);
   // How often a working set must be repeated, so that its copies together do not fit in the caches.
   int64_t copies_beyond_caches(int64_t bytes) const;
   Tensor make(DType dtype, int64_t rows, int64_t cols);
@@ -107,57 +73,32 @@ class Bench {
   void bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim);
   void bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope);
 
-  const cpu::Isa& isa_;
   std::unique_ptr<Ops> ops_;
   const std::string filter_;
   bool is_small_ = false;
   ReferenceRates rates_;  // filled by run_small, compared with by run_all
   std::unique_ptr<Stream> stream_;
-  cpu::ThreadPool pool_;
-  HostBuffer memory_;
+  LimitMeter meter_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::mt19937 random_{1};
 };
 
-Limits Bench::measure_limits() {
-  constexpr int64_t kRounds = 1 << 20;
-  const int threads = pool_.num_threads();
-  std::vector<float> sinks(static_cast<size_t>(threads) * 16);
-  const double compute = best_seconds(
-      [&] { pool_.run(threads, [&](int64_t i, int) { sinks[static_cast<size_t>(i) * 16] = isa_.run_fma(kRounds); }); },
-      3);
-  const double byte_products = best_seconds(
-      [&] {
-        pool_.run(threads, [&](int64_t i, int) {
-          sinks[static_cast<size_t>(i) * 16] += static_cast<float>(isa_.run_dot(kRounds));
-        });
-      },
-      3);
-  const double flops = static_cast<double>(isa_.fma_flops_per_round * kRounds * threads);
-  const double byte_ops = static_cast<double>(isa_.dot_ops_per_round * kRounds * threads);
-  return {flops / compute * 1e-9, byte_ops / byte_products * 1e-9,
-          read_gbytes(isa_, pool_, memory_.address(), kReadBytes)};
-}
-
-void Bench::report(const std::string& name, double seconds, double ops, double bytes, bool of_bytes) {
-  const double gops = ops / seconds * 1e-9;
-  const std::string kind = kernel_and_format(name);
+void Bench::report(const Work& work, const std::function<void()>& run) {
+  const Rates rates = measure_beside_limits(meter_, run, work.ops, work.bytes, work.of_bytes);
+  const std::string kind = kernel_and_format(work.name);
+  buffers_.clear();
   if (is_small_) {
-    rates_[kind] = gops;
-    buffers_.clear();
+    rates_[kind] = rates.gops;
     return;
   }
-  const Limits limits = measure_limits();
   const auto reference = rates_.find(kind);
   const std::string times =
-      reference == rates_.end() ? "no reference" : fmt::format("{:.0f} x ref", gops / reference->second);
-  const double most_gops = of_bytes ? limits.byte_gops : limits.gflops;
-  const double gbytes = bytes / seconds * 1e-9;
+      reference == rates_.end() ? "no reference" : fmt::format("{:.0f} x ref", rates.gops / reference->second);
   fmt::print("{:<44} {:>10.1f} us {:>8.1f} {} ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f}) {:>10}\n",
-             name, seconds * 1e6, gops, of_bytes ? "GOP/s  " : "GFLOP/s", 100 * gops / most_gops, most_gops, gbytes,
-             100 * gbytes / limits.read_gbytes, limits.read_gbytes, times);
+             work.name, rates.seconds * 1e6 / static_cast<double>(work.calls), rates.gops,
+             work.of_bytes ? "GOP/s  " : "GFLOP/s", 100 * rates.ops_share, rates.limit_gops, rates.gbytes,
+             100 * rates.bytes_share, rates.limit_gbytes, times);
   std::fflush(stdout);
-  buffers_.clear();
 }
 
 Tensor Bench::make(DType dtype, int64_t rows, int64_t cols) {
@@ -183,7 +124,7 @@ std::unique_ptr<Weight> Bench::make_weight(int64_t batch, int64_t n, int64_t k, 
   return ops_->pack_weight(matrices, format);
 }
 
-int64_t Bench::copies_beyond_caches(int64_t bytes) const { return is_small_ ? 1 : (kReadBytes + bytes - 1) / bytes; }
+int64_t Bench::copies_beyond_caches(int64_t bytes) const { return is_small_ ? 1 : (kCacheBytes + bytes - 1) / bytes; }
 
 void Bench::bench_linear(const WeightFormat& format, int64_t rows, int64_t n, int64_t k) {
   const std::string name = fmt::format("linear {} M={} N={} K={}", weight_format_name(format), rows, n, k);
@@ -195,11 +136,14 @@ void Bench::bench_linear(const WeightFormat& format, int64_t rows, int64_t n, in
   while (std::ssize(weights) < copies) weights.push_back(make_weight(1, n, k, format));
   const Tensor x = make_random(rows, k);
   const Tensor out = make(DType::kF32, rows, n);
-  const double seconds = best_seconds([&] {
+  const Work work{.name = name,
+                  .calls = copies,
+                  .ops = 2.0 * static_cast<double>(copies * n * k * rows),
+                  .bytes = static_cast<double>(copies * weight_bytes),
+                  .of_bytes = format.is_integer()};
+  report(work, [&] {
     for (const std::unique_ptr<Weight>& weight : weights) ops_->linear(*stream_, x, *weight, out);
   });
-  report(name, seconds, 2.0 * static_cast<double>(copies * n * k * rows), static_cast<double>(copies * weight_bytes),
-         format.is_integer());
 }
 
 void Bench::bench_experts(const WeightFormat& format, int64_t rows, int64_t experts, int64_t top_k, int64_t hidden,
@@ -225,16 +169,19 @@ void Bench::bench_experts(const WeightFormat& format, int64_t rows, int64_t expe
     offsets.push_back(make(DType::kI32, experts + 1, 1));
     ops_->sort_by_expert(*stream_, ids_tensor, experts, orders.back(), offsets.back());
   }
-  const double seconds = best_seconds([&] {
+  const double weights_per_expert = static_cast<double>(3 * hidden * width);
+  const double bytes_per_expert = static_cast<double>(gate_up->bytes() + down->bytes()) / static_cast<double>(experts);
+  const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
+  const Work work{.name = name,
+                  .calls = steps,
+                  .ops = 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k),
+                  .bytes = bytes_per_expert * used,
+                  .of_bytes = format.is_integer()};
+  report(work, [&] {
     for (size_t step = 0; step < orders.size(); ++step) {
       ops_->expert_mlp(*stream_, x, orders[step], offsets[step], top_k, *gate_up, *down, out);
     }
   });
-  const double weights_per_expert = static_cast<double>(3 * hidden * width);
-  const double bytes_per_expert = static_cast<double>(gate_up->bytes() + down->bytes()) / static_cast<double>(experts);
-  const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
-  report(name, seconds, 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k), bytes_per_expert * used,
-         format.is_integer());
 }
 
 void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
@@ -260,16 +207,18 @@ void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, in
   ops_->upload(*stream_, block_table.address, std::as_bytes(std::span(table)));
   const Tensor q = make_random(rows, q_heads * dim);
   const Tensor out = make(DType::kF32, rows, q_heads * dim);
-  const double seconds = best_seconds([&] {
+  const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
+  const Work work{.name = name,
+                  .calls = copies,
+                  .ops = static_cast<double>(copies * 4 * q_heads * dim) * seen,
+                  .bytes = static_cast<double>(copies * blocks * block_bytes)};
+  report(work, [&] {
     for (int64_t copy = 0; copy < copies; ++copy) {
       const SequenceRows sequence{0, static_cast<int32_t>(rows), static_cast<int32_t>(positions - rows),
                                   static_cast<int32_t>(copy * blocks), static_cast<int32_t>(blocks)};
       ops_->attention(*stream_, q, q_heads, kv_heads, 0.1F, std::span(&sequence, 1), block_table, cache, out);
     }
   });
-  const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
-  report(name, seconds, static_cast<double>(copies * 4 * q_heads * dim) * seen,
-         static_cast<double>(copies * blocks * block_bytes));
 }
 
 void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope) {
@@ -289,7 +238,11 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
   const Tensor q_latent = make_random(1, heads * latent);
   const Tensor q_pe = make_random(1, heads * rope);
   const Tensor out = make(DType::kF32, 1, heads * latent);
-  const double seconds = best_seconds([&] {
+  const Work work{.name = name,
+                  .calls = copies,
+                  .ops = static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
+                  .bytes = static_cast<double>(copies * blocks * block_bytes)};
+  report(work, [&] {
     for (int64_t copy = 0; copy < copies; ++copy) {
       const SequenceRows sequence{0, 1, static_cast<int32_t>(positions - 1), static_cast<int32_t>(copy * blocks),
                                   static_cast<int32_t>(blocks)};
@@ -297,8 +250,6 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
                                    cache, out);
     }
   });
-  report(name, seconds, static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
-         static_cast<double>(copies * blocks * block_bytes));
 }
 
 ReferenceRates Bench::run_small() {
@@ -316,7 +267,8 @@ void Bench::run_all(const ReferenceRates& reference) {
   rates_ = reference;
   fmt::print(
       "{}, {} threads; shares are of f32 multiply-adds (integer formats: of products of bytes) and of memory "
-      "reads measured beside each line; ref is the plain backend, one thread, at a small shape\n",
+      "reads, both measured before and after each run of the kernel; medians; ref is the plain backend, one thread, at "
+      "a small shape\n",
       ops_->name(), ops_->num_threads());
   for (const WeightFormat& format : kFormats) {
     for (const int64_t rows : {1, 4, 16, 64, 256}) bench_linear(format, rows, 4096, 2048);
@@ -345,15 +297,6 @@ Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) 
 }
 
 }  // namespace
-
-double measure_read_gbytes(std::string_view backend, int threads) {
-  const cpu::Isa* isa = cpu::find_isa(backend);
-  if (isa == nullptr) isa = cpu::possible_isas().front();
-  cpu::ThreadPool pool(threads);
-  HostBuffer memory(kReadBytes);
-  std::fill_n(memory.address(), kReadBytes, std::byte{1});
-  return read_gbytes(*isa, pool, memory.address(), kReadBytes);
-}
 
 Status run_kernels_bench(const KernelsBenchOptions& options) {
   if (options.isa != "all") return run_one_isa(options.isa, options);
