@@ -58,6 +58,17 @@ TEST(F16, KnownValues) {
   EXPECT_TRUE(std::isnan(float_from_f16(0x7C01)));
 }
 
+TEST(F16, EveryFiniteValueIsWhatItsBitsSay) {
+  for (int bits = 0; bits < 65536; ++bits) {
+    const int exponent = bits >> 10 & 31;
+    const int mantissa = bits & 1023;
+    if (exponent == 31) continue;
+    const double magnitude = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+    const double expected = bits >= 32768 ? -magnitude : magnitude;
+    EXPECT_EQ(float_from_f16(static_cast<uint16_t>(bits)), expected) << bits;
+  }
+}
+
 TEST(HostMatrix, Fp8BlocksTakeTheScaleOfTheirBlock) {
   // 3 x 5 in blocks of 2 x 2: six scales, ragged at both ends. Every code is 1.0, so the scales themselves come out.
   const std::vector<uint8_t> codes(15, 0x38);

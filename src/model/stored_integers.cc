@@ -282,13 +282,20 @@ void StoredIntegers::read_awq(int64_t first, int64_t count, const IntegerRows& o
   }
 }
 
-// A word is eight (or four) codes of one row, in order.
+// A word is eight (or four) codes of one row, in order. Words of a row lie n apart: sixteen of them are a cache line of
+// the result, read from sixteen lines that the next rows go on with.
 void StoredIntegers::read_gptq(int64_t first, int64_t count, const IntegerRows& out) const {
+  constexpr int64_t kLines = 16;
   const uint32_t flip = scheme_->bits == 8 ? 0x80808080U : 0U;
-  for (int64_t line = 0; line < k_ / per_word(); ++line) {
+  const int64_t lines = k_ / per_word();
+  for (int64_t line = 0; line < lines; line += kLines) {
+    const int64_t end = std::min(lines, line + kLines);
     for (int64_t row = 0; row < count; ++row) {
-      const uint32_t word = load_word(*codes_, line * n_ + first + row) ^ flip;
-      std::memcpy(out.codes + row * out.code_bytes + line * 4, &word, sizeof word);
+      std::array<uint32_t, kLines> words;
+      for (int64_t i = line; i < end; ++i) {
+        words[static_cast<size_t>(i - line)] = load_word(*codes_, i * n_ + first + row) ^ flip;
+      }
+      std::memcpy(out.codes + row * out.code_bytes + line * 4, words.data(), static_cast<size_t>(end - line) * 4);
     }
   }
 }
