@@ -8,7 +8,7 @@ TANDEM_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 BUILD_PACKAGES=(
   g++ cmake ninja-build pkg-config ccache mold ca-certificates
   libboost1.81-dev nlohmann-json3-dev libcli11-dev libyaml-cpp-dev libspdlog-dev libfmt-dev
-  libucx-dev libssl-dev libgtest-dev libgmock-dev libbenchmark-dev
+  libucx-dev libhwloc-dev libssl-dev libgtest-dev libgmock-dev libbenchmark-dev
 )
 # What the end-to-end tests use beside the program.
 TEST_PACKAGES=(python3-venv procps iproute2)

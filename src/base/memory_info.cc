@@ -5,6 +5,8 @@
 #include <optional>
 #include <sstream>
 
+#include "src/base/control_group.h"
+
 namespace tandem {
 namespace {
 
@@ -20,51 +22,26 @@ std::optional<int64_t> read_field(const std::string& path, const std::string& ke
   return std::nullopt;
 }
 
-// The number a file begins with; none for "max".
-std::optional<int64_t> read_number(const std::string& path) {
-  std::ifstream file(path);
-  int64_t value = 0;
-  if (file >> value) return value;
-  return std::nullopt;
-}
-
 struct CgroupFiles {
-  std::string line_prefix;  // of its line in /proc/self/cgroup, after the number
-  std::string mount;
+  ControlGroup group;
   std::string limit;
   std::string usage;
   std::string droppable;  // field of memory.stat
 };
 
-const CgroupFiles kVersion2{"::", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"};
-const CgroupFiles kVersion1{":memory:", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                            "total_inactive_file"};
-
-// This process's group as a path below the mount; "/" if there is none.
-std::string find_group(const std::string& root, const CgroupFiles& files) {
-  std::ifstream file(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    const size_t at = line.find(files.line_prefix);
-    if (at != std::string::npos) return line.substr(at + files.line_prefix.size());
-  }
-  return "/";
-}
+const CgroupFiles kVersion2{{"::", "/sys/fs/cgroup"}, "memory.max", "memory.current", "inactive_file"};
+const CgroupFiles kVersion1{
+    {":memory:", "/sys/fs/cgroup/memory"}, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"};
 
 void apply_cgroup(const std::string& root, const CgroupFiles& files, AvailableMemory& available) {
-  std::string group = find_group(root, files);
-  while (true) {
-    while (!group.empty() && group.back() == '/') group.pop_back();
-    const std::string folder = root + files.mount + group + "/";
-    const std::optional<int64_t> limit = read_number(folder + files.limit);
-    const std::optional<int64_t> usage = read_number(folder + files.usage);
-    if (limit && usage) {
-      const int64_t droppable = read_field(folder + "memory.stat", files.droppable).value_or(0);
-      const int64_t left = std::max<int64_t>(0, *limit - (*usage - droppable));
-      if (left < available.bytes) available = {left, folder + files.limit};
-    }
-    if (group.empty()) return;
-    group.resize(group.rfind('/') == std::string::npos ? 0 : group.rfind('/'));
-  }
+  for_each_group(root, files.group, [&](const std::string& folder) {
+    const std::optional<int64_t> limit = read_leading_number(folder + files.limit);
+    const std::optional<int64_t> usage = read_leading_number(folder + files.usage);
+    if (!limit || !usage) return;
+    const int64_t droppable = read_field(folder + "memory.stat", files.droppable).value_or(0);
+    const int64_t left = std::max<int64_t>(0, *limit - (*usage - droppable));
+    if (left < available.bytes) available = {left, folder + files.limit};
+  });
 }
 
 }  // namespace

@@ -5,6 +5,9 @@
 
 #include <filesystem>
 #include <fstream>
+#include <limits>
+
+#include "src/base/control_group.h"
 
 namespace tandem {
 namespace {
@@ -42,6 +45,24 @@ TEST_F(MemoryInfo, Version1InsideAContainer) {
   write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000\n");
   write("/sys/fs/cgroup/memory/memory.usage_in_bytes", "500000\n");
   EXPECT_EQ(available_memory(root_).bytes, 1500000);
+}
+
+TEST_F(MemoryInfo, ProcessorQuotaIsThatOfTheTightestGroup) {
+  EXPECT_EQ(processor_quota(root_), std::numeric_limits<double>::infinity());
+  write("/proc/self/cgroup", "0::/pod/box\n");
+  write("/sys/fs/cgroup/pod/box/cpu.max", "max 100000\n");
+  EXPECT_EQ(processor_quota(root_), std::numeric_limits<double>::infinity());
+  write("/sys/fs/cgroup/pod/cpu.max", "250000 100000\n");
+  EXPECT_EQ(processor_quota(root_), 2.5);
+}
+
+TEST_F(MemoryInfo, ProcessorQuotaOfVersion1) {
+  write("/proc/self/cgroup", "4:cpu,cpuacct:/docker/abc\n");
+  write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n");
+  write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n");
+  EXPECT_EQ(processor_quota(root_), std::numeric_limits<double>::infinity());
+  write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "150000\n");
+  EXPECT_EQ(processor_quota(root_), 1.5);
 }
 
 TEST_F(MemoryInfo, ThisMachineHasSome) { EXPECT_GT(available_memory().bytes, int64_t{1} << 20); }

@@ -6,6 +6,7 @@
 
 #include "src/kernels/cpu/cpu_ops.h"
 #include "src/kernels/cpu/isa_choice.h"
+#include "src/kernels/cpu/topology.h"
 #include "src/kernels/ops.h"
 #include "src/kernels/ref/ref_ops.h"
 
@@ -27,7 +28,7 @@ Result<std::unique_ptr<Ops>> make_ops(std::string_view name, int num_threads) {
   const std::string_view chosen = name == "auto" ? std::string_view(backends.front()) : name;
   if (chosen == "ref") return std::unique_ptr<Ops>(std::make_unique<RefOps>());
   if (const cpu::Isa* isa = cpu::find_isa(chosen); isa != nullptr) {
-    const int threads = num_threads == 0 ? std::min(cpu::count_allowed_cores(), cpu::kMaxThreads) : num_threads;
+    const int threads = num_threads == 0 ? std::min(cpu::count_usable_cores(), cpu::kMaxThreads) : num_threads;
     return std::unique_ptr<Ops>(std::make_unique<cpu::CpuOps>(*isa, threads));
   }
   return invalid_argument("backend", "backend \"{}\" is not possible here, choose auto or one of {}", name,

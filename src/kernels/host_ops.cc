@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "src/base/check.h"
+#include "src/kernels/cpu/topology.h"
 
 namespace tandem::kernels {
 namespace {
@@ -35,6 +36,7 @@ HostBuffer::HostBuffer(int64_t bytes) : bytes_(bytes) {
   if (memory == MAP_FAILED) fail_check(__FILE__, __LINE__, fmt::format("out of memory: {} bytes asked", bytes));
   ::madvise(memory, size, MADV_HUGEPAGE);  // an optimisation: refusal is harmless
   address_ = static_cast<std::byte*>(memory);
+  cpu::Topology::of_this_machine().interleave(address_, mapped_bytes_);
 }
 
 HostBuffer::~HostBuffer() {

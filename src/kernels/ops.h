@@ -230,7 +230,7 @@ class Ops {
 // The backends this machine can run, best first, by name; "ref" is always the last.
 std::vector<std::string> available_backends();
 // `name` as in Ops::name(), or "auto" for the best. An unknown or impossible name is an error that lists the possible.
-// `num_threads` 0 means one per core that this process may use.
+// `num_threads` 0 means one per core that this process may use (cores, not their hardware threads).
 Result<std::unique_ptr<Ops>> make_ops(std::string_view name, int num_threads);
 
 }  // namespace tandem::kernels

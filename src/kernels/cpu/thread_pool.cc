@@ -2,12 +2,12 @@
 
 #include <immintrin.h>
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <chrono>
 
 #include "src/base/check.h"
+#include "src/kernels/cpu/topology.h"
 
 namespace tandem::kernels::cpu {
 namespace {
@@ -30,18 +30,16 @@ bool spin_until(Predicate done) {
 
 }  // namespace
 
-int count_allowed_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (::sched_getaffinity(0, sizeof(set), &set) != 0) return static_cast<int>(std::thread::hardware_concurrency());
-  return std::max(1, CPU_COUNT(&set));
-}
-
 ThreadPool::ThreadPool(int num_threads) {
   CHECK_GE(num_threads, 1);
   CHECK_LE(num_threads, kMaxThreads);
+  const Topology& machine = Topology::of_this_machine();
+  const std::vector<int> nodes = machine.place_threads(num_threads);
   for (int worker = 1; worker < num_threads; ++worker) {
-    threads_.emplace_back([this, worker] { work_until_stopped(worker); });
+    threads_.emplace_back([this, &machine, worker, node = nodes[static_cast<size_t>(worker)]] {
+      machine.bind_this_thread(node);
+      work_until_stopped(worker);
+    });
     ::pthread_setname_np(threads_.back().native_handle(), "compute");
   }
 }

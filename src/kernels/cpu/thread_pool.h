@@ -1,7 +1,7 @@
 // A fixed set of threads that share loops. A loop's indices are claimed one by one, so a thread that is late (asleep,
 // or not scheduled on a busy machine) delays nobody: the caller works too and waits only for indices already claimed.
 // Waiting threads spin for kSpinMicroseconds, because the next operation of a step usually follows at once, and then
-// sleep in the kernel.
+// sleep in the kernel. On a machine of several NUMA nodes the pool's own threads are spread over them.
 #pragma once
 
 #include <atomic>
@@ -15,9 +15,6 @@ namespace tandem::kernels::cpu {
 inline constexpr int kMaxThreads = 256;
 inline constexpr int kSpinMicroseconds = 20;
 inline constexpr int64_t kMaxLoopCount = (int64_t{1} << 31) - 1;
-
-// Cores that this process may run on.
-int count_allowed_cores();
 
 class ThreadPool {
  public:
