@@ -63,7 +63,7 @@ TEST_P(EmptyTest, ZeroRowsAreHarmless) {
   ops.attention(stream, x, 2, 1, 1.0F, no_rows, column, cache, x);
   ops.mla_attention_absorbed(stream, x, x, 4, 2, 1.0F, {}, column, cache, x);
   ops.mla_attention_expanded(stream, empty(DType::kF32, 12), empty(DType::kF32, 16), empty(DType::kF32, 2), 2, 4, 4,
-                             1.0F, 0, x);
+                             1.0F, 0, DType::kBf16, x);
   ops.gather_latent(stream, SequenceRows{}, column, cache, x, x);
   ops.silu_mul(stream, empty(DType::kF32, 16), x);
   ops.route(stream, x, Tensor{}, RouterParams{}, column, empty(DType::kF32, 1));

@@ -1,5 +1,6 @@
 #include "src/kernels/convert.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -26,6 +27,33 @@ float float_from_f8e4m3(uint8_t bits) {
   if (exponent == 0x0F && mantissa == 0x07) return std::numeric_limits<float>::quiet_NaN();
   if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -9);
   return sign * std::ldexp(static_cast<float>(mantissa + 8), exponent - 10);
+}
+
+uint8_t f8e4m3_from_float(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 31 << 7;
+  const float magnitude = std::min(std::abs(value), kF8Largest);
+  if (magnitude < 0x1p-6F) {  // below the normal numbers codes are multiples of 2^-9, as are sums with 2^14
+    const uint32_t steps = std::bit_cast<uint32_t>(magnitude + 0x1p14F) - std::bit_cast<uint32_t>(0x1p14F);
+    return static_cast<uint8_t>(sign | steps);
+  }
+  const uint32_t wide = std::bit_cast<uint32_t>(magnitude);
+  const uint32_t rounded = (wide + 0x7FFFFU + ((wide >> 20) & 1U)) >> 20;
+  return static_cast<uint8_t>(sign | (rounded - (120U << 3)));
+}
+
+float quantize_f8e4m3(const float* values, int64_t count, uint8_t* codes) {
+  uint32_t largest = 0;  // magnitudes order as their bits do, and NaN comes last
+  for (int64_t i = 0; i < count; ++i) {
+    largest = std::max(largest, std::bit_cast<uint32_t>(values[i]) & 0x7FFFFFFFU);
+  }
+  if (largest < kF8LeastMagnitude || largest >= 0x7F800000U) {
+    std::fill_n(codes, count, uint8_t{0});
+    return largest < kF8LeastMagnitude ? 0.0F : std::numeric_limits<float>::quiet_NaN();
+  }
+  const float scale = std::bit_cast<float>(largest) / kF8Largest;
+  for (int64_t i = 0; i < count; ++i) codes[i] = f8e4m3_from_float(values[i] / scale);
+  return scale;
 }
 
 const std::array<float, 256>& f8e4m3_table() {
@@ -64,7 +92,7 @@ const char* dtype_name(DType dtype) {
 std::string weight_format_name(const WeightFormat& format) {
   if (format == kF32Weights) return "f32";
   if (format == kBf16Weights) return "bf16";
-  std::string name = format.type == WeightType::kInt8 ? "int8" : "int4";
+  std::string name = format.type == WeightType::kBf16 ? "bf16" : format.type == WeightType::kInt8 ? "int8" : "int4";
   if (format.group_size > 0) name += " g" + std::to_string(format.group_size);
   return name + " a" + std::to_string(format.activation_bits);
 }

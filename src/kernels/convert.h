@@ -23,6 +23,15 @@ float float_from_f16(uint16_t bits);
 // E4M3FN: bias 7, largest 448, no infinities, NaN = 0x7F and 0xFF.
 float float_from_f8e4m3(uint8_t bits);
 
+// Round to nearest, ties to even; beyond 448 it saturates. Not for a NaN.
+uint8_t f8e4m3_from_float(float value);
+
+// Writes `count` codes and returns their scale: code = f8e4m3(value / scale), scale = largest magnitude / 448. Vectors
+// whose largest magnitude is below 2^-100 become zeros with scale 0; those with a NaN or an infinity zeros with a NaN.
+float quantize_f8e4m3(const float* values, int64_t count, uint8_t* codes);
+inline constexpr float kF8Largest = 448.0F;
+inline constexpr uint32_t kF8LeastMagnitude = (127U - 100U) << 23;  // bits of 2^-100
+
 // float_from_f8e4m3 of all 256 codes.
 const std::array<float, 256>& f8e4m3_table();
 

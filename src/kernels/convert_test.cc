@@ -48,6 +48,37 @@ TEST(Bf16, RoundsToNearestEven) {
   }
 }
 
+TEST(Fp8, RoundsToTheNearestCodeAndTiesToEven) {
+  for (uint8_t code = 0; code < 0x7F; ++code) {
+    const float value = float_from_f8e4m3(code);
+    EXPECT_EQ(f8e4m3_from_float(value), code);
+    EXPECT_EQ(f8e4m3_from_float(-value), code | 0x80);
+    if (code == 0x7E) break;
+    const float middle = (value + float_from_f8e4m3(static_cast<uint8_t>(code + 1))) / 2;
+    EXPECT_EQ(f8e4m3_from_float(middle), code + code % 2);
+    EXPECT_EQ(f8e4m3_from_float(std::nextafter(middle, 0.0F)), code);
+    EXPECT_EQ(f8e4m3_from_float(std::nextafter(middle, 1e9F)), code + 1);
+  }
+  EXPECT_EQ(f8e4m3_from_float(1e9F), 0x7E);  // saturates
+}
+
+TEST(Fp8, TheLargestMagnitudeOfAVectorIs448) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::vector<uint8_t> codes(3);
+  const std::vector<float> values{0.5F, -3.0F, 0.0F};
+  const float scale = quantize_f8e4m3(values.data(), 3, codes.data());
+  EXPECT_EQ(scale, 3.0F / 448.0F);
+  EXPECT_THAT(codes, testing::ElementsAre(f8e4m3_from_float(0.5F / scale), 0xFE, 0));
+  const std::vector<float> tiny{1e-31F, 0.0F, -1e-35F};
+  EXPECT_EQ(quantize_f8e4m3(tiny.data(), 3, codes.data()), 0.0F);
+  EXPECT_THAT(codes, testing::ElementsAre(0, 0, 0));
+  for (const float bad : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
+    const std::vector<float> spoilt{1.0F, bad, 2.0F};
+    EXPECT_TRUE(std::isnan(quantize_f8e4m3(spoilt.data(), 3, codes.data())));
+    EXPECT_THAT(codes, testing::ElementsAre(0, 0, 0));
+  }
+}
+
 TEST(F16, KnownValues) {
   EXPECT_EQ(float_from_f16(0x3C00), 1.0F);
   EXPECT_EQ(float_from_f16(0xC000), -2.0F);

@@ -8,7 +8,7 @@
 //    It does not depend on the number of rows, on the row's place, on the thread count or on the split of the work:
 //    every reduction has a fixed order, attention walks fixed tiles by absolute position, ties go to the lowest index.
 //  - Activations have the dtype `activation_dtype()` (f32 on CPU backends); sums are f32. A backend may round an
-//    activation row to a weight's own format inside `linear`, per row.
+//    activation row to a weight's own format inside `linear`, per row, unless that is kBf16WeightsWideInput.
 //  - Sizes are 64-bit; shapes are CHECKed, since a wrong shape is a bug of the caller.
 #pragma once
 
@@ -71,13 +71,14 @@ enum class WeightType : uint8_t { kF32, kBf16, kInt8, kInt4 };
 struct WeightFormat {
   WeightType type = WeightType::kBf16;
   int64_t group_size = 0;       // 0: the whole row. A last group may be shorter
-  int64_t activation_bits = 0;  // 8 or 16 for the integer types
+  int64_t activation_bits = 0;  // 8 or 16 for the integer types; 32 with kBf16: x is not rounded to bf16
 
   bool is_integer() const { return type == WeightType::kInt8 || type == WeightType::kInt4; }
   bool operator==(const WeightFormat&) const = default;
 };
 inline constexpr WeightFormat kF32Weights{WeightType::kF32};
 inline constexpr WeightFormat kBf16Weights{WeightType::kBf16};
+inline constexpr WeightFormat kBf16WeightsWideInput{WeightType::kBf16, 0, 32};
 // "f32", "bf16", "int8 a8", "int4 g128 a16", …
 std::string weight_format_name(const WeightFormat& format);
 
@@ -119,9 +120,17 @@ struct SequenceRows {
   int32_t num_blocks = 0;
 };
 
-// One layer of the paged cache. Block b begins at base + b * block_stride_bytes.
-//  GQA block: [2 (k then v)][kv_heads][block_size][head_dim] of `dtype`.
-//  MLA block: [block_size][latent_dim + rope_dim] of `dtype` (normed latent, then rotated k_pe).
+// One layer of the paged cache. Block b begins at base + b * block_stride_bytes. Elements are of `dtype`: kF32, kBf16,
+// or kF8E4M3 with scales.
+//  GQA block: for each kv head k, then v. Both lie as products of pairs read them (pair_index in shapes.h): k as
+//   [head_dim / 2][block_size][2], the pair being two dimensions of a position; v as [block_size / 2][head_dim][2], the
+//   pair being two positions. A last dimension or position without a partner lies as a plain row behind the pairs.
+//   kF8E4M3: behind v follow block_size scales of k, then as many of v, f32.
+//  MLA block: [block_size][latent_dim + rope_dim] (normed latent, then rotated k_pe).
+//   kF8E4M3: k_pe stays bf16, since its rounding costs most of the quality; behind the rows follow block_size scales of
+//   latents, f32.
+// A scale belongs to one written vector: value = fp8 * scale, scale = its largest magnitude / 448 (quantize_f8e4m3 in
+// convert.h); it is NaN where the vector holds a NaN or an infinity.
 struct KvLayerView {
   std::byte* base = nullptr;
   int64_t block_stride_bytes = 0;
@@ -201,10 +210,11 @@ class Ops {
                              const KvLayerView& cache, const Tensor& latent, const Tensor& k_pe) = 0;
   // MLA, expanded form, for one sequence. q [T', heads * (N + R)] (per head: nope then rotated pe), where row i is at
   // position first_position + i; kv [n, heads * (N + V)] (per head: k_nope then v, the output of kv_b), k_pe [n, R],
-  // n = first_position + T'. out [T', heads * V].
+  // n = first_position + T'. out [T', heads * V]. `cache_dtype` is that of the cache behind the latents: unless it is
+  // kF32, a backend may round q, kv and k_pe to bf16.
   virtual void mla_attention_expanded(Stream& stream, const Tensor& q, const Tensor& kv, const Tensor& k_pe,
                                       int64_t heads, int64_t nope_dim, int64_t value_dim, float scale,
-                                      int64_t first_position, const Tensor& out) = 0;
+                                      int64_t first_position, DType cache_dtype, const Tensor& out) = 0;
 
   // out = silu(gate) * up with gate_up [T, 2 * I] holding gate first; out [T, I].
   virtual void silu_mul(Stream& stream, const Tensor& gate_up, const Tensor& out) = 0;

@@ -20,13 +20,20 @@ void check_tensor(const Tensor& tensor, DType dtype, int64_t rows, int64_t cols)
 
 void check_f32(const Tensor& tensor, int64_t rows, int64_t cols) { check_tensor(tensor, DType::kF32, rows, cols); }
 
-void check_cache(const KvLayerView& cache, int64_t elements_per_token) {
-  CHECK(cache.dtype == DType::kF32 || cache.dtype == DType::kBf16);
+void check_cache(const KvLayerView& cache, int64_t bytes_per_token) {
+  CHECK(cache.dtype == DType::kF32 || cache.dtype == DType::kBf16 || cache.dtype == DType::kF8E4M3);
   CHECK_GT(cache.block_size, 0);
   CHECK_GE(cache.num_blocks, 0);
   CHECK(cache.base != nullptr || cache.num_blocks == 0);
-  CHECK_GE(cache.block_stride_bytes, cache.block_size * elements_per_token * dtype_bytes(cache.dtype));
+  CHECK_GE(cache.block_stride_bytes, cache.block_size * bytes_per_token);
   CHECK_EQ(cache.block_stride_bytes % dtype_bytes(cache.dtype), 0);
+}
+
+void check_latent_cache(const KvLayerView& cache, const LatentShape& shape) {
+  check_cache(cache, cached_latent_bytes(cache.dtype, shape.latent_dim, shape.rope_dim));
+  if (cache.dtype != DType::kF8E4M3) return;
+  CHECK_EQ(shape.latent_dim % 2, 0);  // bf16 k_pe lies behind it
+  CHECK_EQ(cache.block_stride_bytes % 2, 0);
 }
 
 void check_sequence(const SequenceRows& sequence, int64_t positions, const Tensor& block_table,
@@ -114,7 +121,7 @@ GqaShape check_write_kv(const Tensor& k, const Tensor& v, int64_t kv_heads, cons
   check_same_shape(k, v);
   check_tensor(slots, DType::kI64, k.rows, 1);
   const GqaShape shape{kv_heads, divide_exactly(k.cols, kv_heads), 0};
-  check_cache(cache, 2 * k.cols);
+  check_cache(cache, 2 * kv_heads * cached_vector_bytes(cache.dtype, shape.head_dim));
   return shape;
 }
 
@@ -124,7 +131,7 @@ LatentShape check_write_latent(const Tensor& latent, const Tensor& k_pe, const T
   check_f32(k_pe, latent.rows, k_pe.cols);
   check_tensor(slots, DType::kI64, latent.rows, 1);
   const LatentShape shape{latent.cols, k_pe.cols};
-  check_cache(cache, shape.width());
+  check_latent_cache(cache, shape);
   return shape;
 }
 
@@ -132,7 +139,7 @@ GqaShape check_attention(const Tensor& q, int64_t q_heads, int64_t kv_heads, std
                          const Tensor& block_table, const KvLayerView& cache, const Tensor& out) {
   check_same_shape(q, out);
   const GqaShape shape{kv_heads, divide_exactly(q.cols, q_heads), divide_exactly(q_heads, kv_heads)};
-  check_cache(cache, 2 * kv_heads * shape.head_dim);
+  check_cache(cache, 2 * kv_heads * cached_vector_bytes(cache.dtype, shape.head_dim));
   check_sequences(sequences, q.rows, block_table, cache);
   return shape;
 }
@@ -145,7 +152,7 @@ LatentShape check_mla_absorbed(const Tensor& q_latent, const Tensor& q_pe, int64
   const LatentShape shape{divide_exactly(q_latent.cols, heads), q_pe.cols - (heads - 1) * q_pe_head_stride};
   CHECK_GT(shape.rope_dim, 0);
   CHECK(heads == 1 || q_pe_head_stride >= shape.rope_dim);
-  check_cache(cache, shape.width());
+  check_latent_cache(cache, shape);
   check_sequences(sequences, q_latent.rows, block_table, cache);
   return shape;
 }
@@ -155,7 +162,7 @@ LatentShape check_gather_latent(const SequenceRows& sequence, const Tensor& bloc
   check_f32(latent, latent.rows, latent.cols);
   check_f32(k_pe, latent.rows, k_pe.cols);
   const LatentShape shape{latent.cols, k_pe.cols};
-  check_cache(cache, shape.width());
+  check_latent_cache(cache, shape);
   check_tensor(block_table, DType::kI32, block_table.rows, 1);
   check_sequence(sequence, latent.rows, block_table, cache);
   return shape;
@@ -231,14 +238,29 @@ int64_t block_of(const SequenceRows& sequence, const Tensor& block_table, const 
   return block;
 }
 
-std::byte* gqa_address(const KvLayerView& cache, const GqaShape& shape, int64_t block, int64_t which, int64_t kv_head,
-                       int64_t offset) {
-  const int64_t element = ((which * shape.kv_heads + kv_head) * cache.block_size + offset) * shape.head_dim;
-  return cache.base + block * cache.block_stride_bytes + element * dtype_bytes(cache.dtype);
+GqaHead gqa_head(const KvLayerView& cache, const GqaShape& shape, int64_t block, int64_t kv_head) {
+  const int64_t head_bytes = 2 * cache.block_size * cached_vector_bytes(cache.dtype, shape.head_dim);
+  const int64_t part_bytes = cache.block_size * shape.head_dim * dtype_bytes(cache.dtype);
+  std::byte* k = cache.base + block * cache.block_stride_bytes + kv_head * head_bytes;
+  GqaHead head{k, k + part_bytes, nullptr, nullptr};
+  if (cache.dtype == DType::kF8E4M3) {
+    head.k_scales = head.v + part_bytes;
+    head.v_scales = head.k_scales + cache.block_size * int64_t{sizeof(float)};
+  }
+  return head;
 }
 
-std::byte* latent_address(const KvLayerView& cache, const LatentShape& shape, int64_t block, int64_t offset) {
-  return cache.base + block * cache.block_stride_bytes + offset * shape.width() * dtype_bytes(cache.dtype);
+LatentRow latent_row(const KvLayerView& cache, const LatentShape& shape, int64_t block, int64_t offset) {
+  const bool has_scales = cache.dtype == DType::kF8E4M3;
+  LatentRow row;
+  row.rope_dtype = has_scales ? DType::kBf16 : cache.dtype;
+  const int64_t latent_bytes = shape.latent_dim * dtype_bytes(cache.dtype);
+  const int64_t row_bytes = latent_bytes + shape.rope_dim * dtype_bytes(row.rope_dtype);
+  std::byte* start = cache.base + block * cache.block_stride_bytes;
+  row.latent = start + offset * row_bytes;
+  row.rope = row.latent + latent_bytes;
+  if (has_scales) row.scale = start + cache.block_size * row_bytes + offset * int64_t{sizeof(float)};
+  return row;
 }
 
 }  // namespace tandem::kernels

@@ -67,9 +67,40 @@ void check_index(const char* what, int64_t index, int64_t limit);
 // Block id of position `position` of a sequence, CHECKed against the cache.
 int64_t block_of(const SequenceRows& sequence, const Tensor& block_table, const KvLayerView& cache, int64_t position);
 
-// First byte of the vector at `offset` of a block. `which` is 0 for k and 1 for v.
-std::byte* gqa_address(const KvLayerView& cache, const GqaShape& shape, int64_t block, int64_t which, int64_t kv_head,
-                       int64_t offset);
-std::byte* latent_address(const KvLayerView& cache, const LatentShape& shape, int64_t block, int64_t offset);
+// Bytes of a cached vector: its elements, and its scale where the dtype has one.
+constexpr int64_t cached_vector_bytes(DType dtype, int64_t dim) {
+  return dim * dtype_bytes(dtype) + (dtype == DType::kF8E4M3 ? int64_t{sizeof(float)} : 0);
+}
+
+// Bytes of a position of an MLA cache.
+constexpr int64_t cached_latent_bytes(DType dtype, int64_t latent_dim, int64_t rope_dim) {
+  const DType rope_dtype = dtype == DType::kF8E4M3 ? DType::kBf16 : dtype;
+  return cached_vector_bytes(dtype, latent_dim) + rope_dim * dtype_bytes(rope_dtype);
+}
+
+// Where element (row, col) of a [rows, cols] matrix lies if rows are interleaved by pairs: [rows / 2][cols][2], then
+// the last row of an odd number as it is.
+constexpr int64_t pair_index(int64_t row, int64_t rows, int64_t col, int64_t cols) {
+  if (row == rows - 1 && row % 2 == 0) return row * cols + col;
+  return (row / 2 * cols + col) * 2 + row % 2;
+}
+
+// The parts of one kv head of one block: k is [head_dim, block_size] and v [block_size, head_dim], both by pair_index.
+struct GqaHead {
+  std::byte* k = nullptr;
+  std::byte* v = nullptr;
+  std::byte* k_scales = nullptr;  // f32 [block_size], any alignment; null without scales
+  std::byte* v_scales = nullptr;
+};
+GqaHead gqa_head(const KvLayerView& cache, const GqaShape& shape, int64_t block, int64_t kv_head);
+
+// The parts of one position of an MLA block.
+struct LatentRow {
+  std::byte* latent = nullptr;
+  std::byte* rope = nullptr;  // behind the latent, of rope_dtype
+  DType rope_dtype = DType::kBf16;
+  std::byte* scale = nullptr;  // f32, any alignment; null without scales
+};
+LatentRow latent_row(const KvLayerView& cache, const LatentShape& shape, int64_t block, int64_t offset);
 
 }  // namespace tandem::kernels

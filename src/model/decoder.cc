@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "src/kernels/shapes.h"
+
 namespace tandem::model {
 
 using kernels::DType;
@@ -9,8 +11,9 @@ using kernels::Tensor;
 
 namespace {
 
-int64_t values_per_token(const KvLayout& kv) {
-  return kv.kind == KvKind::kMla ? kv.latent_dim + kv.rope_dim : 2 * kv.kv_heads * kv.head_dim;
+int64_t bytes_per_token(const KvLayout& kv) {
+  if (kv.kind == KvKind::kMla) return kernels::cached_latent_bytes(kv.dtype, kv.latent_dim, kv.rope_dim);
+  return 2 * kv.kv_heads * kernels::cached_vector_bytes(kv.dtype, kv.head_dim);
 }
 
 }  // namespace
@@ -43,7 +46,7 @@ KvLayout Decoder::make_kv_layout(int64_t block_size, DType kv_dtype) const {
   kv.num_layers = config_.num_layers;
   kv.block_size = block_size;
   kv.dtype = kv_dtype;
-  kv.bytes_per_token = values_per_token(kv) * kernels::dtype_bytes(kv_dtype);
+  kv.bytes_per_token = bytes_per_token(kv);
   return kv;
 }
 

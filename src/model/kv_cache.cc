@@ -5,8 +5,9 @@
 namespace tandem::model {
 
 std::string KvLayout::describe() const {
-  return fmt::format("{} {} layers x {} tokens x {} B {}", kind == KvKind::kMla ? "mla" : "gqa", num_layers, block_size,
-                     bytes_per_token, kernels::dtype_name(dtype));
+  return fmt::format("{} {} layers x {} tokens x {} B {}{}", kind == KvKind::kMla ? "mla" : "gqa", num_layers,
+                     block_size, bytes_per_token, kernels::dtype_name(dtype),
+                     dtype == kernels::DType::kF8E4M3 ? " with scales" : "");
 }
 
 KvCache::KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks)

@@ -17,13 +17,13 @@ enum class KvKind : uint8_t { kGqa, kMla };
 struct KvLayout {
   KvKind kind = KvKind::kGqa;
   int64_t num_layers = 0;
-  int64_t block_size = 0;       // tokens per block
-  int64_t bytes_per_token = 0;  // per layer
-  kernels::DType dtype = kernels::DType::kBf16;
-  int64_t kv_heads = 0;    // GQA
-  int64_t head_dim = 0;    // GQA
-  int64_t latent_dim = 0;  // MLA
-  int64_t rope_dim = 0;    // MLA
+  int64_t block_size = 0;                        // tokens per block
+  int64_t bytes_per_token = 0;                   // per layer, scales included
+  kernels::DType dtype = kernels::DType::kBf16;  // what a block looks like: KvLayerView in src/kernels/ops.h
+  int64_t kv_heads = 0;                          // GQA
+  int64_t head_dim = 0;                          // GQA
+  int64_t latent_dim = 0;                        // MLA
+  int64_t rope_dim = 0;                          // MLA
 
   int64_t block_bytes() const { return block_size * bytes_per_token; }      // one layer
   int64_t total_block_bytes() const { return num_layers * block_bytes(); }  // all layers

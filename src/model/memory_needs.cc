@@ -31,7 +31,7 @@ int64_t staging_bytes(const WeightSource& source, const WeightPlan::Task& task) 
   if (!task.format.is_integer() && has_views && task.parts == 1 && !task.must_be_dense) return 0;
   int64_t bytes = 0;
   for (const MatrixRef& ref : task.refs) {
-    const bool is_bf16 = task.format == kernels::kBf16Weights;
+    const bool is_bf16 = task.format.type == kernels::WeightType::kBf16;
     bytes += task.format.is_integer() ? packed_bytes(task.format, ref.n, ref.k) : (is_bf16 ? 2 : 4) * ref.n * ref.k;
   }
   return bytes;

@@ -52,13 +52,13 @@ class MlaAttention final : public Attention {
     const int64_t hidden = config_.hidden_size;
     const int64_t q_rank = config_.mla.q_lora_rank;
     if (q_rank > 0) {
-      plan.linear(layer.q_a, prefix + "q_a_proj", q_rank, hidden);
+      plan.attention_input(layer.q_a, prefix + "q_a_proj", q_rank, hidden);
       plan.vector(layer.q_a_norm, prefix + "q_a_layernorm.weight", q_rank);
-      plan.linear(layer.q, prefix + "q_b_proj", q_cols(), q_rank);
+      plan.attention_input(layer.q, prefix + "q_b_proj", q_cols(), q_rank);
     } else {
-      plan.linear(layer.q, prefix + "q_proj", q_cols(), hidden);
+      plan.attention_input(layer.q, prefix + "q_proj", q_cols(), hidden);
     }
-    plan.linear(layer.kv_a, prefix + "kv_a_proj_with_mqa", latent_dim_ + rope_dim_, hidden);
+    plan.attention_input(layer.kv_a, prefix + "kv_a_proj_with_mqa", latent_dim_ + rope_dim_, hidden);
     plan.vector(layer.kv_a_norm, prefix + "kv_a_layernorm.weight", latent_dim_);
     plan.derived(prefix + "kv_b_proj", heads_ * (nope_dim_ + value_dim_), latent_dim_,
                  [this, &plan, &layer](std::span<const kernels::HostMatrix> kv_b) {
@@ -161,7 +161,7 @@ class MlaAttention final : public Attention {
       const Tensor kv = context_kv_.rows(context).col_slice(0, kv_b->n());
       ops_.linear(stream_, latent, *kv_b, kv);
       ops_.mla_attention_expanded(stream_, q.col_slice(head * q_head_cols(), count * q_head_cols()), kv, k_pe, count,
-                                  nope_dim_, value_dim_, scale_, sequence.first_position,
+                                  nope_dim_, value_dim_, scale_, sequence.first_position, cache.dtype,
                                   attended.col_slice(head * value_dim_, count * value_dim_));
       head += count;
     }

@@ -53,7 +53,7 @@ MlaKvB pack_mla_kv_b(WeightPlan& plan, const HostMatrix& kv_b, const MlaKvBShape
     absorb_k.push_back(element_bytes == 2 ? transpose_to<uint16_t>(out, w_uk) : transpose_to<float>(out, w_uk));
     absorb_v.push_back(rows_of(kv_b, head * head_rows + shape.nope_dim, shape.value_dim));
   }
-  packed.absorb_k = plan.pack(absorb_k);
+  packed.absorb_k = plan.pack(absorb_k, true);
   packed.absorb_v = plan.pack(absorb_v);
   return packed;
 }

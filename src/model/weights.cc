@@ -27,6 +27,10 @@ Status check_group_columns(const MatrixRef& ref, const WeightFormat& format) {
                           ref.tensor, columns, kernels::kMaxGroupColumns);
 }
 
+WeightFormat with_wide_input(const WeightFormat& format) {
+  return format == kBf16Weights ? kernels::kBf16WeightsWideInput : format;
+}
+
 }  // namespace
 
 void WeightPlan::note(const Status& status) {
@@ -35,6 +39,10 @@ void WeightPlan::note(const Status& status) {
 
 void WeightPlan::linear(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
   add_matrices("linear", {{module + ".weight", n, k}}, 1, formats_.linear, out);
+}
+
+void WeightPlan::attention_input(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
+  add_matrices("attention input", {{module + ".weight", n, k}}, 1, formats_.linear, out);
 }
 
 void WeightPlan::embedding(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
@@ -102,7 +110,8 @@ WeightFormat WeightPlan::choose_format(const std::vector<MatrixRef>& refs, const
 void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
                               const std::optional<WeightFormat>& wanted, std::unique_ptr<Weight>& out) {
   for (const MatrixRef& ref : refs) note(source_.check_matrix(ref));
-  const WeightFormat format = status_.ok() ? choose_format(refs, wanted) : formats_.dense;
+  WeightFormat format = status_.ok() ? choose_format(refs, wanted) : formats_.dense;
+  if (kind == "attention input") format = with_wide_input(format);
   note_format(kind, format);
   note(check_group_columns(refs[0], format));
   Task task;
@@ -141,8 +150,9 @@ void WeightPlan::derived(const std::string& module, int64_t n, int64_t k, Use us
   tasks_.push_back(std::move(task));
 }
 
-std::unique_ptr<Weight> WeightPlan::pack(std::span<const HostMatrix> matrices) {
-  std::unique_ptr<Weight> weight = ops_.pack_weight(matrices, formats_.dense);
+std::unique_ptr<Weight> WeightPlan::pack(std::span<const HostMatrix> matrices, bool wide_input) {
+  const WeightFormat format = wide_input ? with_wide_input(formats_.dense) : formats_.dense;
+  std::unique_ptr<Weight> weight = ops_.pack_weight(matrices, format);
   loaded_.bytes += weight->bytes();
   return weight;
 }
@@ -171,7 +181,7 @@ Status WeightPlan::load_matrices(const Task& task) {
   }
   const bool all_bf16 =
       std::all_of(task.refs.begin(), task.refs.end(), [&](const MatrixRef& ref) { return source_.is_bf16(ref); });
-  const DType dtype = all_bf16 || task.format == kBf16Weights ? DType::kBf16 : DType::kF32;
+  const DType dtype = all_bf16 || task.format.type == kernels::WeightType::kBf16 ? DType::kBf16 : DType::kF32;
   task.use(read_dense(source_, task.refs, task.parts, dtype, ops_.num_threads()).matrices);
   return {};
 }

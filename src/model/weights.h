@@ -98,6 +98,9 @@ class WeightPlan {
 
   // "<module>.weight" [n, k].
   void linear(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  // The same for what queries, keys and latents are computed by, whose input is not rounded to bf16: attention makes
+  // more of an error in its scores than other layers make of theirs (docs/performance.md).
+  void attention_input(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // The same, never quantised.
   void embedding(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // The same, kept in f32.
@@ -112,8 +115,8 @@ class WeightPlan {
   // derives from it with pack().
   void derived(const std::string& module, int64_t n, int64_t k, Use use);
 
-  // For the `use` of derived().
-  std::unique_ptr<kernels::Weight> pack(std::span<const kernels::HostMatrix> matrices);
+  // For the `use` of derived(). With `wide_input` products do not round their input to bf16.
+  std::unique_ptr<kernels::Weight> pack(std::span<const kernels::HostMatrix> matrices, bool wide_input = false);
 
   // "experts int4 g128 a8, linear int8 a8, lm_head bf16, …": the formats of all that is listed.
   std::string describe_formats() const;

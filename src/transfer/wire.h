@@ -20,7 +20,7 @@
 
 namespace tandem::transfer {
 
-inline constexpr uint8_t kWireVersion = 1;
+inline constexpr uint8_t kWireVersion = 2;
 inline constexpr size_t kMaxNameBytes = 512;   // engine id, model fingerprint
 inline constexpr size_t kMaxTextBytes = 1024;  // reasons
 inline constexpr size_t kMaxTopLogprobs = 1024;

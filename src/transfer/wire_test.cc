@@ -93,7 +93,7 @@ TEST(Wire, SaysWhatIsWrong) {
   std::vector<std::byte> bytes = encode(Ack{make_handle(1), 5});
   bytes[2] = std::byte{9};
   EXPECT_THAT(decode(bytes).error().message, HasSubstr("version 9"));
-  EXPECT_THAT(decode(bytes).error().message, HasSubstr("this worker 1"));
+  EXPECT_THAT(decode(bytes).error().message, HasSubstr("this worker 2"));
   bytes = encode(Ack{make_handle(1), 5});
   bytes[3] = std::byte{200};
   EXPECT_THAT(decode(bytes).error().message, HasSubstr("unknown type 200"));

@@ -12,6 +12,7 @@
 #include "src/kernels/convert.h"
 #include "src/kernels/cpu/isa_choice.h"
 #include "src/kernels/ops.h"
+#include "src/kernels/shapes.h"
 
 namespace tandem::kernels {
 namespace {
@@ -70,8 +71,9 @@ class Bench {
   void bench_linear(const WeightFormat& format, int64_t rows, int64_t n, int64_t k);
   void bench_experts(const WeightFormat& format, int64_t rows, int64_t experts, int64_t top_k, int64_t hidden,
                      int64_t width);
-  void bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim);
-  void bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope);
+  void bench_attention(DType cache, int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim);
+  void bench_latent_attention(DType cache, int64_t positions, int64_t heads, int64_t latent, int64_t rope);
+  void bench_expanded_attention(int64_t rows, int64_t positions, int64_t heads);
 
   std::unique_ptr<Ops> ops_;
   const std::string filter_;
@@ -184,16 +186,20 @@ void Bench::bench_experts(const WeightFormat& format, int64_t rows, int64_t expe
   });
 }
 
-void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim) {
-  const std::string name =
-      fmt::format("attention rows={} of {} heads={}/{} d={}", rows, positions, q_heads, kv_heads, dim);
+// What the name of a line says of the cache's type.
+const char* cache_tag(DType dtype) { return dtype == DType::kF8E4M3 ? "fp8 " : ""; }
+
+void Bench::bench_attention(DType dtype, int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads,
+                            int64_t dim) {
+  const std::string name = fmt::format("attention {}rows={} of {} heads={}/{} d={}", cache_tag(dtype), rows, positions,
+                                       q_heads, kv_heads, dim);
   if (!is_selected(name)) return;
   constexpr int64_t kBlock = 16;
   const int64_t blocks = (positions + kBlock - 1) / kBlock;
-  const int64_t block_bytes = 2 * kv_heads * kBlock * dim * 2;
+  const int64_t block_bytes = 2 * kv_heads * kBlock * cached_vector_bytes(dtype, dim);
   const int64_t copies = rows == 1 ? copies_beyond_caches(blocks * block_bytes) : 1;
   const std::unique_ptr<Buffer> memory = ops_->allocate(copies * blocks * block_bytes);
-  const KvLayerView cache{memory->address(), block_bytes, kBlock, copies * blocks, DType::kBf16};
+  const KvLayerView cache{memory->address(), block_bytes, kBlock, copies * blocks, dtype};
   const Tensor kv = make_random(kBlock, kv_heads * dim);
   for (int64_t block = 0; block < copies * blocks; ++block) {
     std::vector<int64_t> slots;
@@ -221,15 +227,16 @@ void Bench::bench_attention(int64_t rows, int64_t positions, int64_t q_heads, in
   });
 }
 
-void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t latent, int64_t rope) {
-  const std::string name = fmt::format("mla absorbed rows=1 of {} heads={} {}+{}", positions, heads, latent, rope);
+void Bench::bench_latent_attention(DType dtype, int64_t positions, int64_t heads, int64_t latent, int64_t rope) {
+  const std::string name =
+      fmt::format("mla absorbed {}rows=1 of {} heads={} {}+{}", cache_tag(dtype), positions, heads, latent, rope);
   if (!is_selected(name)) return;
   constexpr int64_t kBlock = 16;
   const int64_t blocks = (positions + kBlock - 1) / kBlock;
-  const int64_t block_bytes = kBlock * (latent + rope) * 2;
+  const int64_t block_bytes = kBlock * cached_latent_bytes(dtype, latent, rope);
   const int64_t copies = copies_beyond_caches(blocks * block_bytes);
   const std::unique_ptr<Buffer> memory = ops_->allocate(copies * blocks * block_bytes);  // zeros are as fast as others
-  const KvLayerView cache{memory->address(), block_bytes, kBlock, copies * blocks, DType::kBf16};
+  const KvLayerView cache{memory->address(), block_bytes, kBlock, copies * blocks, dtype};
   std::fill_n(memory->address(), copies * blocks * block_bytes, std::byte{0x3C});
   std::vector<int32_t> table(static_cast<size_t>(copies * blocks));
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
@@ -252,14 +259,36 @@ void Bench::bench_latent_attention(int64_t positions, int64_t heads, int64_t lat
   });
 }
 
+void Bench::bench_expanded_attention(int64_t rows, int64_t positions, int64_t heads) {
+  constexpr int64_t kNope = 128, kRope = 64, kValue = 128;
+  const std::string name =
+      fmt::format("mla expanded rows={} of {} heads={} {}+{}/{}", rows, positions, heads, kNope, kRope, kValue);
+  if (!is_selected(name)) return;
+  const Tensor q = make_random(rows, heads * (kNope + kRope));
+  const Tensor kv = make_random(positions, heads * (kNope + kValue));
+  const Tensor k_pe = make_random(positions, kRope);
+  const Tensor out = make(DType::kF32, rows, heads * kValue);
+  const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
+  const Work work{.name = name,
+                  .ops = static_cast<double>(heads * 2 * (kNope + kRope + kValue)) * seen,
+                  .bytes = static_cast<double>(kv.bytes() + k_pe.bytes())};
+  report(work, [&] {
+    ops_->mla_attention_expanded(*stream_, q, kv, k_pe, heads, kNope, kValue, 0.07F, positions - rows, DType::kBf16,
+                                 out);
+  });
+}
+
 ReferenceRates Bench::run_small() {
   is_small_ = true;
   for (const WeightFormat& format : kFormats) {
     bench_linear(format, 8, 256, 512);
     bench_experts(format, 8, 8, 2, 256, 128);
   }
-  bench_attention(16, 256, 4, 2, 128);
-  bench_latent_attention(256, 4, 512, 64);
+  for (const DType cache : {DType::kBf16, DType::kF8E4M3}) {
+    bench_attention(cache, 16, 256, 4, 2, 128);
+    bench_latent_attention(cache, 256, 4, 512, 64);
+  }
+  bench_expanded_attention(16, 256, 4);
   return std::move(rates_);
 }
 
@@ -276,11 +305,15 @@ void Bench::run_all(const ReferenceRates& reference) {
     bench_linear(format, 256, 2048, 7168);
     for (const int64_t rows : {1, 16, 256, 512}) bench_experts(format, rows, 128, 8, 2048, 768);
   }
-  bench_attention(1, 8192, 32, 4, 128);
-  bench_attention(1, 8192, 16, 16, 128);
-  bench_attention(512, 512, 32, 4, 128);
-  bench_attention(128, 4096, 32, 4, 128);
-  bench_latent_attention(8192, 16, 512, 64);
+  for (const DType cache : {DType::kBf16, DType::kF8E4M3}) {
+    bench_attention(cache, 1, 8192, 32, 4, 128);
+    bench_attention(cache, 1, 8192, 16, 16, 128);
+    bench_attention(cache, 512, 512, 32, 4, 128);
+    bench_attention(cache, 128, 4096, 32, 4, 128);
+    bench_latent_attention(cache, 8192, 16, 512, 64);
+  }
+  bench_expanded_attention(512, 512, 16);
+  bench_expanded_attention(128, 4096, 16);
 }
 
 Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) {

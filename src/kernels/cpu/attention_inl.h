@@ -2,116 +2,209 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "src/kernels/cpu/isa.h"
+
+#define TANDEM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace tandem::kernels::cpu {
 namespace {
 
-// Scores of kQueryBlock queries and KEYS keys. Lanes run over d, so that keys are read as they lie in the cache; a
-// score is kLanes chains and one tree, whatever KEYS.
-template <int KEYS>
-TANDEM_INLINE void score_block(const float* q, int64_t q_stride, const float* keys, int64_t key_stride, int64_t dim,
-                               float* out) {
-  VecGrid<KEYS, kQueryBlock> sums;
-#pragma GCC unroll 4
-  for (int j = 0; j < KEYS; ++j) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kQueryBlock; ++i) sums[j][i] = zero();
+template <int N>
+using VecArray = Vec[static_cast<size_t>(N)];
+template <int ROWS, int N>
+using VecTable = Vec[static_cast<size_t>(ROWS)][static_cast<size_t>(N)];
+
+// Calls body(std::integral_constant<int, count>), 1 <= count <= MAX.
+template <int MAX, typename Body>
+TANDEM_INLINE void with_count(int64_t count, const Body& body) {
+  if constexpr (MAX > 1) {
+    if (count < MAX) return with_count<MAX - 1>(count, body);
   }
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    Vecs<KEYS> key;
-#pragma GCC unroll 4
-    for (int j = 0; j < KEYS; ++j) key[j] = load(keys + j * key_stride + d);
-#pragma GCC unroll 4
-    for (int i = 0; i < kQueryBlock; ++i) {
-      const Vec query = load(q + i * q_stride + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < KEYS; ++j) sums[j][i] = fma(query, key[j], sums[j][i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < KEYS; ++j) {
-    const __m128 four = sum_lanes(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-    _mm_store_ss(out + j, four);
-    _mm_store_ss(out + kTile + j, _mm_shuffle_ps(four, four, 1));
-    _mm_store_ss(out + 2 * kTile + j, _mm_shuffle_ps(four, four, 2));
-    _mm_store_ss(out + 3 * kTile + j, _mm_shuffle_ps(four, four, 3));
-  }
+  body(std::integral_constant<int, MAX>());
 }
 
-// The same scores for one query: more keys at once instead.
-template <int KEYS>
-TANDEM_INLINE void score_single(const float* q, const float* keys, int64_t key_stride, int64_t dim, float* out) {
-  static_assert(KEYS % 4 == 0);
-  Vecs<KEYS> sums;
+// 2^x: x = n + r with |r| <= 1/2, 2^r as e^(r ln 2) by its Taylor polynomial, 2^n by the exponent. 2^0 is exactly 1, a
+// NaN stays one.
+TANDEM_INLINE Vec exp2_precise(Vec x) {
+  x = max(broadcast(-150.0F), x);
+  const Vec n = round(x);
+  const Vec r = mul(sub(x, n), broadcast(0.693147182F));
+  Vec sum = broadcast(1.0F / 5040);  // the next term is below 6e-9
+  sum = fma(sum, r, broadcast(1.0F / 720));
+  sum = fma(sum, r, broadcast(1.0F / 120));
+  sum = fma(sum, r, broadcast(1.0F / 24));
+  sum = fma(sum, r, broadcast(1.0F / 6));
+  sum = fma(sum, r, broadcast(1.0F / 2));
+  sum = fma(sum, r, broadcast(1.0F));
+  sum = fma(sum, r, broadcast(1.0F));
+  return scale_by_power(sum, n);
+}
+TANDEM_INLINE float exp2_precise(float x) { return first(exp2_precise(broadcast(x))); }
+
+#ifdef TANDEM_DOT_PAIRS
+// For weights that become bf16: a polynomial through four points, 7e-6 off, a three-hundredth of their rounding.
+TANDEM_INLINE Vec exp2_coarse(Vec x) {
+  x = max(broadcast(-150.0F), x);
+  const Vec n = round(x);
+  const Vec r = sub(x, n);
+  Vec sum = broadcast(9.65671029e-3F);
+  sum = fma(sum, r, broadcast(5.58382829e-2F));
+  sum = fma(sum, r, broadcast(2.40225301e-1F));
+  sum = fma(sum, r, broadcast(6.93136734e-1F));
+  sum = fma(sum, r, broadcast(1.0F));
+  return scale_by_power_once(sum, n);
+}
+#endif
+
+// Adds the products of dimensions [begin, end) to scores of QUERIES queries and VECTORS vectors of positions.
+template <int QUERIES, int VECTORS>
+TANDEM_INLINE void score_dims(const float* q, int64_t q_stride, const float* keys, int64_t begin, int64_t end,
+                              VecTable<QUERIES, VECTORS>& sums) {
+  for (int64_t d = begin; d < end; ++d) {
+    VecArray<VECTORS> key;
 #pragma GCC unroll 8
-  for (int j = 0; j < KEYS; ++j) sums[j] = zero();
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const Vec query = load(q + d);
+    for (int v = 0; v < VECTORS; ++v) key[v] = load(keys + d * kTile + v * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; ++i) {
+      const Vec query = broadcast(q[i * q_stride + d]);
 #pragma GCC unroll 8
-    for (int j = 0; j < KEYS; ++j) sums[j] = fma(query, load(keys + j * key_stride + d), sums[j]);
-  }
-#pragma GCC unroll 2
-  for (int j = 0; j < KEYS; j += 4) {
-    _mm_storeu_ps(out + j, sum_lanes(sums[j], sums[j + 1], sums[j + 2], sums[j + 3]));
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = fma(query, key[v], sums[i][v]);
+    }
   }
 }
 
-void scores(const float* q, int64_t q_stride, int64_t queries, const float* keys, int64_t key_stride, int64_t positions,
-            int64_t dim, float* out) {
-  static_assert(kQueryBlock == 4);
-  for (int64_t i = 0; i < queries; i += kQueryBlock) {
-    const float* query = q + i * q_stride;
-    float* row = out + i * kTile;
-    int64_t j = 0;
-    if (queries - i == 1) {
-      for (; j + 8 <= positions; j += 8) score_single<8>(query, keys + j * key_stride, key_stride, dim, row + j);
+// One chain over d for each score.
+template <int QUERIES, int VECTORS>
+TANDEM_INLINE void score_block(const float* q, int64_t q_stride, const float* keys, const KeyScales& scales,
+                               int64_t position, int64_t dim, float* out) {
+  VecTable<QUERIES, VECTORS> sums;
+#pragma GCC unroll 4
+  for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = zero();
+  }
+  int64_t done = 0;
+  if (scales.factors != nullptr) {
+    done = scales.dims;
+    score_dims<QUERIES, VECTORS>(q, q_stride, keys + position, 0, done, sums);
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = mul(sums[i][v], load(scales.factors + position + v * kLanes));
     }
-    for (; j + kScoreKeys <= positions; j += kScoreKeys) {
-      score_block<kScoreKeys>(query, q_stride, keys + j * key_stride, key_stride, dim, row + j);
-    }
-    for (; j < positions; ++j) score_block<1>(query, q_stride, keys + j * key_stride, key_stride, dim, row + j);
+  }
+  score_dims<QUERIES, VECTORS>(q, q_stride, keys + position, done, dim, sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) store(out + i * kTile + position + v * kLanes, sums[i][v]);
   }
 }
 
-void softmax_tile(float* scores, int64_t visible, float scale, SoftmaxState* state, float* acc, int64_t dim) {
-  const Vec factor = broadcast(scale);
-  Vec largest_lanes = broadcast(-__builtin_inff());
-  for (int64_t j = 0; j < visible; j += kLanes) {
-    Vec score = mul(load(scores + j), factor);
-    if (visible - j < kLanes) score = keep_first(score, visible - j, broadcast(-__builtin_inff()));
-    store(scores + j, score);
-    largest_lanes = max(largest_lanes, score);
+void scores(const float* q, int64_t q_stride, int64_t queries, const float* keys, const KeyScales& scales,
+            int64_t positions, int64_t dim, float* out) {
+  for (int64_t i = 0; i < queries; i += 4) {
+    with_count<4>(queries - i, [&](auto count) TANDEM_INLINE_LAMBDA {
+      constexpr int kQueries = decltype(count)::value;
+      constexpr int kVectors = score_vectors(kQueries);
+      for (int64_t j = 0; j < positions; j += kVectors * kLanes) {
+        score_block<kQueries, kVectors>(q + i * q_stride, q_stride, keys, scales, j, dim, out + i * kTile);
+      }
+    });
   }
-  const float tile_largest = max_lanes(largest_lanes);
-  const float largest = tile_largest > state->largest ? tile_largest : state->largest;
-  Vec sums = zero();
-  for (int64_t j = 0; j < visible; j += kLanes) {
-    const Vec weight = exp(sub(load(scores + j), broadcast(largest)));
-    store(scores + j, weight);
-    sums = add(sums, weight);
+}
+
+// `count` values, `other` in the lanes behind them.
+TANDEM_INLINE Vec keep_visible(Vec x, int64_t count, float other) {
+  return count >= kLanes ? x : keep_first(x, count, broadcast(other));
+}
+
+// The largest of ROWS rows of scores, scaled, and of their states so far.
+template <int ROWS>
+TANDEM_INLINE void find_largest(const SoftmaxTile& tile, int64_t first, float* largest) {
+  VecArray<ROWS> lanes;
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) lanes[i] = broadcast(-__builtin_inff());
+  for (int64_t j = 0; j < tile.visible; j += kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      const float* scores = tile.scores + (first + i) * kTile + j;
+      lanes[i] = max(lanes[i], keep_visible(load(scores), tile.visible - j, -__builtin_inff()));
+    }
   }
-  if (largest != state->largest) {  // otherwise the factor is exactly 1
-    const float shrink = exp(state->largest - largest);
-    state->sum *= shrink;
-    for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, mul(load(acc + d), broadcast(shrink)));
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
+    const float tile_largest = max_lanes(lanes[i]) * tile.scale;
+    const float before = tile.states[first + i].largest;
+    largest[i] = tile_largest > before ? tile_largest : before;
   }
-  state->largest = largest;
-  state->sum += sum_lanes(sums);
+}
+
+// Rows go through together only to overlap; each is computed as if it were alone.
+template <int ROWS>
+TANDEM_INLINE void softmax_rows(const SoftmaxTile& tile, int64_t first) {
+  float largest[static_cast<size_t>(ROWS)];
+  find_largest<ROWS>(tile, first, largest);
+  const Vec factor = broadcast(tile.scale);
+  VecArray<ROWS> sums;
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) sums[i] = zero();
+  for (int64_t j = 0; j < tile.visible; j += kLanes) {
+    const int64_t left = tile.visible - j;
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      float* scores = tile.scores + (first + i) * kTile + j;
+      const Vec exponent = fma(load(scores), factor, broadcast(-largest[i]));
+#ifdef TANDEM_DOT_PAIRS
+      Vec weight = tile.narrow_weights != nullptr ? exp2_coarse(exponent) : exp2_precise(exponent);
+#else
+      Vec weight = exp2_precise(exponent);
+#endif
+      weight = keep_visible(weight, left, 0.0F);
+      sums[i] = add(sums[i], weight);
+      if (tile.value_scales != nullptr) weight = keep_visible(mul(weight, load(tile.value_scales + j)), left, 0.0F);
+#ifdef TANDEM_DOT_PAIRS
+      if (tile.narrow_weights != nullptr) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile.narrow_weights + (first + i) * kTile + j), narrow(weight));
+        continue;
+      }
+#endif
+      store(scores, weight);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) {
+    SoftmaxState& state = tile.states[first + i];
+    if (largest[i] != state.largest) {  // otherwise the factor is exactly 1
+      const float shrink = exp2_precise(state.largest - largest[i]);
+      float* acc = tile.acc + (first + i) * tile.dim;
+      state.sum *= shrink;
+      for (int64_t d = 0; d < tile.dim; d += kLanes) store(acc + d, mul(load(acc + d), broadcast(shrink)));
+    }
+    state.largest = largest[i];
+    state.sum += sum_lanes(sums[i]);
+  }
+}
+
+void softmax_tile(const SoftmaxTile& tile) {
+  int64_t i = 0;
+  for (; i + 4 <= tile.queries; i += 4) softmax_rows<4>(tile, i);
+  for (; i < tile.queries; ++i) softmax_rows<1>(tile, i);
 }
 
 template <int QUERIES, int VECTORS>
 TANDEM_INLINE void accumulate_columns(const float* weights, const float* values, int64_t value_stride, int64_t begin,
                                       int64_t end, float* acc, int64_t acc_stride) {
-  VecGrid<QUERIES, VECTORS> sums;
+  VecTable<QUERIES, VECTORS> sums;
 #pragma GCC unroll 4
   for (int i = 0; i < QUERIES; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(acc + i * acc_stride + v * kLanes);
   }
   for (int64_t j = begin; j < end; ++j) {
-    Vecs<VECTORS> value;
+    VecArray<VECTORS> value;
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) value[v] = load(values + j * value_stride + v * kLanes);
 #pragma GCC unroll 4
@@ -145,29 +238,17 @@ TANDEM_INLINE void accumulate_queries(const float* weights, const float* values,
 void accumulate(const float* weights, int64_t queries, const float* values, int64_t value_stride, int64_t begin,
                 int64_t end, int64_t dim, float* acc, int64_t acc_stride) {
   for (int64_t i = 0; i < queries; i += 4) {
-    const float* w = weights + i * kTile;
-    float* a = acc + i * acc_stride;
-    switch (queries - i) {
-      case 1:
-        accumulate_queries<1>(w, values, value_stride, begin, end, dim, a, acc_stride);
-        break;
-      case 2:
-        accumulate_queries<2>(w, values, value_stride, begin, end, dim, a, acc_stride);
-        break;
-      case 3:
-        accumulate_queries<3>(w, values, value_stride, begin, end, dim, a, acc_stride);
-        break;
-      default:
-        accumulate_queries<4>(w, values, value_stride, begin, end, dim, a, acc_stride);
-        break;
-    }
+    with_count<4>(queries - i, [&](auto count) TANDEM_INLINE_LAMBDA {
+      accumulate_queries<decltype(count)::value>(weights + i * kTile, values, value_stride, begin, end, dim,
+                                                 acc + i * acc_stride, acc_stride);
+    });
   }
 }
 
 void fold(SoftmaxState* total, float* total_acc, const SoftmaxState* part, const float* part_acc, int64_t dim) {
   const float largest = part->largest > total->largest ? part->largest : total->largest;
-  const float shrink_total = exp(total->largest - largest);
-  const float shrink_part = exp(part->largest - largest);
+  const float shrink_total = exp2_precise(total->largest - largest);
+  const float shrink_part = exp2_precise(part->largest - largest);
   total->largest = largest;
   total->sum = total->sum * shrink_total + part->sum * shrink_part;
   for (int64_t d = 0; d < dim; d += kLanes) {

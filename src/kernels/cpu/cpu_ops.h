@@ -42,7 +42,7 @@ class CpuOps final : public HostOps {
                      const Tensor& latent, const Tensor& k_pe) override;
   void mla_attention_expanded(Stream& stream, const Tensor& q, const Tensor& kv, const Tensor& k_pe, int64_t heads,
                               int64_t nope_dim, int64_t value_dim, float scale, int64_t first_position,
-                              const Tensor& out) override;
+                              DType cache_dtype, const Tensor& out) override;
   void silu_mul(Stream& stream, const Tensor& gate_up, const Tensor& out) override;
   void route(Stream& stream, const Tensor& logits, const Tensor& bias, const RouterParams& params, const Tensor& ids,
              const Tensor& weights) override;
@@ -69,10 +69,6 @@ class CpuOps final : public HostOps {
       for (int64_t row = task * rows_per_task; row < end; ++row) body(row);
     });
   }
-
-  // Writes `count` values to `address` in the cache's dtype.
-  void store_cached(const float* values, int64_t count, DType dtype, std::byte* address) const;
-  void load_cached(const std::byte* address, int64_t count, DType dtype, float* values) const;
 
   const Isa& isa_;
   ThreadPool pool_;

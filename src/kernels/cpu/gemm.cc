@@ -81,6 +81,7 @@ void multiply_columns(const Isa& isa, const PackedWeight& weight, int64_t matrix
   const WeightFormat& format = weight.format();
   if (format == kF32Weights) return isa.gemm_f32(block);
   if (format == kBf16Weights) return isa.gemm_bf16(block);
+  if (format.type == WeightType::kBf16) return isa.gemm_bf16_wide_input(block);
   block.integers = &weight.integers();
   if (format.type == WeightType::kInt8) {
     return format.activation_bits == 8 ? isa.gemm_int8_a8(block) : isa.gemm_int8_a16(block);

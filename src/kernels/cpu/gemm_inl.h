@@ -272,10 +272,12 @@ TANDEM_INLINE void multiply(const GemmBlock& block) {
 
 void gemm_f32(const GemmBlock& block) { multiply<F32Product, false>(block); }
 
+void gemm_bf16_wide_input(const GemmBlock& block) { multiply<Bf16Product, kWidenPanels>(block); }
+
 #ifdef TANDEM_DOT_PAIRS
 void gemm_bf16(const GemmBlock& block) { multiply<Bf16DotProduct, false>(block); }
 #else
-void gemm_bf16(const GemmBlock& block) { multiply<Bf16Product, kWidenPanels>(block); }
+void gemm_bf16(const GemmBlock& block) { gemm_bf16_wide_input(block); }
 #endif
 
 }  // namespace

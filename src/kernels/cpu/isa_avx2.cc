@@ -6,6 +6,7 @@
 #include "src/kernels/cpu/integer_rows_inl.h"
 #include "src/kernels/cpu/integer_gemm_inl.h"
 #include "src/kernels/cpu/attention_inl.h"
+#include "src/kernels/cpu/kv_rows_inl.h"
 #include "src/kernels/cpu/limits_inl.h"
 #include "src/kernels/cpu/isa_table_inl.h"
 // clang-format on

@@ -16,6 +16,7 @@ constexpr Isa make_table(const char* name) {
   isa.gemm_f32 = gemm_f32;
   isa.gemm_bf16 = gemm_bf16;
   isa.narrow_rows = kNarrowRows;
+  isa.gemm_bf16_wide_input = gemm_bf16_wide_input;
   isa.gemm_int8_a8 = gemm_integers<8, 1>;
   isa.gemm_int8_a16 = gemm_integers<8, 2>;
   isa.gemm_int4_a8 = gemm_integers<4, 1>;
@@ -34,8 +35,21 @@ constexpr Isa make_table(const char* name) {
   isa.scores = scores;
   isa.softmax_tile = softmax_tile;
   isa.accumulate = accumulate;
+#ifdef TANDEM_DOT_PAIRS
+  isa.dot_pairs = true;
+  isa.score_pairs = score_pairs;
+  isa.accumulate_pairs = accumulate_pairs;
+  isa.round_pairs = round_pairs;
+  isa.interleave = interleave;
+#endif
   isa.fold = fold;
   isa.finish = finish;
+  isa.transpose = transpose;
+  isa.split_pairs_bf16 = split_pairs_bf16;
+  isa.split_pairs_f8 = split_pairs_f8;
+  isa.from_f8 = from_f8;
+  isa.f8_to_bf16 = f8_to_bf16;
+  isa.quantize_f8 = quantize_f8;
   isa.run_fma = run_fma;
   isa.fma_flops_per_round = kFmaFlopsPerRound;
   isa.run_dot = run_dot;

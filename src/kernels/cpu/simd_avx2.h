@@ -20,9 +20,9 @@ constexpr int64_t kGemmDepth = 512;   // k per pass of many rows: a panel in bf1
 constexpr int64_t kWideRows = 45;     // up to here each panel goes over all of k at once (measured)
 constexpr bool kWidenPanels = false;  // widening is free: it runs on units that FMA does not use
 constexpr int gemm_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-// Vectors of values per pass of `accumulate`.
+// Vectors of values, and of positions, per pass of attention's two products.
 constexpr int accumulate_vectors(int queries) { return queries <= 2 ? 4 : 2; }
-constexpr int kScoreKeys = 3;  // 4 queries x 3 keys of sums, 3 keys, 1 query: 16 registers
+constexpr int score_vectors(int queries) { return queries == 1 ? 8 : queries == 2 ? 4 : 2; }
 
 TANDEM_INLINE Vec zero() { return _mm256_setzero_ps(); }
 TANDEM_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
@@ -165,6 +165,73 @@ TANDEM_INLINE IntVec dot_nibbles(IntVec sums, IntVec codes, IntVec x) {
 TANDEM_INLINE IntVec dot_bytes(IntVec sums, const ByteCodes& codes, IntVec x) {
   sums = dot_nibbles(sums, codes.low, x);
   return int_add(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.high, x), _mm256_set1_epi16(16)));
+}
+
+// E4M3 codes in 4 bytes each, their upper bits zero. As f32 bits a code is 2^-120 of its value, subnormal ones too.
+TANDEM_INLINE Vec decode_f8(__m256i codes) {
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
+  const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x7F)), 20);
+  return mul(_mm256_castsi256_ps(_mm256_or_si256(sign, magnitude)), broadcast(0x1p120F));
+}
+TANDEM_INLINE Vec load_f8(const uint8_t* p) {
+  return decode_f8(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+TANDEM_INLINE void load_f8_pairs(const uint8_t* p, Vec* first, Vec* second) {
+  const __m256i pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  *first = decode_f8(_mm256_and_si256(pairs, _mm256_set1_epi32(0xFF)));
+  *second = decode_f8(_mm256_srli_epi32(pairs, 8));
+}
+// f8e4m3_from_float of convert.h.
+TANDEM_INLINE void store_f8(uint8_t* p, Vec x) {
+  const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(_mm256_castps_si256(x), 31), 7);
+  const Vec absolute = _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF)));
+  const Vec magnitude = min(absolute, broadcast(448.0F));
+  const __m256i bits = _mm256_castps_si256(magnitude);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFFF)));
+  const __m256i normal = _mm256_sub_epi32(_mm256_srli_epi32(rounded, 20), _mm256_set1_epi32(120 << 3));
+  const Vec base = broadcast(0x1p14F);
+  const __m256i steps = _mm256_sub_epi32(_mm256_castps_si256(add(magnitude, base)), _mm256_castps_si256(base));
+  const __m256i is_small = _mm256_castps_si256(_mm256_cmp_ps(magnitude, broadcast(0x1p-6F), _CMP_LT_OQ));
+  const __m256i code = _mm256_or_si256(sign, _mm256_blendv_epi8(normal, steps, is_small));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+// The largest magnitude's bits, per lane.
+TANDEM_INLINE Vec max_magnitude(Vec a, Vec x) {
+  const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF));
+  return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), bits));
+}
+TANDEM_INLINE uint32_t largest_bits(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  __m128i x = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4E));
+  x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
+}
+
+// out[c * out_stride + r] = rows[r][c] for kLanes rows and columns.
+TANDEM_INLINE void transpose_square(const float* const* rows, int64_t first, float* out, int64_t out_stride) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) a[r] = load(rows[r] + first);
+#pragma GCC unroll 4
+  for (int r = 0; r < 8; r += 2) {
+    b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 8; r += 4) {  // a[r + i]: column i of each half, rows r … r + 3
+    a[r] = _mm256_shuffle_ps(b[r], b[r + 2], 0x44);
+    a[r + 1] = _mm256_shuffle_ps(b[r], b[r + 2], 0xEE);
+    a[r + 2] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0x44);
+    a[r + 3] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    store(out + i * out_stride, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+    store(out + (i + 4) * out_stride, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+  }
 }
 
 }  // namespace

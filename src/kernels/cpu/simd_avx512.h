@@ -21,9 +21,9 @@ constexpr int64_t kWideRows = 24;    // up to here each panel goes over all of k
 constexpr bool kWidenPanels = true;  // widening takes the units of FMA: once per pass, not once per tile (84 to 99 %)
 // One row is bound by memory: more panels at once would only be more streams for the prefetcher to lose.
 constexpr int gemm_panels(int rows) { return rows <= 2 ? 4 : 2; }
-// Vectors of values per pass of `accumulate`.
+// Vectors of values, and of positions, per pass of attention's two products: 16 sums.
 constexpr int accumulate_vectors(int queries) { return queries <= 2 ? 8 : 4; }
-constexpr int kScoreKeys = 4;  // 4 queries x 4 keys of sums
+constexpr int score_vectors(int /*queries*/) { return 4; }
 
 TANDEM_INLINE Vec zero() { return _mm512_setzero_ps(); }
 TANDEM_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
@@ -158,6 +158,73 @@ TANDEM_INLINE IntVec dot_bytes(IntVec sums, const ByteCodes& codes, IntVec x) {
   return int_add(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes.high, x), _mm512_set1_epi16(16)));
 }
 #endif
+
+// E4M3 codes in 4 bytes each, their upper bits zero. As f32 bits a code is 2^-120 of its value, subnormal ones too.
+TANDEM_INLINE Vec decode_f8(__m512i codes) {
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)), 24);
+  const __m512i magnitude = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x7F)), 20);
+  return mul(_mm512_castsi512_ps(_mm512_or_si512(sign, magnitude)), broadcast(0x1p120F));
+}
+TANDEM_INLINE Vec load_f8(const uint8_t* p) {
+  return decode_f8(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+TANDEM_INLINE void load_f8_pairs(const uint8_t* p, Vec* first, Vec* second) {
+  const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  *first = decode_f8(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFF)));
+  *second = decode_f8(_mm512_srli_epi32(pairs, 8));
+}
+// f8e4m3_from_float of convert.h.
+TANDEM_INLINE void store_f8(uint8_t* p, Vec x) {
+  const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(_mm512_castps_si512(x), 31), 7);
+  const Vec magnitude = min(_mm512_abs_ps(x), broadcast(448.0F));
+  const __m512i bits = _mm512_castps_si512(magnitude);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFFF)));
+  const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(rounded, 20), _mm512_set1_epi32(120 << 3));
+  const Vec base = broadcast(0x1p14F);
+  const __m512i steps = _mm512_sub_epi32(_mm512_castps_si512(add(magnitude, base)), _mm512_castps_si512(base));
+  const __mmask16 is_small = _mm512_cmp_ps_mask(magnitude, broadcast(0x1p-6F), _CMP_LT_OQ);
+  const __m512i code = _mm512_or_si512(sign, _mm512_mask_mov_epi32(normal, is_small, steps));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
+}
+// The largest magnitude's bits, per lane.
+TANDEM_INLINE Vec max_magnitude(Vec a, Vec x) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
+  return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), bits));
+}
+TANDEM_INLINE uint32_t largest_bits(Vec a) { return _mm512_reduce_max_epu32(_mm512_castps_si512(a)); }
+
+// out[c * out_stride + r] = rows[r][c] for kLanes rows and columns.
+TANDEM_INLINE void transpose_square(const float* const* rows, int64_t first, float* out, int64_t out_stride) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) a[r] = load(rows[r] + first);
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {  // a[r + i]: column i of each quarter, rows r … r + 3
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512d low = _mm512_castps_pd(b[r + half]), high = _mm512_castps_pd(b[r + 2 + half]);
+      a[r + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // columns i, i + 4, i + 8 and i + 12
+    const __m512 even_low = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xDD);
+    const __m512 even_high = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xDD);
+    store(out + i * out_stride, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+    store(out + (i + 4) * out_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+    store(out + (i + 8) * out_stride, _mm512_shuffle_f32x4(even_low, even_high, 0xDD));
+    store(out + (i + 12) * out_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD));
+  }
+}
 
 }  // namespace
 }  // namespace tandem::kernels::cpu

@@ -14,12 +14,12 @@ RefWeight::RefWeight(std::span<const HostMatrix> matrices, const WeightFormat& f
   const size_t rows = static_cast<size_t>(batch_ * n_);
   const size_t elements = rows * static_cast<size_t>(k_);
   if (format_ == kF32Weights) f32_.resize(elements);
-  if (format_ == kBf16Weights) bf16_.resize(elements);
+  if (format_.type == WeightType::kBf16) bf16_.resize(elements);
   if (format_.is_integer()) integers_.resize(rows);
   for (int64_t row = 0; row < batch_ * n_; ++row) {
     const HostMatrix& matrix = matrices[static_cast<size_t>(row / n_)];
     if (format_ == kF32Weights) decode_row(matrix, row % n_, 0, k_, f32_.data() + row * k_);
-    if (format_ == kBf16Weights) decode_row_bf16(matrix, row % n_, 0, k_, bf16_.data() + row * k_);
+    if (format_.type == WeightType::kBf16) decode_row_bf16(matrix, row % n_, 0, k_, bf16_.data() + row * k_);
     if (format_.is_integer()) encode_weight_row(matrix, row % n_, format_, &integers_[static_cast<size_t>(row)]);
   }
 }

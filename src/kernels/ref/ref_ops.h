@@ -65,7 +65,7 @@ class RefOps final : public HostOps {
                      const Tensor& latent, const Tensor& k_pe) override;
   void mla_attention_expanded(Stream& stream, const Tensor& q, const Tensor& kv, const Tensor& k_pe, int64_t heads,
                               int64_t nope_dim, int64_t value_dim, float scale, int64_t first_position,
-                              const Tensor& out) override;
+                              DType cache_dtype, const Tensor& out) override;
   void silu_mul(Stream& stream, const Tensor& gate_up, const Tensor& out) override;
   void route(Stream& stream, const Tensor& logits, const Tensor& bias, const RouterParams& params, const Tensor& ids,
              const Tensor& weights) override;
