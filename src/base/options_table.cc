@@ -46,7 +46,8 @@ constexpr OptionSpec kTable[] = {
     {.name = "served-model-name", .commands = kServe | kRoute, .group = "Model", .type = kList, .default_text = "",
      .help = "Names that requests may give as `model`; the first is shown. Default: the model's directory name."},
     {.name = "dtype", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
-     .help = "Type of weights and KV cache; auto is bfloat16. Sums are float32 in both.",
+     .help = "Type of weights and, unless --kv-cache-dtype says otherwise, KV cache; auto is bfloat16. Sums are "
+             "float32 in both.",
      .choices = "auto|bfloat16|float32"},
     {.name = "quantization", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "Format of the linear layers: auto keeps the checkpoint's, the next four quantise at load, the others say "
@@ -81,6 +82,10 @@ constexpr OptionSpec kTable[] = {
     // serve: the KV cache
     {.name = "block-size", .commands = kEngine, .group = "KV cache", .type = kInteger, .default_text = "16",
      .help = "Tokens per KV block.", .min = 1, .max = 256},
+    {.name = "kv-cache-dtype", .commands = kEngine, .group = "KV cache", .type = kChoice, .default_text = "auto",
+     .help = "Type of cached keys and values. fp8 (also fp8_e4m3) halves their memory, with a scale for every token and "
+             "head; auto is that of --dtype.",
+     .choices = "auto|bfloat16|fp8|fp8_e4m3"},
     {.name = "kv-cache-memory-bytes", .commands = kEngine, .group = "KV cache", .type = kBytes, .default_text = "0",
      .help = "Memory for KV blocks, for example 512M or 4G; 0 is 1G, more if one request of --max-model-len needs it, less "
              "if it does not fit, or all that --gpu-memory-utilization leaves if that is given.", .min = 0, .max = kMaxInt},

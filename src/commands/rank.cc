@@ -61,6 +61,10 @@ Result<RankConfig> make_rank_config(const Options& options) {
       options.text("load-format") == "dummy" ? model::LoadFormat::kDummy : model::LoadFormat::kSafetensors;
   config.load.compute = options.text("dtype") == "float32" ? model::ComputeType::kF32 : model::ComputeType::kBf16;
   config.load.quantization = {options.text("quantization"), options.integer("quantization-group-size")};
+  const std::string kv_dtype = options.text("kv-cache-dtype");
+  config.load.kv_cache = kv_dtype == "auto"       ? model::KvCacheType::kAuto
+                         : kv_dtype == "bfloat16" ? model::KvCacheType::kBf16
+                                                  : model::KvCacheType::kF8E4M3;
   config.load.max_num_batched_tokens = config.limits.max_num_batched_tokens;
   config.load.max_num_seqs = config.limits.max_num_seqs;
   config.load.max_model_len = options.integer("max-model-len");

@@ -32,6 +32,11 @@ struct Answer {
   bool operator==(const Answer&) const = default;
 };
 
+struct ModelSetup {
+  const char* path;
+  model::KvCacheType kv_cache = model::KvCacheType::kAuto;
+};
+
 struct RankSetup {
   std::string backend = "auto";
   model::QuantizationRequest quantization;
@@ -47,10 +52,11 @@ struct RankSetup {
 // A model, its cache, an engine and, for a kv_role, an agent: what one worker process has.
 class Rank {
  public:
-  Rank(const std::string& model_path, const RankSetup& setup) {
+  Rank(const ModelSetup& model, const RankSetup& setup) {
     ops_ = kernels::make_ops(setup.backend, setup.threads).value();
     model::LoadOptions load;
-    load.path = model_path;
+    load.path = std::string(TANDEM_SOURCE_DIR) + "/" + model.path;
+    load.kv_cache = model.kv_cache;
     load.quantization = setup.quantization;
     load.max_num_batched_tokens = setup.max_num_batched_tokens;
     load.max_num_seqs = setup.max_num_seqs;
@@ -181,19 +187,26 @@ std::vector<Answer> run_all(Rank& rank, const std::vector<TokenRequest>& request
   return answers;
 }
 
-class Exactness : public testing::TestWithParam<const char*> {
+std::string name_of(const ModelSetup& model) {
+  std::string name = model.path;
+  for (char& letter : name) {
+    if (std::isalnum(static_cast<unsigned char>(letter)) == 0) letter = '_';
+  }
+  return name + (model.kv_cache == model::KvCacheType::kF8E4M3 ? "_kv_fp8" : "");
+}
+
+class Exactness : public testing::TestWithParam<ModelSetup> {
  protected:
   void SetUp() override {
-    path_ = std::string(TANDEM_SOURCE_DIR) + "/" + GetParam();
-    ASSERT_TRUE(std::filesystem::exists(path_)) << path_;
     // Computed once per model: each prompt alone, whole, cold, on one thread.
     static std::map<std::string, std::pair<std::vector<TokenRequest>, std::vector<Answer>>> known;
-    if (!known.contains(path_)) {
-      Rank alone(path_, {});
+    const std::string name = name_of(GetParam());
+    if (!known.contains(name)) {
+      Rank alone(GetParam(), {});
       requests_ = make_requests(alone.vocab_size(), kNumPrompts);
-      known[path_] = {requests_, run_all(alone, requests_, 1)};
+      known[name] = {requests_, run_all(alone, requests_, 1)};
     }
-    std::tie(requests_, expected_) = known[path_];
+    std::tie(requests_, expected_) = known[name];
     for (const Answer& answer : expected_) {
       ASSERT_EQ(answer.error, "");
       ASSERT_EQ(answer.tokens.size(), static_cast<size_t>(kMaxTokens));
@@ -213,7 +226,6 @@ class Exactness : public testing::TestWithParam<const char*> {
     EXPECT_EQ(different, 0U) << what;
   }
 
-  std::string path_;
   std::vector<TokenRequest> requests_;
   std::vector<Answer> expected_;
 };
@@ -221,7 +233,7 @@ class Exactness : public testing::TestWithParam<const char*> {
 TEST_P(Exactness, BatchOf16) {
   RankSetup setup;
   setup.max_num_seqs = 16;
-  Rank rank(path_, setup);
+  Rank rank(GetParam(), setup);
   expect_same(run_all(rank, requests_, 16), "batch of 16");
 }
 
@@ -229,13 +241,13 @@ TEST_P(Exactness, ChunkSizes) {
   for (const int64_t chunk : {1, 7, 64}) {
     RankSetup setup;
     setup.max_num_batched_tokens = chunk;
-    Rank rank(path_, setup);
+    Rank rank(GetParam(), setup);
     expect_same(run_all(rank, requests_, 1), "chunks of " + std::to_string(chunk));
   }
   RankSetup mixed;
   mixed.max_num_batched_tokens = 23;
   mixed.max_num_seqs = 8;
-  Rank rank(path_, mixed);
+  Rank rank(GetParam(), mixed);
   expect_same(run_all(rank, requests_, 8), "8 at once in steps of 23 rows");
 }
 
@@ -245,7 +257,7 @@ TEST_P(Exactness, StepsLimitedByTime) {
     RankSetup setup;
     setup.max_num_seqs = 8;
     setup.max_step_us = max_step_us;
-    Rank rank(path_, setup);
+    Rank rank(GetParam(), setup);
     expect_same(run_all(rank, requests_, 8), "steps of " + std::to_string(max_step_us) + " us");
   }
 }
@@ -254,7 +266,7 @@ TEST_P(Exactness, PrefixHits) {
   RankSetup setup;
   setup.prefix_caching = true;
   setup.max_num_seqs = 4;
-  Rank rank(path_, setup);
+  Rank rank(GetParam(), setup);
   expect_same(run_all(rank, requests_, 4), "cold with a shared prefix");
   const double hits = rank.metric("vllm:prefix_cache_hits_total");
   expect_same(run_all(rank, requests_, 4), "full hits");
@@ -265,7 +277,7 @@ TEST_P(Exactness, ForcedPreemption) {
   // Answers that outgrow the pool: the running requests hold far fewer blocks when they begin than when they end.
   for (TokenRequest& request : requests_) request.sampling.max_tokens = 40;
   {
-    Rank alone(path_, {});
+    Rank alone(GetParam(), {});
     expected_ = run_all(alone, requests_, 1);
   }
   for (const bool prefix_caching : {false, true}) {
@@ -273,7 +285,7 @@ TEST_P(Exactness, ForcedPreemption) {
     setup.num_blocks = kMaxModelLen / 16;
     setup.max_num_seqs = 16;
     setup.prefix_caching = prefix_caching;
-    Rank rank(path_, setup);
+    Rank rank(GetParam(), setup);
     expect_same(run_all(rank, requests_, 16), "preemption");
     EXPECT_GT(rank.metric("vllm:num_preemptions_total"), 0);
   }
@@ -284,7 +296,7 @@ TEST_P(Exactness, ThreadCounts) {
     RankSetup setup;
     setup.threads = threads;
     setup.max_num_seqs = 8;
-    Rank rank(path_, setup);
+    Rank rank(GetParam(), setup);
     expect_same(run_all(rank, requests_, 8), std::to_string(threads) + " threads");
   }
 }
@@ -296,9 +308,9 @@ TEST_P(Exactness, PushedFromPrefillToDecode) {
     setup.max_num_batched_tokens = 40;
     setup.prefix_caching = prefix_caching;
     setup.kv_role = KvRole::kProducer;
-    Rank prefill(path_, setup);
+    Rank prefill(GetParam(), setup);
     setup.kv_role = KvRole::kConsumer;
-    Rank decode(path_, setup);
+    Rank decode(GetParam(), setup);
     std::vector<Answer> answers;
     for (const TokenRequest& request : requests_) {
       TokenRequest to_decode = request;
@@ -327,8 +339,8 @@ TEST_P(Exactness, PulledByDecodeFromPrefill) {
   setup.max_num_seqs = 8;
   setup.prefix_caching = true;
   setup.kv_role = KvRole::kBoth;
-  Rank prefill(path_, setup);
-  Rank decode(path_, setup);
+  Rank prefill(GetParam(), setup);
+  Rank decode(GetParam(), setup);
   std::vector<Answer> answers;
   for (const TokenRequest& request : requests_) {
     TokenRequest to_prefill = request;
@@ -350,19 +362,19 @@ TEST_P(Exactness, PulledByDecodeFromPrefill) {
 class QuantisedExactness : public testing::TestWithParam<model::QuantizationRequest> {};
 
 TEST_P(QuantisedExactness, BatchesChunksAndThreads) {
-  for (const char* model : {"models/demo", "tests/golden/qwen_base"}) {
-    const std::string path = std::string(TANDEM_SOURCE_DIR) + "/" + model;
+  for (const char* path : {"models/demo", "tests/golden/qwen_base"}) {
+    const ModelSetup model{path};
     RankSetup setup;
     setup.quantization = GetParam();
-    Rank alone(path, setup);
+    Rank alone(model, setup);
     const std::vector<TokenRequest> requests = make_requests(alone.vocab_size(), kNumQuantisedPrompts);
     const std::vector<Answer> expected = run_all(alone, requests, 1);
     for (const Answer& answer : expected) ASSERT_EQ(answer.error, "");
     setup.threads = 2;
     setup.max_num_seqs = 16;
     setup.max_num_batched_tokens = 23;
-    Rank together(path, setup);
-    EXPECT_TRUE(run_all(together, requests, 16) == expected) << model;
+    Rank together(model, setup);
+    EXPECT_TRUE(run_all(together, requests, 16) == expected) << path;
   }
 }
 
@@ -374,17 +386,12 @@ INSTANTIATE_TEST_SUITE_P(Formats, QuantisedExactness,
                            return fmt::format("{}_g{}", test.param.name, test.param.group_size);
                          });
 
-std::string path_as_name(const testing::TestParamInfo<const char*>& param) {
-  std::string name = param.param;
-  for (char& letter : name) {
-    if (std::isalnum(static_cast<unsigned char>(letter)) == 0) letter = '_';
-  }
-  return name;
-}
-
 INSTANTIATE_TEST_SUITE_P(Models, Exactness,
-                         testing::Values("models/demo", "tests/golden/qwen_base", "tests/golden/ds_yarn"),
-                         path_as_name);
+                         testing::Values(ModelSetup{"models/demo"}, ModelSetup{"tests/golden/qwen_base"},
+                                         ModelSetup{"tests/golden/ds_yarn"},
+                                         ModelSetup{"models/demo", model::KvCacheType::kF8E4M3},
+                                         ModelSetup{"tests/golden/qwen_base", model::KvCacheType::kF8E4M3}),
+                         [](const testing::TestParamInfo<ModelSetup>& setup) { return name_of(setup.param); });
 
 }  // namespace
 }  // namespace tandem::engine

@@ -9,6 +9,7 @@ struct ExactCase {
   std::string golden;
   ComputeType compute;
   QuantizationRequest quantization;
+  KvCacheType kv_cache = KvCacheType::kAuto;
 };
 
 std::vector<ExactCase> exact_cases() {
@@ -18,6 +19,7 @@ std::vector<ExactCase> exact_cases() {
       for (const ComputeType compute : {ComputeType::kF32, ComputeType::kBf16}) {
         cases.push_back({backend, golden, compute, {}});
       }
+      cases.push_back({backend, golden, ComputeType::kBf16, {}, KvCacheType::kF8E4M3});
     }
     const std::pair<const char*, QuantizationRequest> quantised[] = {
         {"ds_base", {"wint8", 0}}, {"qwen_base", {"wint4", 0}}, {"ds_base", {"wint4", 32}},
@@ -35,7 +37,8 @@ std::string case_name(const testing::TestParamInfo<ExactCase>& test) {
   std::replace(name.begin(), name.end(), '-', '_');
   const QuantizationRequest& request = test.param.quantization;
   if (request.name != "auto") return fmt::format("{}_{}_g{}", name, request.name, request.group_size);
-  return name + (test.param.compute == ComputeType::kF32 ? "_f32" : "_bf16");
+  name += test.param.compute == ComputeType::kF32 ? "_f32" : "_bf16";
+  return name + (test.param.kv_cache == KvCacheType::kF8E4M3 ? "_kv_fp8" : "");
 }
 
 // Sequence i: `prompt[i]` prompt tokens, then generated ones.
@@ -74,6 +77,7 @@ class ExactnessTest : public testing::TestWithParam<ExactCase> {
   LoadOptions options() const {
     LoadOptions options = golden_options(golden_path(GetParam().golden), GetParam().compute);
     options.quantization = GetParam().quantization;
+    options.kv_cache = GetParam().kv_cache;
     return options;
   }
 

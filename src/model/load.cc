@@ -53,6 +53,10 @@ void log_formats(const ModelConfig& config, const LoadOptions& options, const We
   }
   log_info("model", "weights: {}, --quantization {}: {}{}", source, options.quantization.name, plan.describe_formats(),
            note);
+  if (config.quant.has_kv_scales) {
+    log_info("model", "the checkpoint's scales of keys and values (kv_cache_scheme) are not used: --kv-cache-dtype fp8 "
+             "computes one per token and head");
+  }
 }
 
 void log_loaded(const ModelConfig& config, const ModelInfo& info, double seconds) {
@@ -60,6 +64,18 @@ void log_loaded(const ModelConfig& config, const ModelInfo& info, double seconds
            config.architecture, config.num_layers, config.moe.num_experts,
            static_cast<double>(info.num_parameters) / 1e6, static_cast<double>(info.weight_bytes) / (1 << 20),
            info.kv.describe(), seconds);
+}
+
+DType choose_kv_dtype(const LoadOptions& options) {
+  if (options.kv_cache == KvCacheType::kF8E4M3) return DType::kF8E4M3;
+  return options.kv_cache == KvCacheType::kAuto && options.compute == ComputeType::kF32 ? DType::kF32 : DType::kBf16;
+}
+
+// fp8 latents lie before bf16 values of k_pe, which must begin at an even address.
+Status check_kv_dtype(const ModelConfig& config, DType dtype) {
+  if (dtype != DType::kF8E4M3 || config.mla.kv_lora_rank % 2 == 0) return {};
+  return invalid_argument("kv-cache-dtype", "--kv-cache-dtype fp8 needs an even kv_lora_rank, but \"{}\" has {}; use auto",
+                          printable(config.path), config.mla.kv_lora_rank);
 }
 
 Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions& options) {
@@ -70,6 +86,8 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   TANDEM_TRY(check_range("block-size", options.block_size, 1, kMaxBlockSize));
   TANDEM_ASSIGN(ModelConfig config, load_config(options.path));
   TANDEM_TRY(check_range("max-model-len", options.max_model_len, 0, config.max_positions));
+  const DType kv_dtype = choose_kv_dtype(options);
+  TANDEM_TRY(check_kv_dtype(config, kv_dtype));
   TANDEM_ASSIGN(const std::unique_ptr<WeightSource> source, open_source(options, config));
 
   const bool is_f32 = options.compute == ComputeType::kF32;
@@ -81,7 +99,6 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());
   log_formats(decoder->config(), options, plan);
-  const DType kv_dtype = is_f32 ? DType::kF32 : DType::kBf16;
   const int64_t max_model_len = options.max_model_len == 0 ? decoder->config().max_positions : options.max_model_len;
   const Capacity capacity{options.max_num_batched_tokens, options.max_num_seqs, max_model_len};
   if (options.on_sized) {

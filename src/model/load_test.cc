@@ -93,11 +93,30 @@ TEST_F(LoadTest, DescribesTheModel) {
   EXPECT_EQ(deepseek->info().architecture, "DeepseekV3ForCausalLM");
   EXPECT_EQ(deepseek->info().kv.describe(), "mla 3 layers x 8 tokens x 80 B bf16");
   EXPECT_TRUE(deepseek->info().rows_depend_on_role);
+  LoadOptions in_fp8 = golden_options(golden_path("ds_base"), ComputeType::kBf16);
+  in_fp8.kv_cache = KvCacheType::kF8E4M3;
+  EXPECT_EQ(must_load(*ops_, in_fp8)->info().kv.describe(), "mla 3 layers x 8 tokens x 52 B f8_e4m3 with scales");
   const std::unique_ptr<Model> qwen = must_load(*ops_, golden_options(golden_path("qwen_base"), ComputeType::kF32));
   EXPECT_EQ(qwen->info().kv.describe(), "gqa 3 layers x 8 tokens x 256 B f32");
   EXPECT_EQ(qwen->info().max_model_len, 512);
   EXPECT_FALSE(qwen->info().rows_depend_on_role);
   EXPECT_EQ(qwen->info().fingerprint.size(), 64U);
+}
+
+TEST_F(LoadTest, RefusesFp8BehindAnOddLatent) {
+  Folder folder("ds_base");
+  const size_t at = folder.config.find("\"kv_lora_rank\": 32");
+  ASSERT_NE(at, std::string::npos);
+  folder.config.replace(at, 18, "\"kv_lora_rank\": 31");
+  folder.write();
+  LoadOptions options = dummy_options(folder.dir.path(), 1);
+  must_load(*ops_, options);
+  options.kv_cache = KvCacheType::kF8E4M3;
+  const Result<std::unique_ptr<Model>> model = load_model(*ops_, options);
+  ASSERT_FALSE(model.ok());
+  EXPECT_TRUE(model.error().message.find("--kv-cache-dtype fp8 needs an even kv_lora_rank") != std::string::npos &&
+              model.error().message.ends_with("has 31; use auto"))
+      << model.error().message;
 }
 
 TEST_F(LoadTest, CountsEachParameterOnce) {

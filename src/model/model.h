@@ -18,7 +18,8 @@ namespace tandem::model {
 
 struct MemoryNeeds;  // memory_needs.h
 
-enum class ComputeType : uint8_t { kBf16, kF32 };  // of weights and KV; sums are f32 in both
+enum class ComputeType : uint8_t { kBf16, kF32 };            // of weights; sums are f32 in both
+enum class KvCacheType : uint8_t { kAuto, kBf16, kF8E4M3 };  // kAuto: the type of the weights
 enum class LoadFormat : uint8_t { kSafetensors, kDummy };
 
 struct LoadOptions {
@@ -26,6 +27,7 @@ struct LoadOptions {
   LoadFormat format = LoadFormat::kSafetensors;
   ComputeType compute = ComputeType::kBf16;
   QuantizationRequest quantization;
+  KvCacheType kv_cache = KvCacheType::kAuto;
   int64_t max_num_batched_tokens = 0;  // rows of the largest Batch
   int64_t max_num_seqs = 0;            // chunks, and logit rows, of the largest Batch
   int64_t max_model_len = 0;           // 0: the config's max_position_embeddings

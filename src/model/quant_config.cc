@@ -188,6 +188,7 @@ void add_expressions(JsonFields& fields, const char* key, std::vector<ModulePatt
 void read_compressed_tensors(JsonFields& fields, QuantConfig& quant) {
   quant.method = QuantMethod::kCompressedTensors;
   add_expressions(fields, "ignore", quant.ignored);
+  quant.has_kv_scales = fields.has("kv_cache_scheme");
   const std::string sparsity = fields.object("sparsity_config").text_or("format", "dense");
   fields.expect(sparsity == "dense", "sparsity_config", fmt::format("must be dense; {}", kUseOther));
   fields.expect(fields.object("transform_config").keys().empty(), "transform_config",
