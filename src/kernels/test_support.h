@@ -82,9 +82,13 @@ class Random {
 };
 
 // One of every kind of weight.
-inline constexpr WeightFormat kTestedFormats[] = {
-    kF32Weights, kBf16Weights, kBf16WeightsWideInput, {WeightType::kInt8, 0, 8}, {WeightType::kInt8, 0, 16},
-    {WeightType::kInt4, 32, 8}, {WeightType::kInt4, 0, 16}};
+inline constexpr WeightFormat kTestedFormats[] = {kF32Weights,
+                                                  kBf16Weights,
+                                                  kBf16WeightsWideInput,
+                                                  {WeightType::kInt8, 0, 8},
+                                                  {WeightType::kInt8, 0, 16},
+                                                  {WeightType::kInt4, 32, 8},
+                                                  {WeightType::kInt4, 0, 16}};
 
 // Tests run once for each of these; those that the machine lacks are skipped, visibly.
 inline constexpr const char* kAllBackends[] = {"cpu-avx512-bf16", "cpu-avx512-vnni", "cpu-avx512", "cpu-avx2", "ref"};

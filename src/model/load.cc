@@ -54,7 +54,8 @@ void log_formats(const ModelConfig& config, const LoadOptions& options, const We
   log_info("model", "weights: {}, --quantization {}: {}{}", source, options.quantization.name, plan.describe_formats(),
            note);
   if (config.quant.has_kv_scales) {
-    log_info("model", "the checkpoint's scales of keys and values (kv_cache_scheme) are not used: --kv-cache-dtype fp8 "
+    log_info("model",
+             "the checkpoint's scales of keys and values (kv_cache_scheme) are not used: --kv-cache-dtype fp8 "
              "computes one per token and head");
   }
 }
@@ -74,7 +75,8 @@ DType choose_kv_dtype(const LoadOptions& options) {
 // fp8 latents lie before bf16 values of k_pe, which must begin at an even address.
 Status check_kv_dtype(const ModelConfig& config, DType dtype) {
   if (dtype != DType::kF8E4M3 || config.mla.kv_lora_rank % 2 == 0) return {};
-  return invalid_argument("kv-cache-dtype", "--kv-cache-dtype fp8 needs an even kv_lora_rank, but \"{}\" has {}; use auto",
+  return invalid_argument("kv-cache-dtype",
+                          "--kv-cache-dtype fp8 needs an even kv_lora_rank, but \"{}\" has {}; use auto",
                           printable(config.path), config.mla.kv_lora_rank);
 }
 

@@ -75,7 +75,7 @@ struct QuantConfig {
   std::vector<Rule> rules;             // the first that matches counts, names and expressions before kEverything
   std::vector<ModulePattern> ignored;  // wins over the rules
   std::set<std::string, std::less<>> ascend_modules;  // kAscend: those that are quantised
-  bool has_kv_scales = false;         // kCompressedTensors: static scales for an fp8 KV cache
+  bool has_kv_scales = false;                         // kCompressedTensors: static scales for an fp8 KV cache
   bool allows_ragged_groups = false;  // written by `tandem quantize`: the last group of a row may be shorter
   std::string path;                   // of the file that says so
 
