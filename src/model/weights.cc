@@ -50,7 +50,9 @@ void WeightPlan::embedding(std::unique_ptr<Weight>& out, const std::string& modu
 }
 
 void WeightPlan::router(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices("router", {{module + ".weight", n, k}}, 1, kF32Weights, out);
+  const MatrixRef ref{module + ".weight", n, k};
+  const bool is_bf16 = source_.check_matrix(ref).ok() && source_.is_bf16(ref);
+  add_matrices("router", {ref}, 1, is_bf16 ? kernels::kBf16WeightsWideInput : kF32Weights, out);
 }
 
 void WeightPlan::head(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {

@@ -103,7 +103,7 @@ class WeightPlan {
   void attention_input(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // The same, never quantised.
   void embedding(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
-  // The same, kept in f32.
+  // The same, without loss: bf16 if it is stored so, else f32, and multiplied in f32.
   void router(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // The same in the format of the output head.
   void head(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);

@@ -46,12 +46,13 @@ GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& we
 
 std::vector<GemmTask> plan_tasks(std::span<const GemmRows> items, int64_t panels, int64_t max_panels, int threads) {
   constexpr int64_t kTasksPerThread = 8;  // so that threads of unequal speed end together
-  constexpr int64_t kMinPanels = 4;       // what the narrowest tile takes at once with AVX2
+  constexpr int64_t kFewTasks = 4;   // of one block of rows: it is bound by memory, and every task starts anew there
+  constexpr int64_t kMinPanels = 4;  // what the narrowest tile takes at once with AVX2
   int64_t row_blocks = 0;
   for (const GemmRows& item : items) row_blocks += (item.rows + kMaxGemmRows - 1) / kMaxGemmRows;
   std::vector<GemmTask> tasks;
   if (row_blocks == 0) return tasks;
-  const int64_t groups = std::max(int64_t{1}, threads * kTasksPerThread / row_blocks);
+  const int64_t groups = std::max(int64_t{1}, threads * (row_blocks == 1 ? kFewTasks : kTasksPerThread) / row_blocks);
   const int64_t wanted = round_up((panels + groups - 1) / groups, kMinPanels);
   const int64_t step = std::min(wanted, max_panels);
   for (const GemmRows& item : items) {

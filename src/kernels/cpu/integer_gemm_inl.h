@@ -39,6 +39,37 @@ TANDEM_INLINE IntVec broadcast_codes(const std::byte* p) {
   return int_broadcast(codes);
 }
 
+// One row of 8-bit activations has registers left for sums of their own for high nibbles, which then need not be
+// shifted down one by one: sums[1] is 16 times too large.
+template <int BITS, int PLANES, int ROWS>
+constexpr bool kSumsHighNibbles = kDotsAnyByte&& BITS == 4 && PLANES == 1 && ROWS == 1;
+
+// The next group of panels, as far as a step of VECTORS vectors of this one goes.
+template <int VECTORS>
+TANDEM_INLINE void prefetch_lines(const std::byte* ahead) {
+#pragma GCC unroll 9
+  for (int line = 0; line <= VECTORS; ++line) __builtin_prefetch(ahead + line * 64, 0, 2);
+}
+
+// sums[0][v] += the products of low nibbles of columns [begin, end), sums[1][v] += 16 times those of high ones.
+template <int VECTORS>
+TANDEM_INLINE void add_nibble_products(const IntegerPass& pass, const std::byte* const* panels, int64_t begin,
+                                       int64_t end, IntGrid<1, VECTORS>* sums) {
+  const NibbleMasks masks;
+  for (int64_t k = begin; k < end; k += 8) {
+    const int64_t offset = k / 8 * kStepBytes;
+    prefetch_lines<VECTORS>(pass.prefetch + k / 8 * pass.prefetch_step);
+    const IntVec low = broadcast_codes(pass.x[0] + k);
+    const IntVec high = broadcast_codes(pass.x[0] + k + 4);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      const std::byte* codes = panels[v / kPanelVectors] + offset + v % kPanelVectors * kLanes * 4;
+      sums[0][0][v] = dot_nibbles(sums[0][0][v], load_masked(codes, masks.low), low);
+      sums[1][0][v] = dot_nibbles(sums[1][0][v], load_masked(codes, masks.high), high);
+    }
+  }
+}
+
 // sums[plane][r][v] += the products of columns [begin, end).
 template <int BITS, int PLANES, int ROWS, int VECTORS>
 TANDEM_INLINE void add_products(const IntegerPass& pass, const std::byte* const* panels, int64_t begin, int64_t end,
@@ -52,8 +83,7 @@ TANDEM_INLINE void add_products(const IntegerPass& pass, const std::byte* const*
     if constexpr (ROWS <= 2 && BITS == 4) {
       // Unpacking leaves room for few loads in the core's window. Codes of 8 bits need no help and would be slowed
       // down.
-#pragma GCC unroll 9
-      for (int line = 0; line <= VECTORS; ++line) __builtin_prefetch(ahead + line * 64, 0, 2);
+      prefetch_lines<VECTORS>(ahead);
     } else if constexpr (ROWS > 2) {
       __builtin_prefetch(ahead, 0, 2);
       __builtin_prefetch(ahead + pass.prefetch_step / 2, 0, 2);
@@ -127,6 +157,8 @@ TANDEM_INLINE void take_group(const IntegerPass& pass, const std::byte* const* p
 template <int BITS, int PLANES, int ROWS, int PANELS>
 __attribute__((noinline)) void multiply_integer_tile(const IntegerPass& pass) {
   constexpr int kVectors = PANELS * kPanelVectors;
+  constexpr bool kHighNibbles = kSumsHighNibbles<BITS, PLANES, ROWS>;
+  constexpr int kSums = kHighNibbles ? 2 : PLANES;
   const IntegerLayout& layout = *pass.layout;
   Array<const std::byte*, PANELS> panels;
   for (int p = 0; p < PANELS; ++p) panels[p] = pass.panels + p * pass.panel_bytes;
@@ -137,18 +169,24 @@ __attribute__((noinline)) void multiply_integer_tile(const IntegerPass& pass) {
     for (int v = 0; v < kVectors; ++v) totals[r][v] = zero();
   }
   for (int64_t g = 0; g < layout.groups; ++g) {
-    IntGrid<ROWS, kVectors> sums[static_cast<size_t>(PLANES)];
+    IntGrid<ROWS, kVectors> sums[static_cast<size_t>(kSums)];
 #pragma GCC unroll 2
-    for (int plane = 0; plane < PLANES; ++plane) {
+    for (int sum = 0; sum < kSums; ++sum) {
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sums[plane][r][v] = int_zero();
+        for (int v = 0; v < kVectors; ++v) sums[sum][r][v] = int_zero();
       }
     }
     const int64_t begin = g * layout.group;
     const int64_t end = g + 1 == layout.groups ? layout.padded : begin + layout.group;
-    add_products<BITS, PLANES, ROWS, kVectors>(pass, panels, begin, end, sums);
+    if constexpr (kHighNibbles) {
+      add_nibble_products<kVectors>(pass, panels, begin, end, sums);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[0][0][v] = int_add(sums[0][0][v], int_shift_right_4(sums[1][0][v]));
+    } else {
+      add_products<BITS, PLANES, ROWS, kVectors>(pass, panels, begin, end, sums);
+    }
     take_group<BITS, PLANES, ROWS, kVectors>(pass, panels, g, sums, totals);
   }
   const int64_t cols = pass.cols - pass.first_column;

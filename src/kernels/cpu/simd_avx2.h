@@ -127,6 +127,7 @@ TANDEM_INLINE IntVec int_add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b)
 TANDEM_INLINE IntVec int_sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
 TANDEM_INLINE IntVec int_mul(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
 TANDEM_INLINE IntVec int_shift_left_8(IntVec a) { return _mm256_slli_epi32(a, 8); }
+TANDEM_INLINE IntVec int_shift_right_4(IntVec a) { return _mm256_srai_epi32(a, 4); }
 TANDEM_INLINE IntVec int_shift_right_8(IntVec a) { return _mm256_srai_epi32(a, 8); }
 TANDEM_INLINE IntVec to_int(Vec a) { return _mm256_cvtps_epi32(a); }
 TANDEM_INLINE Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
@@ -149,6 +150,13 @@ TANDEM_INLINE IntVec load_bytes(const std::byte* p) {
 // Nibbles of bytes, as bytes.
 TANDEM_INLINE IntVec low_nibbles(IntVec a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 TANDEM_INLINE IntVec high_nibbles(IntVec a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+// Masks of the nibbles of bytes.
+struct NibbleMasks {
+  IntVec low = _mm256_set1_epi8(15);
+  IntVec high = _mm256_set1_epi8(-16);
+};
+TANDEM_INLINE IntVec load_masked(const void* p, IntVec mask) { return _mm256_and_si256(int_load(p), mask); }
+constexpr bool kDotsAnyByte = false;  // whether dot_nibbles takes codes up to 255
 
 // Pairs of products are added in 16 bits, which holds them exactly only if the codes are below 128: codes of 8 bits are
 // multiplied nibble by nibble.

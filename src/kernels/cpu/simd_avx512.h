@@ -120,6 +120,7 @@ TANDEM_INLINE IntVec int_add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b)
 TANDEM_INLINE IntVec int_sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
 TANDEM_INLINE IntVec int_mul(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }
 TANDEM_INLINE IntVec int_shift_left_8(IntVec a) { return _mm512_slli_epi32(a, 8); }
+TANDEM_INLINE IntVec int_shift_right_4(IntVec a) { return _mm512_srai_epi32(a, 4); }
 TANDEM_INLINE IntVec int_shift_right_8(IntVec a) { return _mm512_srai_epi32(a, 8); }
 TANDEM_INLINE IntVec to_int(Vec a) { return _mm512_cvtps_epi32(a); }
 TANDEM_INLINE Vec to_float(IntVec a) { return _mm512_cvtepi32_ps(a); }
@@ -135,7 +136,21 @@ TANDEM_INLINE IntVec load_bytes(const std::byte* p) {
 TANDEM_INLINE IntVec low_nibbles(IntVec a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 TANDEM_INLINE IntVec high_nibbles(IntVec a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
 
+// Masks of the nibbles of bytes, kept in registers.
+struct NibbleMasks {
+  IntVec low = _mm512_set1_epi8(15);
+  IntVec high = _mm512_set1_epi8(-16);
+  TANDEM_INLINE NibbleMasks() { asm("" : "+v"(low), "+v"(high)); }
+};
+// One instruction with the load: the compiler would load once and mask twice, which fills the core's window sooner.
+TANDEM_INLINE IntVec load_masked(const void* p, IntVec mask) {
+  IntVec result;
+  asm("vpandq %2, %1, %0" : "=v"(result) : "v"(mask), "m"(*static_cast<const IntVec*>(p)));
+  return result;
+}
+
 #ifdef TANDEM_DOT_BYTES
+constexpr bool kDotsAnyByte = true;  // dot_nibbles takes codes up to 255
 using ByteCodes = IntVec;
 TANDEM_INLINE ByteCodes split_bytes(IntVec codes) { return codes; }
 // sums + Σ of four products per lane, of unsigned codes < 16 with signed x.
@@ -143,6 +158,7 @@ TANDEM_INLINE IntVec dot_nibbles(IntVec sums, IntVec codes, IntVec x) { return _
 // The same of codes < 256.
 TANDEM_INLINE IntVec dot_bytes(IntVec sums, ByteCodes codes, IntVec x) { return _mm512_dpbusd_epi32(sums, codes, x); }
 #else
+constexpr bool kDotsAnyByte = false;
 // Without VNNI pairs of products are added in 16 bits, which holds them exactly only if the codes are below 128: codes
 // of 8 bits are multiplied nibble by nibble.
 struct ByteCodes {
