@@ -12,6 +12,11 @@ namespace tandem {
 // Prints "file:line: what" to stderr and aborts.
 [[noreturn]] void fail_check(const char* file, int line, std::string_view what);
 
+// Called first by a failed check of this thread, if set. It may throw: in a simulation a bug ends one run, not the
+// process. Gives the former one.
+using CheckHandler = void (*)(const char* file, int line, std::string_view what);
+CheckHandler set_check_handler(CheckHandler handler);
+
 namespace internal {
 
 template <typename T>

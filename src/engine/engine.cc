@@ -99,24 +99,27 @@ void Engine::cancel(RequestId id) {
 
 // The step loop.
 void Engine::run() {
-  while (receive_commands()) {
-    collect_transfers();
-    expire_deadlines();
-    renew_leases();
-    const StepPlan plan = scheduler_.plan();
-    if (plan.empty()) {
-      wait_for_work();
-      continue;
-    }
-    scheduler_.commit(plan);
-    begin_transfers(plan);
-    // From here the blocks of every planned row are held by its sequence.
-    const int64_t step_us = compute(plan);
-    scheduler_.advance(plan);
-    scheduler_.learn(plan, step_us);
-    take_results(plan);
-    update_gauges();
+  for (Turn turn = run_once(); turn != Turn::kStopped; turn = run_once()) {
+    if (turn == Turn::kIdle) wait_for_work();
   }
+}
+
+Engine::Turn Engine::run_once() {
+  if (!receive_commands()) return Turn::kStopped;
+  collect_transfers();
+  expire_deadlines();
+  renew_leases();
+  const StepPlan plan = scheduler_.plan();
+  if (plan.empty()) return Turn::kIdle;
+  scheduler_.commit(plan);
+  begin_transfers(plan);
+  // From here the blocks of every planned row are held by its sequence.
+  const int64_t step_us = compute(plan);
+  scheduler_.advance(plan);
+  scheduler_.learn(plan, step_us);
+  take_results(plan);
+  update_gauges();
+  return Turn::kWorked;
 }
 
 // Takes what other threads asked for since the last step. False when the engine shall end.

@@ -43,11 +43,20 @@ class Engine final : public Worker {
   void wake();
 
   void start();
+  // One turn of the step loop, for a simulation instead of start(): what the thread does between two looks at its
+  // clock. kIdle: there was nothing to compute; kStopped: stop() was called.
+  enum class Turn : uint8_t { kWorked, kIdle, kStopped };
+  Turn run_once();
   // Ends every request with kUnavailable and joins the thread.
   void stop();
 
   RequestId submit(TokenRequest request, EventSink sink) override;
   void cancel(RequestId id) override;
+
+  // The state of the engine thread: for that thread, or for tests and simulations while there is none.
+  const kv::BlockPool& pool() const { return pool_; }
+  const Scheduler& scheduler() const { return scheduler_; }
+  int64_t num_open_transfers() const { return std::ssize(transfers_); }
 
  private:
   struct Submit {

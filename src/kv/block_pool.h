@@ -30,6 +30,8 @@ class BlockPool {
   int64_t num_cached() const { return static_cast<int64_t>(lru_.size()); }
   int64_t num_pinned() const { return num_pinned_; }
   int64_t holders(BlockId block) const { return at(block).holders; }
+  // Neither held nor cached: its content is worthless.
+  bool is_free(BlockId block) const { return at(block).holders == 0 && !at(block).cached; }
 
   // `count` blocks with one holder each, free ones first, then the least recently used cached ones (which lose their
   // prefix). The caller has checked num_available().

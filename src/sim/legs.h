@@ -1,0 +1,65 @@
+// How the simulated router reaches workers: what RemoteWorker does over HTTP in production. The router sees this
+// interface only, so that the production router's legs can take its place.
+#pragma once
+
+#include <map>
+
+#include "src/engine/engine.h"
+#include "src/sim/network.h"
+
+namespace tandem::sim {
+
+using LegId = StrongId<struct LegIdTag, uint64_t>;
+
+class Legs {
+ public:
+  virtual ~Legs() = default;
+  // Events come to `sink` in order, the last one with `finish` or `error`; never from inside this call.
+  virtual LegId open(int node, engine::TokenRequest request, engine::EventSink sink) = 0;
+  // No event follows. The worker hears of it later.
+  virtual void cancel(LegId id) = 0;
+};
+
+// What a leg needs of the workers.
+class Workers {
+ public:
+  virtual ~Workers() = default;
+  // The worker that runs at this place now; null while it is dead.
+  virtual engine::Engine* engine(int node) = 0;
+  virtual uint64_t incarnation(int node) = 0;
+  virtual void poke(int node) = 0;
+};
+
+class NetworkLegs final : public Legs {
+ public:
+  // The router stands at place `router` of the network.
+  NetworkLegs(EventQueue& queue, Random& random, Network& network, Workers& workers, int router);
+
+  LegId open(int node, engine::TokenRequest request, engine::EventSink sink) override;
+  void cancel(LegId id) override;
+  // The process died: its kernel closes the connections of its legs.
+  void lose_worker(int node, uint64_t incarnation);
+  int64_t num_open() const { return std::ssize(legs_); }
+
+ private:
+  struct Leg {
+    int node = 0;
+    engine::EventSink sink;
+    uint64_t incarnation = 0;  // 0: the worker has not heard of it
+    RequestId request;         // there
+    int64_t last_event_us = 0;
+  };
+  void submit(LegId id, engine::TokenRequest request);
+  void come_back(LegId id, int64_t delay_us, engine::TokenEvent event);
+  void deliver(LegId id, engine::TokenEvent event);
+
+  EventQueue& queue_;
+  Random& random_;
+  Network& network_;
+  Workers& workers_;
+  const int router_;
+  std::map<LegId, Leg> legs_;
+  uint64_t next_leg_ = 1;
+};
+
+}  // namespace tandem::sim

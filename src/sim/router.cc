@@ -1,0 +1,218 @@
+#include "src/sim/router.h"
+
+#include <utility>
+
+#include "src/engine/fake_model.h"
+#include "src/sim/violation.h"
+
+namespace tandem::sim {
+
+using engine::TokenEvent;
+using engine::TokenRequest;
+
+Router::Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker, Legs& legs, int num_prefill,
+               int num_decode)
+    : queue_(queue),
+      random_(random),
+      trace_(trace),
+      checker_(checker),
+      legs_(legs),
+      num_prefill_(num_prefill),
+      num_decode_(num_decode),
+      load_(static_cast<size_t>(num_prefill + num_decode), 0) {}
+
+void Router::start(RequestSpec spec) {
+  requests_.push_back(std::make_unique<Request>());
+  Request& request = *requests_.back();
+  request.index = requests_.size() - 1;
+  request.spec = std::move(spec);
+  request.expected = engine::FakeModel::generate(request.spec.prompt, request.spec.max_tokens);
+  request.start_us = queue_.now_us();
+  ++num_unfinished_;
+  trace_.add(What::kArrive, Owner::kNobody, request.index, static_cast<uint64_t>(request.spec.plan));
+  if (request.spec.cancel_at_us != 0) {
+    queue_.add(request.spec.cancel_at_us, {}, [this, &request] { on_cancel(request); });
+  }
+  queue_.add(request.spec.deadline_us + kGraceUs, {}, [this, &request] { on_deadline(request); });
+  attempt(request);
+}
+
+TokenRequest Router::token_request(const Request& request) const {
+  TokenRequest leg;
+  leg.prompt = request.spec.prompt;
+  leg.sampling.max_tokens = request.spec.max_tokens;
+  leg.sampling.temperature = 0;
+  leg.deadline_us = request.spec.deadline_us;
+  return leg;
+}
+
+void Router::attempt(Request& request) {
+  ++request.attempt;
+  const RequestSpec& spec = request.spec;
+  request.prefill =
+      spec.prefill >= 0 ? spec.prefill : static_cast<int>(random_.below(static_cast<size_t>(num_prefill_)));
+  request.decode = num_prefill_ +
+                   (spec.decode >= 0 ? spec.decode : static_cast<int>(random_.below(static_cast<size_t>(num_decode_))));
+  TokenRequest leg = token_request(request);
+  switch (spec.plan) {
+    case Plan::kPush:
+      leg.kv_transfer.emplace();
+      leg.kv_transfer->do_remote_prefill = true;
+      leg.kv_transfer->mode = transfer::TransferMode::kPush;
+      return open_decode(request, std::move(leg));
+    case Plan::kPull:
+      leg.kv_transfer.emplace();
+      leg.kv_transfer->do_remote_decode = true;
+      leg.sampling.max_tokens = 1;
+      return open_prefill(request, std::move(leg));
+    case Plan::kLocal:
+      return open_decode(request, std::move(leg));
+  }
+}
+
+// ---- Legs ----------------------------------------------------------------------------------------------------------
+
+void Router::open_prefill(Request& request, TokenRequest leg) {
+  ++load_[static_cast<size_t>(request.prefill)];
+  trace_.add(What::kLeg, request.prefill, request.index, 1);
+  request.prefill_leg = legs_.open(request.prefill, std::move(leg),
+                                   [this, &request](TokenEvent&& event) { on_prefill(request, std::move(event)); });
+}
+
+void Router::open_decode(Request& request, TokenRequest leg) {
+  ++load_[static_cast<size_t>(request.decode)];
+  trace_.add(What::kLeg, request.decode, request.index, 0);
+  request.decode_leg = legs_.open(request.decode, std::move(leg),
+                                  [this, &request](TokenEvent&& event) { on_decode(request, std::move(event)); });
+}
+
+void Router::leg_ended(Request& request, LegId& leg, int node, const TokenEvent& event) {
+  leg = LegId();
+  --load_[static_cast<size_t>(node)];
+  trace_.add(What::kLegEnd, node, request.index, event.error ? 1 + static_cast<uint64_t>(event.error->kind) : 0);
+}
+
+void Router::drop_legs(Request& request) {
+  if (request.prefill_leg != LegId()) {
+    legs_.cancel(std::exchange(request.prefill_leg, LegId()));
+    --load_[static_cast<size_t>(request.prefill)];
+  }
+  if (request.decode_leg != LegId()) {
+    legs_.cancel(std::exchange(request.decode_leg, LegId()));
+    --load_[static_cast<size_t>(request.decode)];
+  }
+}
+
+void Router::on_prefill(Request& request, TokenEvent&& event) {
+  for (const engine::GeneratedToken& token : event.tokens) {
+    if (token.token != request.expected.front()) {
+      throw Violation("exact", fmt::format("request {}: prefill's first token is {} instead of {}", request.index,
+                                           token.token, request.expected.front()));
+    }
+  }
+  if (!event.finish && !event.error) return;
+  leg_ended(request, request.prefill_leg, request.prefill, event);
+  if (request.ended) return;
+  if (event.error) {
+    // Once decode has begun it has all it needs.
+    if (request.tokens.empty()) fail_attempt(request, *event.error);
+    return;
+  }
+  if (request.spec.plan != Plan::kPull) return;
+  if (!event.kv_transfer) throw Violation("protocol", "a prefill leg ended without kv_transfer_params");
+  TokenRequest leg = token_request(request);
+  leg.kv_transfer = std::move(event.kv_transfer);
+  open_decode(request, std::move(leg));
+}
+
+void Router::on_decode(Request& request, TokenEvent&& event) {
+  take_tokens(request, event);
+  const bool last = event.finish || event.error;
+  if (last) leg_ended(request, request.decode_leg, request.decode, event);
+  if (event.error) return fail_attempt(request, *event.error);
+  if (last) return end(request, nullptr);
+  if (!event.kv_transfer) return;
+  TokenRequest leg = token_request(request);
+  leg.kv_transfer = std::move(event.kv_transfer);
+  open_prefill(request, std::move(leg));
+}
+
+void Router::take_tokens(Request& request, const TokenEvent& event) {
+  for (const engine::GeneratedToken& token : event.tokens) {
+    trace_.add(What::kLegToken, request.decode, request.index, static_cast<uint64_t>(token.token));
+    const size_t place = request.tokens.size();
+    if (place >= request.expected.size() || token.token != request.expected[place]) {
+      throw Violation("exact", fmt::format("request {} on node {}: token {} is {}, its own would be {}", request.index,
+                                           request.decode, place, token.token,
+                                           place < request.expected.size() ? request.expected[place] : -1));
+    }
+    request.tokens.push_back(token.token);
+  }
+}
+
+// ---- Ends ----------------------------------------------------------------------------------------------------------
+
+void Router::fail_attempt(Request& request, const Error& error) {
+  drop_legs(request);
+  const bool may_retry =
+      request.tokens.empty() && request.attempt < request.spec.attempts && queue_.now_us() < request.spec.deadline_us;
+  // Without trouble on the way an attempt has no right to fail, also if the next one would succeed.
+  if (!may_retry || checker_.calm_since(request.start_us)) return end(request, &error);
+  trace_.add(What::kRetry, Owner::kNobody, request.index);
+  const int attempt_number = request.attempt;
+  queue_.add(queue_.now_us() + random_.range(1'000, 50'000), {}, [this, &request, attempt_number] {
+    if (!request.ended && request.attempt == attempt_number) attempt(request);
+  });
+}
+
+void Router::end(Request& request, const Error* error) {
+  if (request.ended) throw Violation("one-end", fmt::format("request {} ends twice", request.index));
+  request.ended = true;
+  --num_unfinished_;
+  trace_.add(What::kEnd, Owner::kNobody, request.index, error ? 1 + static_cast<uint64_t>(error->kind) : 0);
+  if (error == nullptr) {
+    ++num_ok_;
+    if (request.tokens.size() == request.expected.size()) return;
+    throw Violation("exact", fmt::format("request {} ended well with {} of {} tokens", request.index,
+                                         request.tokens.size(), request.expected.size()));
+  }
+  ++num_failed_;
+  if (error->message.empty())
+    throw Violation("named-error", fmt::format("request {} failed without words", request.index));
+  const int64_t late_us = queue_.now_us() - request.spec.deadline_us;
+  if (late_us > kGraceUs) {
+    throw Violation("deadline", fmt::format("request {} ended {} us after its deadline", request.index, late_us));
+  }
+  if (request.cancelled || late_us >= 0 || !checker_.calm_since(request.start_us)) return;
+  throw Violation("no-needless-failure",
+                  fmt::format("request {} failed though nothing was wrong: {}", request.index, error->message));
+}
+
+void Router::on_cancel(Request& request) {
+  if (request.ended) return;
+  trace_.add(What::kCancel, Owner::kNobody, request.index);
+  request.cancelled = true;
+  drop_legs(request);
+  const Error left = make_error(ErrorKind::kAborted, "the client has left");
+  end(request, &left);
+}
+
+// Also drops a prefill leg that is still open after the answer.
+void Router::on_deadline(Request& request) {
+  drop_legs(request);
+  if (request.ended) return;
+  if (checker_.calm_since(request.start_us)) {
+    throw Violation("deadline", fmt::format("no worker ended request {} at its deadline", request.index));
+  }
+  const Error late = make_error(ErrorKind::kDeadlineExceeded, "the workers were silent past the deadline");
+  end(request, &late);
+}
+
+void Router::check_at_rest() const {
+  if (num_unfinished_ != 0) throw Violation("one-end", fmt::format("{} requests never ended", num_unfinished_));
+  for (size_t node = 0; node < load_.size(); ++node) {
+    if (load_[node] != 0) throw Violation("at-rest", fmt::format("load counter of node {}: {}", node, load_[node]));
+  }
+}
+
+}  // namespace tandem::sim

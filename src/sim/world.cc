@@ -1,0 +1,256 @@
+#include "src/sim/world.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "src/sim/violation.h"
+
+namespace tandem::sim {
+namespace {
+
+constexpr int64_t kFaultTickUs = 100'000;
+constexpr int64_t kFaultsAfterLoadUs = 1'000'000;
+constexpr int64_t kMaxEvents = 2'000'000;  // of a run; more is a loop without end
+constexpr int64_t kBlockTokens = 4;
+
+}  // namespace
+
+World::World(uint64_t seed, const FaultSpec& faults, const Seams& seams, kernels::Ops& ops)
+    : faults_(faults), seams_(seams), ops_(ops), random_(seed), trace_(queue_) {
+  draw_cluster();
+  for (int node = 0; node < num_prefill_ + num_decode_; ++node) start(node);
+  draw_load();
+}
+
+World::~World() {
+  for (Slot& slot : slots_) slot.node.reset();
+}
+
+// ---- What the seed decides -----------------------------------------------------------------------------------------
+
+void World::draw_cluster() {
+  num_prefill_ = 1 + static_cast<int>(random_.below(2));
+  num_decode_ = 1 + static_cast<int>(random_.below(2));
+  const int num_nodes = num_prefill_ + num_decode_;
+  checker_ = std::make_unique<Checker>(queue_, trace_, num_nodes);
+  network_ = std::make_unique<Network>(queue_, random_, trace_, num_nodes);
+  network_->set_faults(faults_);
+  legs_ = std::make_unique<NetworkLegs>(queue_, random_, *network_, *this, num_nodes);
+  router_ = std::make_unique<Router>(queue_, random_, trace_, *checker_, *legs_, num_prefill_, num_decode_);
+
+  const int64_t idle_timeout_us = random_.chance(0.5) ? 3'000'000 : 10'000'000;
+  const int64_t lease_us = random_.chance(0.5) ? 10'000'000 : 30'000'000;
+  const bool prefix_caching = !random_.chance(0.1);
+  const bool rows_depend_on_role = random_.chance(0.5);
+  slots_.resize(static_cast<size_t>(num_nodes));
+  for (int i = 0; i < num_nodes; ++i) {
+    NodeSpec& spec = slots_[static_cast<size_t>(i)].spec;
+    spec.index = i;
+    spec.role = random_.chance(0.3) ? KvRole::kBoth : i < num_prefill_ ? KvRole::kProducer : KvRole::kConsumer;
+    spec.max_model_len = max_model_len_;
+    spec.num_blocks = random_.range(max_model_len_ / kBlockTokens, 48);
+    spec.limits.block_size = kBlockTokens;
+    spec.limits.max_num_seqs = random_.range(2, 8);
+    spec.limits.max_num_batched_tokens = random_.range(8, 32);
+    spec.limits.prefix_caching = prefix_caching;
+    spec.limits.rows_depend_on_role = rows_depend_on_role;
+    spec.agent.engine_id = fmt::format("{}{}", i < num_prefill_ ? "prefill" : "decode", i);
+    spec.agent.model_fingerprint = "fake";
+    spec.agent.role = spec.role;
+    spec.agent.idle_timeout_us = idle_timeout_us;
+    spec.agent.lease_us = lease_us;
+  }
+}
+
+void World::draw_load() {
+  for (int i = 0; i < 3; ++i) {
+    std::vector<TokenId> prefix(static_cast<size_t>(random_.range(4, 24)));
+    for (TokenId& token : prefix) token = static_cast<TokenId>(random_.below(engine::FakeModel::kVocab));
+    prefixes_.push_back(std::move(prefix));
+  }
+  const int64_t mean_gap_us = random_.chance(0.5) ? 10'000 : 100'000;
+  num_to_come_ = random_.range(10, 30);
+  int64_t at_us = queue_.now_us();
+  for (int64_t i = 0; i < num_to_come_; ++i) {
+    queue_.add(at_us, {}, [this] {
+      --num_to_come_;
+      router_->start(draw_request());
+    });
+    at_us += random_.range(1, 2 * mean_gap_us);
+  }
+  faults_end_us_ = at_us + kFaultsAfterLoadUs;
+  if (faults_.kill > 0 || faults_.freeze > 0 || faults_.partition > 0) {
+    queue_.add(queue_.now_us() + random_.range(1, kFaultTickUs), {}, [this] { tick_faults(); });
+  }
+}
+
+RequestSpec World::draw_request() {
+  RequestSpec spec;
+  const size_t plan = random_.below(10);
+  spec.plan = plan < 6 ? Plan::kPush : plan < 9 ? Plan::kPull : Plan::kLocal;
+  if (random_.chance(0.7)) spec.prompt = prefixes_[random_.below(prefixes_.size())];
+  const int64_t own = random_.range(spec.prompt.empty() ? 1 : 0, 20);
+  for (int64_t i = 0; i < own; ++i) {
+    spec.prompt.push_back(static_cast<TokenId>(random_.below(engine::FakeModel::kVocab)));
+  }
+  spec.max_tokens = random_.range(1, 12);
+  const int64_t now_us = queue_.now_us();
+  spec.deadline_us =
+      now_us + (random_.chance(0.1) ? random_.range(1'000, 500'000) : random_.range(3'000'000, 20'000'000));
+  spec.attempts = 3;
+  if (random_.chance(faults_.cancel)) {
+    spec.cancel_at_us = now_us + (random_.chance(0.8) ? random_.range(1, 30'000) : random_.range(1, 2'000'000));
+  }
+  return spec;
+}
+
+// ---- Faults --------------------------------------------------------------------------------------------------------
+
+void World::tick_faults() {
+  if (queue_.now_us() >= faults_end_us_) return;
+  for (int node = 0; node < std::ssize(slots_); ++node) {
+    if (random_.chance(faults_.kill)) kill(node);
+    if (random_.chance(faults_.freeze)) freeze(node);
+  }
+  if (random_.chance(faults_.partition)) cut();
+  queue_.add(queue_.now_us() + random_.range(kFaultTickUs / 2, kFaultTickUs * 3 / 2), {}, [this] { tick_faults(); });
+}
+
+void World::start(int node) {
+  Slot& slot = slots_[static_cast<size_t>(node)];
+  const uint64_t nonce_seed = seams_.repeat_incarnation ? static_cast<uint64_t>(node) : random_.next();
+  slot.node = std::make_unique<Node>(queue_, random_, trace_, *checker_, *network_, ops_, seams_, slot.spec,
+                                     next_incarnation_++, nonce_seed);
+}
+
+void World::kill(int node) {
+  Slot& slot = slots_[static_cast<size_t>(node)];
+  if (!slot.node) return;
+  const uint64_t died = slot.node->incarnation();
+  trace_.add(What::kKill, node, died);
+  checker_->disturb(queue_.now_us());
+  slot.node.reset();
+  slot.frozen_until_us = 0;
+  checker_->forget_node(node);
+  legs_->lose_worker(node, died);
+  queue_.add(queue_.now_us() + random_.range(5'000, 2'000'000), {}, [this, node] {
+    if (slots_[static_cast<size_t>(node)].node) return;
+    checker_->disturb(queue_.now_us());
+    start(node);
+  });
+}
+
+void World::freeze(int node) {
+  Slot& slot = slots_[static_cast<size_t>(node)];
+  const int64_t duration_us =
+      random_.chance(0.7) ? random_.range(10'000, 1'000'000) : random_.range(1'000'000, 15'000'000);
+  if (!slot.node) return;
+  trace_.add(What::kFreeze, node, static_cast<uint64_t>(duration_us));
+  slot.frozen_until_us = std::max(slot.frozen_until_us, queue_.now_us() + duration_us);
+  checker_->disturb(slot.frozen_until_us);
+}
+
+// Between two places of the network, of which the router is the last.
+void World::cut() {
+  const size_t places = slots_.size() + 1;
+  const size_t from = random_.below(places);
+  const size_t to = (from + 1 + random_.below(places - 1)) % places;
+  const int64_t duration_us =
+      random_.chance(0.7) ? random_.range(10'000, 1'000'000) : random_.range(1'000'000, 8'000'000);
+  checker_->disturb(queue_.now_us() + duration_us);
+  network_->cut(static_cast<int>(from), static_cast<int>(to), duration_us);
+  if (random_.chance(0.5)) network_->cut(static_cast<int>(to), static_cast<int>(from), duration_us);
+}
+
+// ---- Workers -------------------------------------------------------------------------------------------------------
+
+engine::Engine* World::engine(int node) {
+  Slot& slot = slots_[static_cast<size_t>(node)];
+  return slot.node ? &slot.node->engine() : nullptr;
+}
+uint64_t World::incarnation(int node) { return slots_[static_cast<size_t>(node)].node->incarnation(); }
+void World::poke(int node) { slots_[static_cast<size_t>(node)].node->poke(); }
+
+// ---- The run -------------------------------------------------------------------------------------------------------
+
+bool World::is_dead(const Owner& owner) const {
+  const Slot& slot = slots_[static_cast<size_t>(owner.node)];
+  return owner.incarnation != 0 && (!slot.node || slot.node->incarnation() != owner.incarnation);
+}
+
+void World::step() {
+  Event event = queue_.take();
+  const int node = event.owner.node;
+  if (node >= 0) {
+    if (is_dead(event.owner)) return;
+    const int64_t thaw_us = slots_[static_cast<size_t>(node)].frozen_until_us;
+    if (thaw_us > queue_.now_us()) return queue_.postpone(std::move(event), thaw_us);
+  }
+  if (++num_events_ > kMaxEvents) throw Violation("no-spinning", fmt::format("{} events and no end", num_events_));
+  event.run();
+  if (network_->last_fault_us() == queue_.now_us()) checker_->disturb(queue_.now_us());
+  if (node < 0) return;
+  Slot& slot = slots_[static_cast<size_t>(node)];
+  if (slot.node) slot.node->check(network_->num_ends(node));
+}
+
+void World::run_until(int64_t until_us) {
+  while (!queue_.empty() && queue_.next_us() <= until_us) step();
+  queue_.advance_to(until_us);
+}
+
+void World::run() {
+  while (num_to_come_ > 0 || router_->num_unfinished() > 0) step();
+  come_to_rest();
+  check_at_rest();
+  probe_pairs();
+  come_to_rest();
+  check_at_rest();
+}
+
+// Faults end, the dead come back; then every lease and time-out may run out.
+void World::come_to_rest() {
+  trace_.add(What::kQuiet, Owner::kNobody);
+  faults_end_us_ = 0;
+  network_->set_faults({});
+  network_->heal();
+  for (Slot& slot : slots_) slot.frozen_until_us = 0;
+  const transfer::AgentOptions& agent = slots_.front().spec.agent;
+  const int64_t settle_us = std::max(Checker::kSettleUs + 1, 20'500'000 + Router::kGraceUs);
+  run_until(queue_.now_us() + agent.lease_us + agent.idle_timeout_us + settle_us);
+}
+
+// Every pair of workers serves, whatever was before.
+void World::probe_pairs() {
+  for (int prefill = 0; prefill < num_prefill_; ++prefill) {
+    for (int decode = 0; decode < num_decode_; ++decode) {
+      for (const Plan plan : {Plan::kPush, Plan::kPull}) {
+        RequestSpec spec = draw_request();
+        spec.plan = plan;
+        spec.prefill = prefill;
+        spec.decode = decode;
+        spec.attempts = 1;
+        spec.deadline_us = queue_.now_us() + 20'000'000;
+        spec.cancel_at_us = 0;
+        router_->start(std::move(spec));
+      }
+    }
+  }
+  while (router_->num_unfinished() > 0) step();
+}
+
+void World::check_at_rest() const {
+  router_->check_at_rest();
+  if (legs_->num_open() != 0) throw Violation("at-rest", fmt::format("{} legs are open", legs_->num_open()));
+  for (int node = 0; node < std::ssize(slots_); ++node) {
+    const Slot& slot = slots_[static_cast<size_t>(node)];
+    CHECK(slot.node != nullptr);
+    checker_->check_at_rest(node, slot.node->engine(), slot.node->core());
+    // At most one link to and one from every other worker, and replaced ones whose peer opened them.
+    if (slot.node->core().num_links() > 4 * std::ssize(slots_)) {
+      throw Violation("at-rest", fmt::format("node {} has {} links", node, slot.node->core().num_links()));
+    }
+  }
+}
+
+}  // namespace tandem::sim
