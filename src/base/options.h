@@ -27,6 +27,7 @@ enum class Subcommand : uint32_t {
   kBenchThroughput = 128,
   kBenchLatency = 256,
   kQuantize = 512,
+  kSim = 1024,
 };
 
 struct SubcommandInfo {

@@ -17,6 +17,7 @@ constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
 // All that run an engine in this process.
 constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
 constexpr uint32_t kQuantize = static_cast<uint32_t>(Subcommand::kQuantize);
+constexpr uint32_t kSim = static_cast<uint32_t>(Subcommand::kSim);
 constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
 
 constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
@@ -32,6 +33,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
+    {Subcommand::kSim, "sim", "Run clusters with faults under a virtual clock and check that nothing is corrupted or lost."},
     {Subcommand::kOptions, "options", "Print the reference of every option."},
 };
 
@@ -262,6 +264,19 @@ constexpr OptionSpec kTable[] = {
      .help = "Format of the linear layers.", .choices = "wint8|wint4|w8a8|w4a8"},
     {.name = "force", .commands = kQuantize, .group = "Model", .type = kFlag, .default_text = "false",
      .help = "Replace the directory if it is a model's."},
+
+    // sim
+    {.name = "seed", .commands = kSim, .group = "Runs", .type = kInteger, .default_text = "1",
+     .help = "Seed of the first schedule; the next ones have the numbers after it.", .min = 0, .max = kMaxInt},
+    {.name = "runs", .commands = kSim, .group = "Runs", .type = kInteger, .default_text = "1000",
+     .help = "Number of schedules.", .min = 1, .max = kMaxInt},
+    {.name = "faults", .commands = kSim, .group = "Runs", .type = kText, .default_text = "all",
+     .help = "all, none, or rates such as delay=0.3,kill=0.02: of a message (delay, duplicate, lose, drop, damage), of "
+             "100 ms (kill, freeze, partition), of a request (cancel)."},
+    {.name = "threads", .commands = kSim, .group = "Runs", .type = kInteger, .default_text = "0",
+     .help = "Schedules at a time; 0 is one per core.", .min = 0, .max = 1024},
+    {.name = "trace", .commands = kSim, .group = "Output", .type = kFlag, .default_text = "false",
+     .help = "Print the whole trace: of the failing schedule, or of the only one."},
 
     // options
     {.name = "markdown", .commands = kOptions, .group = "Output", .type = kFlag, .default_text = "false",

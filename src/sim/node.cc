@@ -70,7 +70,7 @@ void Node::turn() {
              static_cast<uint64_t>(engine_->scheduler().num_sequences()));
   checker_.check_deadlines(spec_.index, *engine_);
   if (turn == engine::Engine::Turn::kWorked) {
-    busy_until_us_ = queue_.now_us() + random_.range(200, 3000);
+    busy_until_us_ = queue_.now_us() + random_.range(spec_.min_step_us, spec_.max_step_us);
     return plan_turn(busy_until_us_);
   }
   if (engine_->scheduler().num_sequences() > 0) plan_turn(next_look_us());

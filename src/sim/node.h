@@ -17,6 +17,8 @@ struct NodeSpec {
   KvRole role = KvRole::kBoth;
   int64_t num_blocks = 0;
   int64_t max_model_len = 0;
+  int64_t min_step_us = 0;  // how long a step of the engine takes
+  int64_t max_step_us = 0;
   engine::SchedulerLimits limits;
   transfer::AgentOptions agent;
 };

@@ -11,7 +11,7 @@ using engine::TokenEvent;
 using engine::TokenRequest;
 
 Router::Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker, Legs& legs, int num_prefill,
-               int num_decode)
+               int num_decode, bool all_alike)
     : queue_(queue),
       random_(random),
       trace_(trace),
@@ -19,6 +19,7 @@ Router::Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker
       legs_(legs),
       num_prefill_(num_prefill),
       num_decode_(num_decode),
+      all_alike_(all_alike),
       load_(static_cast<size_t>(num_prefill + num_decode), 0) {}
 
 void Router::start(RequestSpec spec) {
@@ -42,17 +43,19 @@ TokenRequest Router::token_request(const Request& request) const {
   leg.prompt = request.spec.prompt;
   leg.sampling.max_tokens = request.spec.max_tokens;
   leg.sampling.temperature = 0;
-  leg.deadline_us = request.spec.deadline_us;
+  if (request.spec.tells_deadline) leg.deadline_us = request.spec.deadline_us;
   return leg;
 }
 
 void Router::attempt(Request& request) {
   ++request.attempt;
   const RequestSpec& spec = request.spec;
-  request.prefill =
-      spec.prefill >= 0 ? spec.prefill : static_cast<int>(random_.below(static_cast<size_t>(num_prefill_)));
-  request.decode = num_prefill_ +
-                   (spec.decode >= 0 ? spec.decode : static_cast<int>(random_.below(static_cast<size_t>(num_decode_))));
+  const int any = num_prefill_ + num_decode_;
+  const auto draw = [this](int count) { return static_cast<int>(random_.below(static_cast<size_t>(count))); };
+  request.prefill = spec.prefill >= 0 ? spec.prefill : draw(all_alike_ ? any : num_prefill_);
+  request.decode = spec.decode >= 0 ? num_prefill_ + spec.decode
+                   : all_alike_     ? draw(any)
+                                    : num_prefill_ + draw(num_decode_);
   TokenRequest leg = token_request(request);
   switch (spec.plan) {
     case Plan::kPush:
@@ -68,6 +71,23 @@ void Router::attempt(Request& request) {
     case Plan::kLocal:
       return open_decode(request, std::move(leg));
   }
+}
+
+void Router::replay() {
+  if (requests_.empty()) return;
+  const Request& request = *requests_[random_.below(requests_.size())];
+  if (!request.ended || request.tokens.size() != request.expected.size() || !request.used) return;
+  const int node = request.spec.plan == Plan::kPush ? request.prefill : request.decode;
+  TokenRequest leg = token_request(request);
+  leg.kv_transfer = request.used;
+  leg.deadline_us = queue_.now_us() + kGraceUs;
+  trace_.add(What::kReplay, node, request.index);
+  legs_.open(node, std::move(leg), [this, node, index = request.index](TokenEvent&& event) {
+    if (!event.tokens.empty() || event.finish) {
+      throw Violation("handle-used-once", fmt::format("the handle of request {} worked again on node {}", index, node));
+    }
+    if (event.error) trace_.add(What::kLegEnd, node, index, 1 + static_cast<uint64_t>(event.error->kind));
+  });
 }
 
 // ---- Legs ----------------------------------------------------------------------------------------------------------
@@ -92,15 +112,15 @@ void Router::leg_ended(Request& request, LegId& leg, int node, const TokenEvent&
   trace_.add(What::kLegEnd, node, request.index, event.error ? 1 + static_cast<uint64_t>(event.error->kind) : 0);
 }
 
+void Router::drop_leg(LegId& leg, int node) {
+  if (leg == LegId()) return;
+  legs_.cancel(std::exchange(leg, LegId()));
+  --load_[static_cast<size_t>(node)];
+}
+
 void Router::drop_legs(Request& request) {
-  if (request.prefill_leg != LegId()) {
-    legs_.cancel(std::exchange(request.prefill_leg, LegId()));
-    --load_[static_cast<size_t>(request.prefill)];
-  }
-  if (request.decode_leg != LegId()) {
-    legs_.cancel(std::exchange(request.decode_leg, LegId()));
-    --load_[static_cast<size_t>(request.decode)];
-  }
+  drop_leg(request.prefill_leg, request.prefill);
+  drop_leg(request.decode_leg, request.decode);
 }
 
 void Router::on_prefill(Request& request, TokenEvent&& event) {
@@ -122,6 +142,7 @@ void Router::on_prefill(Request& request, TokenEvent&& event) {
   if (!event.kv_transfer) throw Violation("protocol", "a prefill leg ended without kv_transfer_params");
   TokenRequest leg = token_request(request);
   leg.kv_transfer = std::move(event.kv_transfer);
+  request.used = leg.kv_transfer;
   open_decode(request, std::move(leg));
 }
 
@@ -129,11 +150,13 @@ void Router::on_decode(Request& request, TokenEvent&& event) {
   take_tokens(request, event);
   const bool last = event.finish || event.error;
   if (last) leg_ended(request, request.decode_leg, request.decode, event);
+  if (request.ended) return;
   if (event.error) return fail_attempt(request, *event.error);
   if (last) return end(request, nullptr);
   if (!event.kv_transfer) return;
   TokenRequest leg = token_request(request);
   leg.kv_transfer = std::move(event.kv_transfer);
+  request.used = leg.kv_transfer;
   open_prefill(request, std::move(leg));
 }
 
@@ -183,6 +206,9 @@ void Router::end(Request& request, const Error* error) {
   if (late_us > kGraceUs) {
     throw Violation("deadline", fmt::format("request {} ended {} us after its deadline", request.index, late_us));
   }
+  if (request.spec.may_be_refused && error->kind == ErrorKind::kResourceExhausted) return;
+  // Without a deadline of its own a reservation waits for prefill only as long as the idle time-out.
+  if (!request.spec.tells_deadline && error->kind == ErrorKind::kUnavailable) return;
   if (request.cancelled || late_us >= 0 || !checker_.calm_since(request.start_us)) return;
   throw Violation("no-needless-failure",
                   fmt::format("request {} failed though nothing was wrong: {}", request.index, error->message));
@@ -192,7 +218,10 @@ void Router::on_cancel(Request& request) {
   if (request.ended) return;
   trace_.add(What::kCancel, Owner::kNobody, request.index);
   request.cancelled = true;
-  drop_legs(request);
+  // Other people's routers may forget one leg; then its worker hears of the end from the other side of the transfer.
+  const size_t forgets = random_.below(4);
+  if (forgets != 0) drop_leg(request.prefill_leg, request.prefill);
+  if (forgets != 1) drop_leg(request.decode_leg, request.decode);
   const Error left = make_error(ErrorKind::kAborted, "the client has left");
   end(request, &left);
 }
@@ -201,7 +230,7 @@ void Router::on_cancel(Request& request) {
 void Router::on_deadline(Request& request) {
   drop_legs(request);
   if (request.ended) return;
-  if (checker_.calm_since(request.start_us)) {
+  if (request.spec.tells_deadline && checker_.calm_since(request.start_us)) {
     throw Violation("deadline", fmt::format("no worker ended request {} at its deadline", request.index));
   }
   const Error late = make_error(ErrorKind::kDeadlineExceeded, "the workers were silent past the deadline");

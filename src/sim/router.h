@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,20 +21,27 @@ struct RequestSpec {
   int64_t max_tokens = 1;
   int64_t deadline_us = 0;
   int attempts = 1;
-  int64_t cancel_at_us = 0;  // 0: never
-  int prefill = -1;          // -1: any
+  int64_t cancel_at_us = 0;     // 0: never
+  bool tells_deadline = true;   // workers are given the deadline; else only the router keeps it
+  bool may_be_refused = false;  // a worker's queue may be full
+  int prefill = -1;             // -1: any
   int decode = -1;
 };
 
 class Router {
  public:
-  // A worker that says nothing after the deadline is given up this much later.
-  static constexpr int64_t kGraceUs = 500'000;
+  // A worker that says nothing after the deadline is given up this much later: the longest step, and the way back.
+  static constexpr int64_t kGraceUs = 3'000'000;
 
-  Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker, Legs& legs, int num_prefill,
-         int num_decode);
+  // Workers 0 … num_prefill - 1 take prefill legs, the `num_decode` after them decode legs; if they are `all_alike`,
+  // each takes both, also of one request.
+  Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker, Legs& legs, int num_prefill, int num_decode,
+         bool all_alike);
 
   void start(RequestSpec spec);
+  // Sends the second leg of a request that ended well once more, with the handle that it has used: it must fail, and
+  // nobody else may notice (I2).
+  void replay();
   int64_t num_unfinished() const { return num_unfinished_; }
   int64_t num_ok() const { return num_ok_; }
   int64_t num_failed() const { return num_failed_; }
@@ -52,6 +60,7 @@ class Router {
     int decode = -1;
     LegId prefill_leg;  // 0: none
     LegId decode_leg;
+    std::optional<transfer::KvTransferParams> used;  // what the second leg was given
     bool cancelled = false;
     bool ended = false;
   };
@@ -63,6 +72,7 @@ class Router {
   void on_decode(Request& request, engine::TokenEvent&& event);
   void take_tokens(Request& request, const engine::TokenEvent& event);
   void leg_ended(Request& request, LegId& leg, int node, const engine::TokenEvent& event);
+  void drop_leg(LegId& leg, int node);
   void drop_legs(Request& request);
   void fail_attempt(Request& request, const Error& error);
   void end(Request& request, const Error* error);
@@ -76,6 +86,7 @@ class Router {
   Legs& legs_;
   const int num_prefill_;
   const int num_decode_;
+  const bool all_alike_;
   std::vector<std::unique_ptr<Request>> requests_;
   std::vector<int64_t> load_;  // legs in flight by node: prefill workers, then decode workers
   int64_t num_unfinished_ = 0;

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "src/comm/messenger.h"
+#include "src/sim/legs.h"
 #include "src/transfer/agent.h"
 
 namespace tandem::sim {
@@ -16,6 +17,8 @@ struct Seams {
   // Between the agent and the network: what it sends, and what comes.
   std::function<std::unique_ptr<comm::Messenger>(std::unique_ptr<comm::Messenger>)> messenger;
   std::function<std::unique_ptr<comm::MessageHandler>(comm::MessageHandler&)> handler;
+  // Between the router and its legs; the argument outlives the result.
+  std::function<std::unique_ptr<Legs>(Legs&)> legs;
   // A new process repeats the incarnation and the nonces of the one before.
   bool repeat_incarnation = false;
 };

@@ -72,6 +72,8 @@ std::string Trace::line(const Record& r) {
       return fmt::format("request {}: its client leaves", r.a);
     case What::kRetry:
       return fmt::format("request {}: once more", r.a);
+    case What::kReplay:
+      return fmt::format("request {}: its second leg comes again", r.a);
     case What::kEnd:
       return fmt::format("request {} ends: {}", r.a, outcome_name(r.b));
     case What::kQuiet:

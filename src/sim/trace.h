@@ -31,6 +31,7 @@ enum class What : uint8_t {
   kLegEnd,     // a: request, b: 0 or 1 + ErrorKind
   kCancel,     // a: request
   kRetry,      // a: request
+  kReplay,     // a: request
   kEnd,        // a: request, b: 0 or 1 + ErrorKind
   kQuiet,      // the load is over
 };

@@ -12,6 +12,7 @@ constexpr int64_t kFaultTickUs = 100'000;
 constexpr int64_t kFaultsAfterLoadUs = 1'000'000;
 constexpr int64_t kMaxEvents = 2'000'000;  // of a run; more is a loop without end
 constexpr int64_t kBlockTokens = 4;
+constexpr int64_t kMaxIdleUs = 10'000'000;
 
 }  // namespace
 
@@ -32,13 +33,17 @@ void World::draw_cluster() {
   num_prefill_ = 1 + static_cast<int>(random_.below(2));
   num_decode_ = 1 + static_cast<int>(random_.below(2));
   const int num_nodes = num_prefill_ + num_decode_;
+  const bool all_alike = random_.chance(0.25);
+  slow_ = random_.chance(0.25);
+  short_queues_ = random_.chance(0.1);
   checker_ = std::make_unique<Checker>(queue_, trace_, num_nodes);
   network_ = std::make_unique<Network>(queue_, random_, trace_, num_nodes);
   network_->set_faults(faults_);
   legs_ = std::make_unique<NetworkLegs>(queue_, random_, *network_, *this, num_nodes);
-  router_ = std::make_unique<Router>(queue_, random_, trace_, *checker_, *legs_, num_prefill_, num_decode_);
+  if (seams_.legs) front_legs_ = seams_.legs(*legs_);
+  Legs& front = front_legs_ ? *front_legs_ : *legs_;
+  router_ = std::make_unique<Router>(queue_, random_, trace_, *checker_, front, num_prefill_, num_decode_, all_alike);
 
-  const int64_t idle_timeout_us = random_.chance(0.5) ? 3'000'000 : 10'000'000;
   const int64_t lease_us = random_.chance(0.5) ? 10'000'000 : 30'000'000;
   const bool prefix_caching = !random_.chance(0.1);
   const bool rows_depend_on_role = random_.chance(0.5);
@@ -46,10 +51,15 @@ void World::draw_cluster() {
   for (int i = 0; i < num_nodes; ++i) {
     NodeSpec& spec = slots_[static_cast<size_t>(i)].spec;
     spec.index = i;
-    spec.role = random_.chance(0.3) ? KvRole::kBoth : i < num_prefill_ ? KvRole::kProducer : KvRole::kConsumer;
+    spec.role = all_alike || random_.chance(0.3) ? KvRole::kBoth
+                : i < num_prefill_               ? KvRole::kProducer
+                                                 : KvRole::kConsumer;
     spec.max_model_len = max_model_len_;
     spec.num_blocks = random_.range(max_model_len_ / kBlockTokens, 48);
+    spec.min_step_us = slow_ ? 10'000 : 200;
+    spec.max_step_us = slow_ ? random_.range(50'000, 2'000'000) : 3'000;
     spec.limits.block_size = kBlockTokens;
+    if (short_queues_) spec.limits.max_num_waiting = random_.range(1, 4);
     spec.limits.max_num_seqs = random_.range(2, 8);
     spec.limits.max_num_batched_tokens = random_.range(8, 32);
     spec.limits.prefix_caching = prefix_caching;
@@ -57,7 +67,7 @@ void World::draw_cluster() {
     spec.agent.engine_id = fmt::format("{}{}", i < num_prefill_ ? "prefill" : "decode", i);
     spec.agent.model_fingerprint = "fake";
     spec.agent.role = spec.role;
-    spec.agent.idle_timeout_us = idle_timeout_us;
+    spec.agent.idle_timeout_us = random_.chance(0.5) ? 3'000'000 : kMaxIdleUs;
     spec.agent.lease_us = lease_us;
   }
 }
@@ -75,6 +85,9 @@ void World::draw_load() {
     queue_.add(at_us, {}, [this] {
       --num_to_come_;
       router_->start(draw_request());
+      if (random_.chance(0.1)) {
+        queue_.add(queue_.now_us() + random_.range(1, 500'000), {}, [this] { router_->replay(); });
+      }
     });
     at_us += random_.range(1, 2 * mean_gap_us);
   }
@@ -95,8 +108,11 @@ RequestSpec World::draw_request() {
   }
   spec.max_tokens = random_.range(1, 12);
   const int64_t now_us = queue_.now_us();
-  spec.deadline_us =
-      now_us + (random_.chance(0.1) ? random_.range(1'000, 500'000) : random_.range(3'000'000, 20'000'000));
+  const int64_t patience_us = slow_ ? random_.range(10'000'000, 90'000'000) : random_.range(3'000'000, 20'000'000);
+  spec.deadline_us = now_us + (random_.chance(0.1) ? random_.range(1'000, 500'000) : patience_us);
+  spec.tells_deadline = slow_ || random_.chance(0.95);
+  spec.may_be_refused = short_queues_;
+  last_deadline_us_ = std::max(last_deadline_us_, spec.deadline_us);
   spec.attempts = 3;
   if (random_.chance(faults_.cancel)) {
     spec.cancel_at_us = now_us + (random_.chance(0.8) ? random_.range(1, 30'000) : random_.range(1, 2'000'000));
@@ -215,9 +231,8 @@ void World::come_to_rest() {
   network_->set_faults({});
   network_->heal();
   for (Slot& slot : slots_) slot.frozen_until_us = 0;
-  const transfer::AgentOptions& agent = slots_.front().spec.agent;
-  const int64_t settle_us = std::max(Checker::kSettleUs + 1, 20'500'000 + Router::kGraceUs);
-  run_until(queue_.now_us() + agent.lease_us + agent.idle_timeout_us + settle_us);
+  const int64_t rest_us = slots_.front().spec.agent.lease_us + kMaxIdleUs + Checker::kSettleUs + 1'000'000;
+  run_until(std::max(queue_.now_us(), last_deadline_us_ + Router::kGraceUs) + rest_us);
 }
 
 // Every pair of workers serves, whatever was before.
@@ -230,8 +245,9 @@ void World::probe_pairs() {
         spec.prefill = prefill;
         spec.decode = decode;
         spec.attempts = 1;
-        spec.deadline_us = queue_.now_us() + 20'000'000;
+        spec.deadline_us = queue_.now_us() + 90'000'000;
         spec.cancel_at_us = 0;
+        last_deadline_us_ = std::max(last_deadline_us_, spec.deadline_us);
         router_->start(std::move(spec));
       }
     }

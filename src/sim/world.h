@@ -58,10 +58,14 @@ class World final : public Workers {
   int num_prefill_ = 1;
   int num_decode_ = 1;
   int64_t max_model_len_ = 64;
+  bool slow_ = false;  // steps take as long as those of a large model
+  bool short_queues_ = false;
+  int64_t last_deadline_us_ = 0;
   std::vector<std::vector<TokenId>> prefixes_;  // that prompts share
   std::unique_ptr<Checker> checker_;
   std::unique_ptr<Network> network_;
   std::unique_ptr<NetworkLegs> legs_;
+  std::unique_ptr<Legs> front_legs_;  // a seam before them, or empty
   std::unique_ptr<Router> router_;
   std::vector<Slot> slots_;
   int64_t faults_end_us_ = 0;
