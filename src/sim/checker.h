@@ -57,6 +57,7 @@ class Checker {
   struct Place {
     int node;
     transfer::TransferId id;
+    int64_t since_us;
   };
   void check_told(const std::string& handle, int64_t ended_us) const;
 
