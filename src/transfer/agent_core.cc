@@ -12,13 +12,17 @@ namespace {
 
 constexpr const char* kTag = "transfer";
 
-FaultCode fate_of(const Status& status) {
+// `was_used`: a peer has presented the handle.
+FaultCode fate_of(const Status& status, bool was_used) {
   if (status.ok()) return FaultCode::kConsumed;
   switch (status.error().kind) {
     case ErrorKind::kAborted:
       return FaultCode::kAborted;
     case ErrorKind::kDeadlineExceeded:
       return FaultCode::kExpired;
+    case ErrorKind::kUnavailable:
+      // A reservation without deadline that nobody came for in time is not its late reader's mistake.
+      return was_used ? FaultCode::kConsumed : FaultCode::kExpired;
     default:
       return FaultCode::kConsumed;
   }
@@ -202,7 +206,7 @@ void AgentCore::end_transfer(Transfer& transfer, Finish&& finish) {
   if (!done.status.ok() && done.status.error().kind != ErrorKind::kAborted) {
     log_warning(kTag, "{}", done.status.error().message);
   }
-  retire(transfer.handle(), transfer.side(), fate_of(done.status));
+  retire(transfer.handle(), transfer.side(), fate_of(done.status, link_id != comm::ConnectionId()));
   const auto link = links_.find(link_id);
   if (link != links_.end()) {
     link->second.transfers.erase(done.id);

@@ -405,6 +405,18 @@ TEST_F(AgentCoreTest, DeadlinesBoundEveryWait) {
   EXPECT_FALSE(decode.ended.at(receiving).status.ok());
 }
 
+// Found by `tandem sim --seed 1759`: it was told that the handle was used before, as a fault of the request.
+TEST_F(AgentCoreTest, ALatePrefillHearsThatItsReservationExpired) {
+  TransferId receiving;
+  const std::string handle = reserve(5, 0, &receiving);
+  advance(AgentOptions().idle_timeout_us);
+  EXPECT_EQ(kind_of(decode, receiving), ErrorKind::kUnavailable);
+  const TransferId sending = begin(handle, 5);
+  settle();
+  EXPECT_EQ(kind_of(prefill, sending), ErrorKind::kUnavailable);
+  EXPECT_EQ(prefill.ended.at(sending).status.error().code, "kv_transfer_expired");
+}
+
 TEST_F(AgentCoreTest, HeartbeatsCarryASlowPrefill) {
   TransferId receiving;
   const TransferId sending = begin(reserve(5, 0, &receiving), 5);
