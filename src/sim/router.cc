@@ -202,6 +202,9 @@ void Router::end(Request& request, const Error* error) {
   ++num_failed_;
   if (error->message.empty())
     throw Violation("named-error", fmt::format("request {} failed without words", request.index));
+  if (error->kind == ErrorKind::kInternal) {
+    throw Violation("named-error", fmt::format("request {} failed by a bug: {}", request.index, error->message));
+  }
   const int64_t late_us = queue_.now_us() - request.spec.deadline_us;
   if (late_us > kGraceUs) {
     throw Violation("deadline", fmt::format("request {} ended {} us after its deadline", request.index, late_us));

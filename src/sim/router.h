@@ -42,6 +42,7 @@ class Router {
   // Sends the second leg of a request that ended well once more, with the handle that it has used: it must fail, and
   // nobody else may notice (I2).
   void replay();
+  // Requests that have not ended, and those that ended well and with an error.
   int64_t num_unfinished() const { return num_unfinished_; }
   int64_t num_ok() const { return num_ok_; }
   int64_t num_failed() const { return num_failed_; }

@@ -32,6 +32,7 @@ class SimAgent final : public transfer::Agent, public comm::MessageHandler {
   // transfer::Agent: commands wait for the agent's next turn, which may come at once or later.
   const std::string& engine_id() const override { return engine_id_; }
   int64_t port() const override { return messenger_->port(); }
+  // A handle comes from the generator of this life, not from the kernel.
   std::string expect(transfer::TransferId id, const transfer::BlockSpan& span, int64_t deadline_us) override;
   void pull(transfer::TransferId id, const transfer::KvTransferParams& remote, const transfer::BlockSpan& span,
             int64_t deadline_us) override;

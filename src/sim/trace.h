@@ -48,6 +48,7 @@ class Trace {
     mix(b);
     records_.push_back(record);
   }
+  // Of every record, in order.
   uint64_t hash() const { return hash_; }
   int64_t size() const { return std::ssize(records_); }
   // The last `count` records, one a line; all if count is 0.

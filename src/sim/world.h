@@ -44,8 +44,9 @@ class World final : public Workers {
   void come_to_rest();
   void probe_pairs();
   void check_at_rest() const;
-  // Handles events until `until_us`, or until no request is open if that comes first and `until_us` is 0.
+  // Handles the next event, or puts it off if its worker is frozen.
   void step();
+  // Time is `until_us` afterwards, whether or not anything happened.
   void run_until(int64_t until_us);
   bool is_dead(const Owner& owner) const;
 
