@@ -162,7 +162,7 @@ class CountWithoutLayer final : public HandlerWrapper {
 
 TEST(Mutation, LostAbort) { expect_found(with_messenger<LoseAborts>(), "cancel=0.3", 100, {"end-is-told"}); }
 TEST(Mutation, CommitWithoutOneLayer) {
-  expect_found(with_messenger<CommitWithoutLayer>(), "none", 20, {"no-needless-failure"});
+  expect_found(with_messenger<CommitWithoutLayer>(), "none", 20, {"named-error"});
 }
 TEST(Mutation, CountWithoutOneLayer) {
   expect_found(with_handler<CountWithoutLayer>(), "none", 20, {"check", "exact"});
