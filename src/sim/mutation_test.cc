@@ -60,23 +60,23 @@ void expect_found(const Seams& seams, const std::string& faults, int64_t runs,
   EXPECT_TRUE(invariants.contains(summary.violation->invariant)) << summary.violation->trace;
 }
 
-// ---- Reuse before the other side has everything
-// ----------------------------------------------------------------------
+// ---- Reuse before the other side has everything ------------------------------------------------------------------
 
-// Prefill's blocks are given back when the last layer is handed over, not when decode has it.
-class DoneBeforeAck final : public AgentWrapper {
+// An agent that makes up the Done of some transfers and keeps the true ones to itself.
+class EarlyDone : public AgentWrapper {
  public:
   using AgentWrapper::AgentWrapper;
-  void commit_send(TransferId id, const transfer::FirstToken& first_token) override {
-    inner_->commit_send(id, first_token);
-    early_.insert(id);
-    forged_.push_back(Done{id, {}, std::nullopt, 0, 0});
-  }
   std::vector<Done> take_done() override {
     std::vector<Done> done = inner_->take_done();
     std::erase_if(done, [this](const Done& d) { return early_.contains(d.id); });
     for (Done& d : std::exchange(forged_, {})) done.push_back(std::move(d));
     return done;
+  }
+
+ protected:
+  void forge(Done done) {
+    early_.insert(done.id);
+    forged_.push_back(std::move(done));
   }
 
  private:
@@ -84,24 +84,23 @@ class DoneBeforeAck final : public AgentWrapper {
   std::vector<Done> forged_;
 };
 
-// An aborted transfer's blocks are given back at once, while the agent goes on.
-class DoneBeforeAbort final : public AgentWrapper {
+// Prefill's blocks are given back when the last layer is handed over, not when decode has it.
+class DoneBeforeAck final : public EarlyDone {
  public:
-  using AgentWrapper::AgentWrapper;
-  void abort(TransferId id) override {
-    early_.insert(id);
-    forged_.push_back(Done{id, make_error(ErrorKind::kAborted, "forged"), std::nullopt, 0, 0});
+  using EarlyDone::EarlyDone;
+  void commit_send(TransferId id, const transfer::FirstToken& first_token) override {
+    inner_->commit_send(id, first_token);
+    forge({id, {}, std::nullopt, 0, 0});
   }
-  std::vector<Done> take_done() override {
-    std::vector<Done> done = inner_->take_done();
-    std::erase_if(done, [this](const Done& d) { return early_.contains(d.id); });
-    for (Done& d : std::exchange(forged_, {})) done.push_back(std::move(d));
-    return done;
-  }
+};
 
- private:
-  std::set<TransferId> early_;
-  std::vector<Done> forged_;
+// An aborted transfer's blocks are given back at once, while the agent goes on.
+class DoneBeforeAbort final : public EarlyDone {
+ public:
+  using EarlyDone::EarlyDone;
+  void abort(TransferId id) override {
+    forge({id, make_error(ErrorKind::kAborted, "forged"), std::nullopt, 0, 0});
+  }
 };
 
 TEST(Mutation, ReuseBeforeAck) { expect_found(with_agent<DoneBeforeAck>(), "none", 20, {"pinned-while-open"}); }

@@ -28,7 +28,10 @@ Topology::Topology() {
   check_done(hwloc_topology_init(&topology_), "hwloc_topology_init");
   check_done(hwloc_topology_load(topology_), "hwloc_topology_load");
   const hwloc_bitmap_t allowed = hwloc_bitmap_alloc();
-  if (hwloc_get_cpubind(topology_, allowed, HWLOC_CPUBIND_PROCESS) == 0) hwloc_topology_restrict(topology_, allowed, 0);
+  if (hwloc_get_cpubind(topology_, allowed, HWLOC_CPUBIND_PROCESS) != 0 ||
+      hwloc_topology_restrict(topology_, allowed, 0) != 0) {
+    log_warning("kernels", "this process's affinity mask is unknown, all processors count: {}", std::strerror(errno));
+  }
   hwloc_bitmap_free(allowed);
   find_nodes();
 }
