@@ -113,7 +113,8 @@ Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& serve
 
 // From the body's bytes to token requests; pure, so it may run on the text thread.
 Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, Endpoint endpoint,
-                         const std::string& body, const std::string& request_id, int64_t deadline_us) {
+                         const std::string& body, const std::string& request_id, const std::string& session,
+                         int64_t deadline_us) {
   TANDEM_ASSIGN(const Json json, parse_strict_json(body, "the request body"));
   Prepared out;
   TANDEM_ASSIGN(out.request, endpoint == Endpoint::kChat ? parse_chat_request(json, served.model, policy)
@@ -121,6 +122,7 @@ Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, 
   TANDEM_ASSIGN(std::vector<std::vector<TokenId>> prompts, encode_prompts(served, out.request));
   TANDEM_ASSIGN(out.choices,
                 make_token_requests(out.request, std::move(prompts), served.model, request_id, deadline_us));
+  for (engine::TokenRequest& choice : out.choices) choice.session = session;
   return out;
 }
 
@@ -227,12 +229,14 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
         read_timeout_us(request, static_cast<int64_t>(options.request_timeout_s * 1e6));
     if (!timeout_us.ok()) return refuse(*exchange, *request_id, timeout_us.error());
     const int64_t deadline_us = arrival_us + *timeout_us;
+    const std::string* session = find_header(request.headers, "x-session-id");
     auto body = std::make_shared<std::string>(std::move(request.body));
     ++num_requests;
     run_text<Prepared>(
         body->size(),
-        [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id, deadline_us] {
-          return prepare(used->text, policy, endpoint, *body, id, deadline_us);
+        [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id,
+         session = session == nullptr ? std::string() : *session, deadline_us] {
+          return prepare(used->text, policy, endpoint, *body, id, session, deadline_us);
         },
         [this, used = *now_serving, exchange, id = *request_id, arrival_us](Result<Prepared> prepared) {
           begin(used, exchange, id, arrival_us, std::move(prepared));

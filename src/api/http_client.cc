@@ -181,6 +181,12 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
     return make_error(ErrorKind::kUnavailable, "{}: {} failed: {}", call.url.origin(), doing, ec.message());
   }
 
+  Error not_connected(const Call& call, std::string_view doing, const error_code& ec) const {
+    Error error = explain(call, doing, ec);
+    error.code = kConnectFailed;
+    return error;
+  }
+
   asio::awaitable<Status> connect(Call& call) {
     call.expect_progress_within(call.request.connect_timeout);
     call.socket.emplace(io);
@@ -192,7 +198,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
     } else {
       auto [resolve_ec, results] =
           co_await call.resolver.async_resolve(call.url.host, std::to_string(call.url.port), kToken);
-      if (resolve_ec) co_return explain(call, "resolving the name", resolve_ec);
+      if (resolve_ec) co_return not_connected(call, "resolving the name", resolve_ec);
       for (const auto& result : results) endpoints.push_back(result.endpoint());
     }
     for (const tcp::endpoint& endpoint : endpoints) {
@@ -206,7 +212,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
         co_return Status();
       }
     }
-    co_return explain(call, "connecting", ec);
+    co_return not_connected(call, "connecting", ec);
   }
 
   // Sends the request and reads the response on call.socket.

@@ -30,6 +30,9 @@ class io_context;
 
 namespace tandem::api {
 
+// Error::code of a call that never reached its server: no connection was made.
+inline constexpr const char* kConnectFailed = "connect_failed";
+
 using CallId = StrongId<struct CallIdTag, uint64_t>;
 
 struct ClientRequest {

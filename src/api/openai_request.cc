@@ -247,12 +247,27 @@ void read_kv_transfer(RequestFields& fields, const RequestPolicy& policy, OpenAi
   }
 }
 
+// A router continues an answer here whose worker went away.
+void read_resumed(RequestFields& fields, const ServedModel& model, const RequestPolicy& policy,
+                  OpenAiRequest& request) {
+  const Json* ids = fields.find("resume_token_ids");
+  if (ids == nullptr) return;
+  if (!policy.accepts_resumed) return fields.fail_value("resume_token_ids", "is not accepted by this server");
+  if (request.n != 1 || request.prompts.size() != 1 || request.kv_transfer) {
+    return fields.fail_value("resume_token_ids", "needs a single prompt, 'n' = 1 and no 'kv_transfer_params'");
+  }
+  Result<std::vector<TokenId>> parsed = parse_token_ids(*ids, model, "resume_token_ids");
+  if (!parsed.ok()) return fields.fail(parsed.error());
+  request.resumed = std::move(*parsed);
+}
+
 // What both endpoints share. Call after the prompts were read.
 void read_common(RequestFields& fields, const ServedModel& model, const RequestPolicy& policy, OpenAiRequest& request) {
   refuse_unsupported(fields);
   read_sampling(fields, model, request);
   read_output_options(fields, request);
   read_kv_transfer(fields, policy, request);
+  read_resumed(fields, model, policy, request);
 }
 
 void read_prompts(RequestFields& fields, const ServedModel& model, OpenAiRequest& request) {
@@ -435,6 +450,13 @@ Result<std::vector<engine::TokenRequest>> make_token_requests(const OpenAiReques
                          fmt::format("'min_tokens' is {}, but at most {} tokens can be generated",
                                      base.sampling.min_tokens, base.sampling.max_tokens));
     }
+    if (std::ssize(request.resumed) >= base.sampling.max_tokens) {
+      return field_error("resume_token_ids", "invalid_value",
+                         fmt::format("'resume_token_ids' has {} tokens of an answer of at most {}; nothing is left",
+                                     request.resumed.size(), base.sampling.max_tokens));
+    }
+    base.resumed = request.resumed;
+    base.is_one_of_several = request.n > 1;
     base.cache_salt = request.cache_salt;
     base.deadline_us = deadline_us;
     base.kv_transfer = request.kv_transfer;

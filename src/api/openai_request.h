@@ -55,6 +55,7 @@ struct ServedModel {
 
 struct RequestPolicy {
   bool accepts_kv_transfer = false;  // false: kv_transfer_params is refused
+  bool accepts_resumed = true;       // false: resume_token_ids is refused
 };
 
 using Prompt = std::variant<std::string, std::vector<TokenId>>;
@@ -80,6 +81,7 @@ struct OpenAiRequest {
   std::optional<int64_t> seed;
   std::string cache_salt;
   std::optional<transfer::KvTransferParams> kv_transfer;
+  std::vector<TokenId> resumed;  // "resume_token_ids": what another worker has generated for this request
 
   std::vector<std::string> stop;
   bool include_stop_str_in_output = false;

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <thread>
 
 #include "src/api/frontend.h"
@@ -20,6 +21,7 @@
 #include "src/commands/client_common.h"
 #include "src/commands/commands.h"
 #include "src/commands/server_common.h"
+#include "src/router/admin.h"
 #include "src/router/routed_worker.h"
 
 namespace tandem::commands {
@@ -31,16 +33,37 @@ constexpr std::chrono::milliseconds kTextRetry{250};    // between two rounds of
 constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
 constexpr std::chrono::milliseconds kDrainCheck{20};
 
+int64_t microseconds(const Options& options, const char* name) {
+  return static_cast<int64_t>(options.number(name) * 1e6);
+}
+
+router::PolicyKind policy_for(const Options& options, const char* name) {
+  const std::string& own = options.text(name);
+  return router::parse_policy(own == "policy" ? options.text("policy") : own).value();  // the table knows the choices
+}
+
 router::RouterOptions router_options(const Options& options) {
   router::RouterOptions out;
   out.prefill_urls = options.list("prefill");
   out.decode_urls = options.list("decode");
-  out.pull = options.text("transfer-mode") == "pull";
-  out.policy =
-      options.text("policy") == "round_robin" ? router::PolicyKind::kRoundRobin : router::PolicyKind::kLeastLoad;
-  out.max_retries = static_cast<int>(options.integer("max-retries"));
-  out.max_requests = options.integer("max-concurrent-requests");
-  out.request_timeout = std::chrono::milliseconds(static_cast<int64_t>(options.number("request-timeout-s") * 1000));
+  router::CoreOptions& core = out.core;
+  core.registry.prefill_policy = policy_for(options, "prefill-policy");
+  core.registry.decode_policy = policy_for(options, "decode-policy");
+  core.registry.breaker.failures_to_open = static_cast<int>(options.integer("cb-failure-threshold"));
+  core.registry.breaker.open_us = microseconds(options, "cb-timeout-s");
+  core.registry.seed = std::random_device{}();
+  core.pull = options.text("transfer-mode") == "pull";
+  core.repeats.retries = static_cast<int>(options.integer("max-retries"));
+  core.repeats.migrations = static_cast<int>(options.integer("migration-limit"));
+  core.retry_share = options.number("retry-budget");
+  core.enforce_disagg = options.flag("enforce-disagg");
+  core.local_prompt_tokens = options.integer("local-prompt-tokens");
+  core.max_requests = options.integer("max-concurrent-requests");
+  core.queue_size = options.integer("queue-size");
+  core.queue_timeout_us = microseconds(options, "queue-timeout-s");
+  core.rescue_us = microseconds(options, "rescue-timeout-s");
+  core.request_timeout_us = microseconds(options, "request-timeout-s");
+  core.unresponsive_us = microseconds(options, "unresponsive-timeout-s");
   out.probe_interval =
       std::chrono::milliseconds(static_cast<int64_t>(options.number("health-check-interval-s") * 1000));
   out.worker_api_key = options.text("worker-api-key");
@@ -133,8 +156,8 @@ api::FrontendOptions make_front(const Options& options, const router::RoutedWork
                                 const std::shared_ptr<bool>& has_text) {
   const std::vector<std::string>& names = options.list("served-model-name");
   api::FrontendOptions out = frontend_options(options, names.empty() ? "" : names.front());
-  out.policy.accepts_kv_transfer = false;  // fields of the inside
-  out.max_concurrent_requests = options.integer("max-concurrent-requests");
+  out.policy.accepts_kv_transfer = out.policy.accepts_resumed = false;  // fields of the inside
+  out.max_concurrent_requests = options.integer("max-concurrent-requests") + options.integer("queue-size");
   out.health = [&router, has_text]() -> api::Health {
     if (!*has_text) return {false, "loading", std::nullopt};
     if (!router.is_ready()) return {false, "no worker", std::nullopt};
@@ -161,6 +184,9 @@ int run_route(const Options& options) {
       io, options.text("host"), static_cast<uint16_t>(options.integer("port")), frontend.http_options());
   if (!server.ok()) return fail_with(server.error());
   frontend.add_routes(**server);
+  if (const std::string& key = options.text("admin-api-key"); !key.empty()) {
+    router::add_admin_routes(**server, **router, key);
+  }
   (*server)->start();
   log_info("route", "listening on http://{}:{}, {} prefill and {} decode worker(s), policy {}", options.text("host"),
            (*server)->port(), options.list("prefill").size(), options.list("decode").size(), options.text("policy"));

@@ -223,8 +223,8 @@ void Engine::accept(Submit submit) {
 }
 
 Status Engine::check_request(const TokenRequest& request) const {
-  const int64_t length = static_cast<int64_t>(request.prompt.size());
-  if (length < 1) return invalid_argument("prompt", "the prompt has no tokens");
+  const int64_t length = std::ssize(request.prompt) + std::ssize(request.resumed);
+  if (request.prompt.empty()) return invalid_argument("prompt", "the prompt has no tokens");
   if (length >= model_.info().max_model_len) {
     Error error = invalid_argument(
         "prompt", "the prompt has {} tokens, this server's context is {} including at least one new token", length,
@@ -232,11 +232,19 @@ Status Engine::check_request(const TokenRequest& request) const {
     error.code = "context_length_exceeded";
     return error;
   }
-  for (TokenId token : request.prompt) {
-    if (token < 0 || token >= model_.info().vocab_size) {
+  for (const std::vector<TokenId>* tokens : {&request.prompt, &request.resumed}) {
+    for (const TokenId token : *tokens) {
+      if (token >= 0 && token < model_.info().vocab_size) continue;
       return invalid_argument("prompt", "token id {} is outside the vocabulary 0 … {}", token,
                               model_.info().vocab_size - 1);
     }
+  }
+  if (std::ssize(request.resumed) >= request.sampling.max_tokens) {
+    return invalid_argument("resume_token_ids", "{} tokens are there already, at most {} are wanted",
+                            request.resumed.size(), request.sampling.max_tokens);
+  }
+  if (!request.resumed.empty() && request.kv_transfer) {
+    return invalid_argument("resume_token_ids", "an answer that goes on cannot take part in a KV transfer");
   }
   CHECK_GE(request.sampling.max_tokens, 1);
   return {};
@@ -390,7 +398,7 @@ void Engine::take_token(Sequence& sequence, size_t logit_index) {
     log_error(kTag, "request {} ({}): {}", sequence.id, sequence.request.external_id, token.error().message);
     return fail(sequence, token.error());
   }
-  if (sequence.num_generated() == 0 && !sequence.kv_received) {
+  if (sequence.first_token_us == 0 && !sequence.kv_received) {
     probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, false);
   }
   if (sequence.role == TransferRole::kPushSend) {
@@ -408,7 +416,7 @@ void Engine::take_token(Sequence& sequence, size_t logit_index) {
 // The sequence got its next token, computed here or received with the first KV.
 void Engine::append_token(Sequence& sequence, GeneratedToken token) {
   const int64_t now_us = clock_.now_us();
-  if (sequence.num_generated() == 0) {
+  if (sequence.first_token_us == 0) {
     sequence.first_token_us = now_us;
     probe_.prefill_time(now_us - sequence.first_scheduled_us);
   }

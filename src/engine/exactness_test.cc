@@ -291,6 +291,36 @@ TEST_P(Exactness, ForcedPreemption) {
   }
 }
 
+// An answer that goes on at another worker behind what a dead one had sent.
+TEST_P(Exactness, ResumedElsewhere) {
+  for (const bool prefix_caching : {false, true}) {
+    RankSetup setup;
+    setup.max_num_seqs = 16;
+    setup.prefix_caching = prefix_caching;
+    Rank rank(GetParam(), setup);
+    std::vector<TokenRequest> rest = requests_;
+    std::vector<Answer> parts(rest.size());
+    for (size_t i = 0; i < rest.size(); ++i) {
+      const Answer& whole = expected_[i];
+      const size_t sent = 1 + i % (whole.tokens.size() - 1);
+      rest[i].resumed.assign(whole.tokens.begin(), whole.tokens.begin() + static_cast<std::ptrdiff_t>(sent));
+      parts[i].tokens = rest[i].resumed;
+      parts[i].logprobs.assign(whole.logprobs.begin(), whole.logprobs.begin() + static_cast<std::ptrdiff_t>(sent));
+      parts[i].top_logprobs.assign(whole.top_logprobs.begin(),
+                                   whole.top_logprobs.begin() + static_cast<std::ptrdiff_t>(2 * sent));
+    }
+    const std::vector<Answer> tails = run_all(rank, rest, 16);
+    for (size_t i = 0; i < rest.size(); ++i) {
+      parts[i].error = tails[i].error;
+      parts[i].tokens.insert(parts[i].tokens.end(), tails[i].tokens.begin(), tails[i].tokens.end());
+      parts[i].logprobs.insert(parts[i].logprobs.end(), tails[i].logprobs.begin(), tails[i].logprobs.end());
+      parts[i].top_logprobs.insert(parts[i].top_logprobs.end(), tails[i].top_logprobs.begin(),
+                                   tails[i].top_logprobs.end());
+    }
+    expect_same(parts, "resumed");
+  }
+}
+
 TEST_P(Exactness, ThreadCounts) {
   for (const int threads : {2, 3}) {
     RankSetup setup;

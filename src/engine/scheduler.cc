@@ -223,7 +223,7 @@ void Scheduler::admit(const Admission& admission) {
   sequence.blocks.insert(sequence.blocks.end(), fresh.begin(), fresh.end());
   sequence.num_computed = admission.cached_blocks * limits_.block_size;
   sequence.num_registered = admission.cached_blocks;
-  if (sequence.num_generated() == 0) sequence.cached_tokens = sequence.num_computed;
+  if (sequence.first_token_us == 0) sequence.cached_tokens = sequence.num_computed;
 
   if (is_receiver(sequence.role)) {
     sequence.state = SequenceState::kReceiving;

@@ -36,7 +36,9 @@ struct Sequence {
         sink(std::move(event_sink)),
         tokens(request.prompt),
         prompt_length(static_cast<int64_t>(tokens.size())),
-        hashes(block_size, request.cache_salt) {}
+        hashes(block_size, request.cache_salt) {
+    tokens.insert(tokens.end(), request.resumed.begin(), request.resumed.end());
+  }
 
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   int64_t num_generated() const { return length() - prompt_length; }

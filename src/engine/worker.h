@@ -44,6 +44,11 @@ struct TokenRequest {
   std::string cache_salt;   // prefixes are shared only among equal salts
   int64_t deadline_us = 0;  // on SteadyClock; 0: none
   std::optional<transfer::KvTransferParams> kv_transfer;
+  // Tokens that another worker has generated for this request before it went away: the answer goes on behind them, as
+  // after a preemption. They count in max_tokens, min_tokens and penalties, and no event carries them again.
+  std::vector<TokenId> resumed;
+  bool is_one_of_several = false;  // of the choices of one request (n > 1)
+  std::string session;             // for a router's session policy; "" for none
 };
 
 struct GeneratedToken {

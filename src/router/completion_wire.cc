@@ -158,6 +158,7 @@ std::string transfer_of(const json& chunk) {
 
 std::string decode_body(const engine::TokenRequest& request, std::string_view transfer) {
   json fields = sampling_fields(request.sampling);
+  if (!request.resumed.empty()) fields["resume_token_ids"] = request.resumed;
   fields["max_tokens"] = request.sampling.max_tokens;
   fields["min_tokens"] = request.sampling.min_tokens;
   fields["return_token_ids"] = true;

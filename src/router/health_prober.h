@@ -1,4 +1,4 @@
-// Asks every worker's /health in turn and keeps the registry's health current. One thread: that of the io_context.
+// Asks every worker's /health in turn. One thread: that of the io_context.
 #pragma once
 
 #include <chrono>
@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "src/api/http_client.h"
-#include "src/router/registry.h"
+#include "src/router/policy.h"
 
 namespace boost::asio {
 class io_context;
@@ -14,26 +14,15 @@ class io_context;
 
 namespace tandem::router {
 
-struct ProberHandlers {
-  std::function<void(WorkerId)> on_change;  // health() of a worker has changed
-  std::function<void(WorkerId)>
-      on_unresponsive;  // probes have failed for kUnresponsiveAfter; called at each further one
-};
-
 class HealthProber {
  public:
-  // A worker whose process is gone breaks its connections at once; one that is frozen or cut off does not. After this
-  // long without an answer the requests it holds are given up.
-  static constexpr std::chrono::seconds kUnresponsiveAfter{10};
-
-  // `client` and `registry` must outlive this.
-  HealthProber(boost::asio::io_context& io, api::HttpClient& client, WorkerRegistry& registry,
-               std::chrono::milliseconds interval, ProberHandlers handlers);
+  // `on_result` is told each answer, or that none came in time. `client` must outlive this.
+  HealthProber(boost::asio::io_context& io, api::HttpClient& client, std::chrono::milliseconds interval,
+               std::function<void(WorkerId, bool)> on_result);
   ~HealthProber();
 
-  void start();  // for the workers registered so far
-  // The outcome of a request tells as much as a probe.
-  void record_outcome(WorkerId worker, bool success);
+  void watch(WorkerId worker, const api::HttpUrl& url);
+  void forget(WorkerId worker);
 
  private:
   struct Impl;

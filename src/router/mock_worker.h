@@ -108,6 +108,7 @@ class MockWorker {
     stream->exchange = exchange;
     stream->prompt = body["prompt"].get<std::vector<TokenId>>();
     stream->max_tokens = body["max_tokens"].get<size_t>();
+    stream->sent = body.value("resume_token_ids", nlohmann::json::array()).size();
     ++num_open;
     exchange->on_disconnect([this, stream] { close(*stream); });
     if (fault == MockFault::kHang) {

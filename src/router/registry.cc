@@ -47,40 +47,112 @@ void LoadToken::release() {
   load_.reset();
 }
 
-WorkerId WorkerRegistry::add(Role role, std::string url) {
+WorkerRegistry::WorkerRegistry(RegistryOptions options)
+    : options_(options),
+      prefill_policy_(options.prefill_policy, options.seed),
+      decode_policy_(options.decode_policy, options.seed + 1) {}
+
+Result<WorkerId> WorkerRegistry::add(Role role, std::string url, int64_t weight) {
+  for (RegisteredWorker& worker : workers_) {
+    if (worker.role != role || worker.url != url) continue;
+    if (worker.membership == Membership::kServing) {
+      return invalid_argument("url", "{} worker {} is given twice", role_name(role), url);
+    }
+    if (worker.membership == Membership::kRemoved) worker.tracker = HealthTracker();
+    worker.membership = Membership::kServing;
+    worker.weight = weight;
+    return worker.id;
+  }
+  if (workers_.size() >= kMaxWorkers) {
+    return make_error(ErrorKind::kResourceExhausted, "{} workers are known, the most a router keeps; restart it",
+                      workers_.size());
+  }
   const WorkerId id(static_cast<int32_t>(workers_.size()));
-  workers_.push_back({.id = id, .role = role, .url = std::move(url)});
+  workers_.emplace_back(id, role, std::move(url), weight, options_.breaker);
   return id;
+}
+
+void WorkerRegistry::drain(WorkerId id) {
+  worker(id).membership = Membership::kDraining;
+  settle(id);
+}
+
+void WorkerRegistry::settle(WorkerId id) {
+  RegisteredWorker& entry = worker(id);
+  if (entry.membership != Membership::kDraining || entry.load->requests > 0) return;
+  entry.membership = Membership::kRemoved;
+  entry.prefixes.clear();
+  std::erase_if(pairs_, [id](const auto& pair) { return pair.first.first == id || pair.first.second == id; });
 }
 
 RegisteredWorker& WorkerRegistry::worker(WorkerId id) { return workers_.at(static_cast<size_t>(id.value)); }
 const RegisteredWorker& WorkerRegistry::worker(WorkerId id) const { return workers_.at(static_cast<size_t>(id.value)); }
 
 bool WorkerRegistry::has_role(Role role) const {
-  return std::any_of(workers_.begin(), workers_.end(), [&](const RegisteredWorker& w) { return w.role == role; });
+  return std::any_of(workers_.begin(), workers_.end(),
+                     [&](const RegisteredWorker& w) { return w.role == role && w.membership == Membership::kServing; });
 }
 
 bool WorkerRegistry::has_healthy(Role role) const {
-  return std::any_of(workers_.begin(), workers_.end(),
-                     [&](const RegisteredWorker& w) { return w.role == role && w.tracker.health() == Health::kUp; });
+  return std::any_of(workers_.begin(), workers_.end(), [&](const RegisteredWorker& w) {
+    return w.role == role && w.membership == Membership::kServing && w.tracker.health() == Health::kUp;
+  });
 }
 
-Result<WorkerId> WorkerRegistry::pick(Role role, std::span<const WorkerId> excluded) {
+bool WorkerRegistry::is_usable(const RegisteredWorker& worker, Role role, const PickContext& context) {
+  return worker.role == role && worker.membership == Membership::kServing && worker.tracker.health() == Health::kUp &&
+         std::find(context.excluded.begin(), context.excluded.end(), worker.id) == context.excluded.end();
+}
+
+bool WorkerRegistry::is_open(const RegisteredWorker& worker, Role role, const PickContext& context) const {
+  if (!is_usable(worker, role, context) || !worker.breaker.allows(context.now_us)) return false;
+  if (!context.partner) return true;
+  const auto pair = pairs_.find({worker.id, *context.partner});
+  return pair == pairs_.end() || pair->second.allows(context.now_us);
+}
+
+bool WorkerRegistry::has_open(Role role, const PickContext& context) const {
+  return std::any_of(workers_.begin(), workers_.end(),
+                     [&](const RegisteredWorker& worker) { return is_open(worker, role, context); });
+}
+
+Result<WorkerId> WorkerRegistry::pick(Role role, const PickContext& context) {
+  Policy& policy = role == Role::kPrefill ? prefill_policy_ : decode_policy_;
+  const bool breakers_count = has_open(role, context);
   std::vector<Candidate> candidates;
   int64_t known = 0;
   for (const RegisteredWorker& worker : workers_) {
-    if (worker.role != role) continue;
-    ++known;
-    const bool is_excluded = std::find(excluded.begin(), excluded.end(), worker.id) != excluded.end();
-    if (worker.tracker.health() == Health::kUp && !is_excluded) candidates.push_back({worker.id, worker.load->tokens});
+    if (worker.role == role && worker.membership == Membership::kServing) ++known;
+    if (breakers_count ? !is_open(worker, role, context) : !is_usable(worker, role, context)) continue;
+    candidates.push_back({worker.id, worker.load->tokens, worker.weight, 0});
+    if (policy.kind() == PolicyKind::kPrefixAware) {
+      candidates.back().cached_tokens = worker.prefixes.cached_tokens(context.prompt_blocks);
+    }
   }
   if (candidates.empty()) {
     return make_error(ErrorKind::kUnavailable, "no {} worker is available ({} known); try again later", role_name(role),
                       known);
   }
-  return (role == Role::kPrefill ? prefill_policy_ : decode_policy_).pick(candidates);
+  const WorkerId picked = policy.pick(candidates, context.session);
+  RegisteredWorker& chosen = worker(picked);
+  chosen.breaker.begin(context.now_us);
+  chosen.prefixes.add(context.prompt_blocks);
+  if (context.partner) {
+    if (const auto pair = pairs_.find({picked, *context.partner}); pair != pairs_.end()) {
+      pair->second.begin(context.now_us);
+    }
+  }
+  return picked;
 }
 
 LoadToken WorkerRegistry::acquire(WorkerId id, int64_t tokens) { return LoadToken(worker(id).load, tokens); }
+
+void WorkerRegistry::record_pair(WorkerId prefill, WorkerId decode, bool success, int64_t now_us) {
+  if (success) {
+    pairs_.erase({prefill, decode});
+    return;
+  }
+  pairs_.try_emplace({prefill, decode}, kPairLimits).first->second.record(false, now_us);
+}
 
 }  // namespace tandem::router

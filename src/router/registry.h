@@ -1,16 +1,20 @@
-// The workers a router knows: address, health and load. No sockets and no clock; one thread.
+// The workers a router knows: address, health, breakers and load. No sockets and no clock of its own; one thread.
 #pragma once
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/base/result.h"
+#include "src/router/breaker.h"
 #include "src/router/policy.h"
+#include "src/router/prefix_index.h"
 
 namespace tandem::router {
 
@@ -57,33 +61,81 @@ class LoadToken {
   int64_t tokens_ = 0;
 };
 
+// kServing takes requests; kDraining ends those it has and then becomes kRemoved, which can be added again.
+enum class Membership : uint8_t { kServing, kDraining, kRemoved };
+
 struct RegisteredWorker {
+  RegisteredWorker(WorkerId worker, Role its_role, std::string address, int64_t its_weight, BreakerLimits limits)
+      : id(worker), role(its_role), url(std::move(address)), weight(its_weight), breaker(limits) {}
+
   WorkerId id;
-  Role role = Role::kDecode;
+  Role role;
   std::string url;
-  HealthTracker tracker{};
+  int64_t weight;
+  Membership membership = Membership::kServing;
+  HealthTracker tracker;
+  CircuitBreaker breaker;
+  PrefixIndex prefixes;
   std::shared_ptr<WorkerLoad> load = std::make_shared<WorkerLoad>();
+  int64_t failing_since_us = 0;  // first of the present run of failed probes; 0: the last one succeeded
+};
+
+// What a choice depends on, besides the workers.
+struct PickContext {
+  int64_t now_us = 0;
+  std::span<const WorkerId> excluded{};       // have failed this request
+  std::span<const uint64_t> prompt_blocks{};  // hash_prompt_blocks
+  uint64_t session = 0;                       // 0: none
+  std::optional<WorkerId> partner{};          // the decode worker that a prefill worker must reach
+};
+
+struct RegistryOptions {
+  PolicyKind prefill_policy = PolicyKind::kLeastLoad;
+  PolicyKind decode_policy = PolicyKind::kLeastLoad;
+  BreakerLimits breaker{};
+  uint64_t seed = 1;
 };
 
 class WorkerRegistry {
  public:
-  explicit WorkerRegistry(PolicyKind kind) : prefill_policy_(kind), decode_policy_(kind) {}
+  static constexpr size_t kMaxWorkers = 4096;
+  // Transfers between a prefill and a decode worker: two failures in a row keep the pair apart for a while.
+  static constexpr BreakerLimits kPairLimits{.failures_to_open = 2, .open_us = 5'000'000, .trial_us = 1'000'000};
 
-  WorkerId add(Role role, std::string url);
+  explicit WorkerRegistry(RegistryOptions options);
+
+  // A removed worker with this role and address serves again, under its old id. Faults: it is there already, or there
+  // are kMaxWorkers.
+  Result<WorkerId> add(Role role, std::string url, int64_t weight = 1);
+  // Takes no new request; settle() removes it once it is idle.
+  void drain(WorkerId id);
+  void settle(WorkerId id);
+
   RegisteredWorker& worker(WorkerId id);
   const RegisteredWorker& worker(WorkerId id) const;
   const std::deque<RegisteredWorker>& workers() const { return workers_; }
 
   bool has_role(Role role) const;
   bool has_healthy(Role role) const;
-  // A healthy worker of `role` that is not in `excluded`, by the policy; kUnavailable if there is none.
-  Result<WorkerId> pick(Role role, std::span<const WorkerId> excluded);
+  // Is there a healthy one that no breaker leaves out?
+  bool has_open(Role role, const PickContext& context) const;
+  // A healthy worker of `role` by the policy; kUnavailable if there is none. Breakers count only while they leave
+  // somebody: they steer requests to better workers, and do not close the shop.
+  Result<WorkerId> pick(Role role, const PickContext& context);
   LoadToken acquire(WorkerId id, int64_t tokens);
 
+  void record_pair(WorkerId prefill, WorkerId decode, bool success, int64_t now_us);
+  size_t num_bad_pairs() const { return pairs_.size(); }
+
  private:
+  static bool is_usable(const RegisteredWorker& worker, Role role, const PickContext& context);
+  bool is_open(const RegisteredWorker& worker, Role role, const PickContext& context) const;
+
+  RegistryOptions options_;
   std::deque<RegisteredWorker> workers_;  // index = id
   Policy prefill_policy_;
   Policy decode_policy_;
+  std::map<std::pair<WorkerId, WorkerId>, CircuitBreaker> pairs_;  // (prefill, decode) that failed last time
 };
 
 }  // namespace tandem::router

@@ -17,15 +17,20 @@ constexpr size_t kMaxRequestIdBytes = 128;
 constexpr int64_t kDeadlineSlackUs = 20'000;  // timers fire a little early or late
 
 // What the client may know of a transport fault; addresses go to the log only.
-Error transport_error(const Error& error, const char* role, int64_t deadline_us) {
+LegFault transport_fault(const Error& error, const char* role, int64_t deadline_us) {
   log_warning("router", "{} worker {}", role, error.message);  // begins with the address
+  LegFault fault{.error = make_error(ErrorKind::kUnavailable, "the {} worker went away; try again", role),
+                 .reached = false};
   if (error.kind == ErrorKind::kDeadlineExceeded && SteadyClock().now_us() + kDeadlineSlackUs >= deadline_us) {
-    return make_error(ErrorKind::kDeadlineExceeded, "the request's deadline passed");
+    fault.error = make_error(ErrorKind::kDeadlineExceeded, "the request's deadline passed");
+  } else if (error.kind == ErrorKind::kDataLoss) {
+    fault.error = make_error(ErrorKind::kDataLoss, "the {} worker's answer cannot be read", role);
+  } else if (error.code == api::kConnectFailed) {
+    fault.error = make_error(ErrorKind::kUnavailable, "the {} worker cannot be reached; try again", role);
+  } else {
+    fault.died = error.kind == ErrorKind::kUnavailable;
   }
-  if (error.kind == ErrorKind::kDataLoss) {
-    return make_error(ErrorKind::kDataLoss, "the {} worker's answer cannot be read", role);
-  }
-  return make_error(ErrorKind::kUnavailable, "the {} worker cannot be reached or went away; try again", role);
+  return fault;
 }
 
 // The state of one decode stream, shared by the handlers of its call.
@@ -34,15 +39,15 @@ struct DecodeStream {
   DecodeHandlers handlers;
   bool ended = false;
 
-  void fail(Error error, bool reached) {
+  void fail(LegFault fault) {
     if (std::exchange(ended, true)) return;
-    handlers.on_failed(std::move(error), reached);
+    handlers.on_failed(std::move(fault));
   }
 
   void take(const api::SseEvent& event) {
     if (ended) return;
     CompletionReader::Update update = reader.read(event.data);
-    if (update.error) return fail(std::move(*update.error), /*reached=*/true);
+    if (update.error) return fail({std::move(*update.error)});
     if (!update.transfer.empty() && !update.event) handlers.on_reserved(std::move(update.transfer));
     if (ended || !update.event) return;
     ended = update.event->finish.has_value();
@@ -51,10 +56,10 @@ struct DecodeStream {
 
   void finish(Result<api::ClientResponse> response, const api::HttpUrl& url, int64_t deadline_us) {
     if (ended) return;
-    if (!response.ok()) return fail(transport_error(response.error(), "decode", deadline_us), /*reached=*/false);
-    if (!response->is_success()) return fail(error_of_response(response->status, response->body), /*reached=*/true);
+    if (!response.ok()) return fail(transport_fault(response.error(), "decode", deadline_us));
+    if (!response->is_success()) return fail({error_of_response(response->status, response->body)});
     log_warning("router", "worker {}: its stream ended without a finish reason", url.origin());
-    fail(make_error(ErrorKind::kUnavailable, "the decode worker ended its stream early"), /*reached=*/true);
+    fail({make_error(ErrorKind::kUnavailable, "the decode worker ended its stream early")});
   }
 };
 
@@ -93,10 +98,10 @@ api::CallId RemoteWorker::start_prefill(const LegRequest& leg, PrefillHandlers h
   const int64_t deadline_us = SteadyClock().now_us() + leg.remaining_ms * 1000;
   api::ClientHandlers on_wire;
   on_wire.on_done = [handlers = std::move(handlers), deadline_us](Result<api::ClientResponse> response) {
-    if (!response.ok()) return handlers.on_failed(transport_error(response.error(), "prefill", deadline_us), false);
-    if (!response->is_success()) return handlers.on_failed(error_of_response(response->status, response->body), true);
+    if (!response.ok()) return handlers.on_failed(transport_fault(response.error(), "prefill", deadline_us));
+    if (!response->is_success()) return handlers.on_failed({error_of_response(response->status, response->body)});
     Result<std::string> transfer = read_prefill_response(response->body);
-    if (!transfer.ok()) return handlers.on_failed(transfer.error(), true);
+    if (!transfer.ok()) return handlers.on_failed({transfer.error()});
     handlers.on_done(std::move(transfer).value());
   };
   return client_.start(url_, make_request(leg, prefill_body(leg.request, leg.transfer)), std::move(on_wire));

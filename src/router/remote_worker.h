@@ -8,6 +8,7 @@
 #include "src/api/http_client.h"
 #include "src/base/result.h"
 #include "src/engine/worker.h"
+#include "src/router/two_legs.h"
 
 namespace tandem::router {
 
@@ -21,12 +22,11 @@ struct LegRequest {
 struct DecodeHandlers {
   std::function<void(std::string transfer)> on_reserved;
   std::function<void(engine::TokenEvent&&)> on_event;
-  // `reached` is false if the worker could not be talked to at all, or went away in the middle.
-  std::function<void(Error error, bool reached)> on_failed;
+  std::function<void(LegFault fault)> on_failed;
 };
 struct PrefillHandlers {
   std::function<void(std::string transfer)> on_done;
-  std::function<void(Error error, bool reached)> on_failed;
+  std::function<void(LegFault fault)> on_failed;
 };
 
 // One thread: that of the client's io_context. Handlers are called there, never before start_… returns.

@@ -1,4 +1,4 @@
-// The router's Worker: chooses a decode and a prefill worker for each request and binds its TwoLegs to HTTP.
+// The router's Worker: a RouterCore on real sockets and real time. It reaches workers over HTTP, a RemoteWorker each.
 // Its state belongs to one thread, that of the io_context; submit, cancel and the getters may be called from any.
 #pragma once
 
@@ -11,32 +11,32 @@
 #include <vector>
 
 #include "src/api/http_client.h"
+#include "src/base/clock.h"
 #include "src/base/metrics.h"
 #include "src/engine/worker.h"
 #include "src/router/health_prober.h"
-#include "src/router/registry.h"
 #include "src/router/remote_worker.h"
-#include "src/router/two_legs.h"
-
-namespace boost::asio {
-class io_context;
-}
+#include "src/router/router_core.h"
 
 namespace tandem::router {
+
+// A worker's URL and, after '#', its weight for weighted_round_robin: "http://10.0.0.1:8200#3".
+struct WorkerAddress {
+  std::string url;
+  int64_t weight = 1;
+};
+// Faults: no URL, or a weight that is not 1 … 1000.
+Result<WorkerAddress> parse_worker_address(const std::string& text);
 
 struct RouterOptions {
   std::vector<std::string> prefill_urls{};  // none: decode workers compute their prompts themselves
   std::vector<std::string> decode_urls{};   // at least one
-  bool pull = false;                        // prefill first, for workers that are not Tandem
-  PolicyKind policy = PolicyKind::kLeastLoad;
-  int max_retries = 2;
-  int64_t max_requests = 4096;                         // in flight; more are kResourceExhausted
-  std::chrono::milliseconds request_timeout{600'000};  // for requests that carry no earlier deadline
+  CoreOptions core{};
   std::chrono::milliseconds probe_interval{1'000};
   std::string worker_api_key{};
 };
 
-class RoutedWorker final : public engine::Worker {
+class RoutedWorker final : public engine::Worker, private LegPort {
  public:
   // Faults: a URL that cannot be read, no decode worker, the same URL twice.
   static Result<std::unique_ptr<RoutedWorker>> create(boost::asio::io_context& io, RouterOptions options,
@@ -47,50 +47,37 @@ class RoutedWorker final : public engine::Worker {
   RequestId submit(engine::TokenRequest request, engine::EventSink sink) override;
   void cancel(RequestId id) override;
 
-  // A decode worker, and where configured a prefill worker, is up.
+  // A decode worker, and where prompts may not be computed there a prefill worker, is up.
   bool is_ready() const { return ready_.load(std::memory_order_relaxed); }
   int64_t num_requests() const { return num_requests_.load(std::memory_order_relaxed); }
 
+  // On the thread of the io_context. A worker that is removed ends the requests it has.
+  Result<WorkerId> add_worker(Role role, const std::string& address);
+  Status remove_worker(WorkerId id);
+  const WorkerRegistry& workers() const { return core_.workers(); }
+
  private:
-  struct Routed;
-  struct WorkerGauges {
-    Gauge* up;
-    Gauge* requests;
-    Gauge* tokens;
-  };
-
   RoutedWorker(boost::asio::io_context& io, RouterOptions options, Registry& metrics);
-  Status add_workers();
 
-  void begin(RequestId id, engine::TokenRequest request, engine::EventSink sink);
-  void perform(RequestId id, LegActions actions);
-  LegActions perform_one(RequestId id, Routed& routed, LegAction& action);
-  LegActions pick_workers(Routed& routed, const PickWorkers& pick);
-  LegActions start_decode(RequestId id, Routed& routed, StartDecode& start);
-  LegActions start_prefill(RequestId id, Routed& routed, StartPrefill& start);
-  void emit(Routed& routed, engine::TokenEvent event);
-  void close_if_done(RequestId id);
-  // The request if its present attempt is `attempt`; events of an earlier attempt are dropped.
-  Routed* find(RequestId id, int attempt);
-
-  bool cancel_now(RequestId id);  // false if there is no such request
-  void record_leg(WorkerId worker, const Error* error, bool reached);
-  void give_up_legs(WorkerId worker);
-  void update_readiness();
-  void release_loads(Routed& routed);
-  void update_load(const Routed& routed);
-  void count_outcome(const char* outcome);
+  void open_leg(const LegOrder& order) override;
+  void cancel_leg(LegId id) override;
+  void open_decode(const LegOrder& order, const LegRequest& leg);
+  void open_prefill(const LegOrder& order, const LegRequest& leg);
+  // After everything that was told to the core.
+  void settle();
+  void arm_timer();
+  int64_t now_us() const { return clock_.now_us(); }
 
   boost::asio::io_context& io_;
-  RouterOptions options_;
-  Registry& metrics_;
-  Counter& retries_;
+  const RouterOptions options_;
+  const SteadyClock clock_;
   api::HttpClient client_;
-  WorkerRegistry registry_;
+  RouterCore core_;
+  HealthProber prober_;
   std::vector<std::unique_ptr<RemoteWorker>> remotes_;  // by worker id
-  std::vector<WorkerGauges> gauges_;                    // by worker id
-  std::unique_ptr<HealthProber> prober_;
-  std::unordered_map<RequestId, std::unique_ptr<Routed>> requests_;
+  std::unordered_map<LegId, api::CallId> calls_;
+  struct Timer;
+  std::unique_ptr<Timer> timer_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // false once destroyed; posted work checks it
   std::atomic<uint64_t> next_id_{1};
   std::atomic<int64_t> num_requests_{0};

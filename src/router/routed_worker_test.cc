@@ -150,7 +150,7 @@ TEST_F(RoutedWorkerTest, PushSendsBothLegsOfOneRequest) {
 }
 
 TEST_F(RoutedWorkerTest, PullAsksPrefillFirst) {
-  start(1, 1, {.pull = true});
+  start(1, 1, {.core = {.pull = true}});
   const engine::TokenRequest request = make_request();
   EXPECT_EQ(ask(request).tokens, expected_tokens(request));
   loop.run([&] {
@@ -186,7 +186,7 @@ struct FaultCase {
 };
 
 TEST_F(RoutedWorkerTest, FaultTableWithoutRetries) {
-  start(1, 1, {.max_retries = 0});
+  start(1, 1, {.core = {.registry = {.breaker = {.failures_to_open = 1'000}}, .repeats = {0, 0}}});
   const FaultCase cases[] = {
       {Role::kPrefill, MockFault::kStatus500, ErrorKind::kInternal, 0},
       {Role::kPrefill, MockFault::kStatus503, ErrorKind::kUnavailable, 0},
@@ -238,7 +238,7 @@ TEST_F(RoutedWorkerTest, RetriesOnAnotherWorkerUntilTheFirstToken) {
         decodes.clear();
         metrics = std::make_unique<Registry>();
       });
-      start(2, 2, {.policy = PolicyKind::kRoundRobin});
+      start(2, 2, {.core = {.registry = {PolicyKind::kRoundRobin, PolicyKind::kRoundRobin}}});
       loop.run([&] { (leg == Role::kPrefill ? prefills : decodes)[0]->fault = fault; });
       const engine::TokenRequest request = make_request();
       const Seen seen = ask(request);
@@ -257,7 +257,7 @@ TEST_F(RoutedWorkerTest, RetriesOnAnotherWorkerUntilTheFirstToken) {
 }
 
 TEST_F(RoutedWorkerTest, NeverRetriesACallersFaultNorAfterTheFirstToken) {
-  start(0, 2, {.policy = PolicyKind::kRoundRobin});
+  start(0, 2, {.core = {.registry = {PolicyKind::kRoundRobin, PolicyKind::kRoundRobin}, .repeats = {2, 0}}});
   loop.run([&] { decodes[0]->fault = MockFault::kStatus400; });
   EXPECT_EQ(ask(make_request()).error->kind, ErrorKind::kInvalidArgument);
   EXPECT_EQ(loop.run([&] { return decodes[1]->num_requests; }), 0);
@@ -299,7 +299,7 @@ TEST_F(RoutedWorkerTest, ClientsThatLeaveCloseBothLegsWithinASecond) {
 }
 
 TEST_F(RoutedWorkerTest, BoundsWhatIsInFlight) {
-  start(0, 1, {.max_requests = 2});
+  start(0, 1, {.core = {.max_requests = 2, .queue_size = 0}});
   loop.run([&] { decodes[0]->fault = MockFault::kHang; });
   const auto seen = std::make_shared<Seen>();
   const RequestId first = submit(make_request(), seen);
@@ -338,7 +338,7 @@ TEST_F(RoutedWorkerTest, RefusesWrongWorkers) {
   };
   EXPECT_NE(error_of({.prefill_urls = {"http://a:1"}}).find("--decode"), std::string::npos);
   EXPECT_NE(error_of({.decode_urls = {"https://a:1"}}).find("https://a:1"), std::string::npos);
-  EXPECT_EQ(error_of({.prefill_urls = {"http://a:1"}, .decode_urls = {"a:1"}}), "worker a:1 is given twice");
+  EXPECT_EQ(error_of({.decode_urls = {"a:1", "a:1"}}), "decode worker a:1 is given twice");
 }
 
 // Random faults, random cancels: every request ends exactly once with its own tokens or an error, and nothing is left.

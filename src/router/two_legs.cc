@@ -41,22 +41,22 @@ bool is_worker_fault(ErrorKind kind) {
 
 LegActions TwoLegs::start() {
   CHECK_EQ(attempts_, 0);
-  return {PickWorkers{mode_ != LegMode::kPlain}};
+  return {PickWorkers{}};
 }
 
-LegActions TwoLegs::picked(WorkerId decode, std::optional<WorkerId> prefill) {
+LegActions TwoLegs::picked(const Attempt& attempt) {
   CHECK(!is_answered_ && !decode_active_ && !prefill_active_);
-  CHECK_EQ(prefill.has_value(), mode_ != LegMode::kPlain);
+  CHECK_EQ(attempt.prefill.has_value(), attempt.mode != LegMode::kPlain);
+  CHECK(!has_emitted_ || attempt.mode == LegMode::kPlain);
   ++attempts_;
-  decode_ = decode;
-  prefill_ = prefill.value_or(WorkerId(-1));
+  attempt_ = attempt;
   prefill_started_ = false;
-  if (mode_ == LegMode::kPull) {
+  if (attempt.mode == LegMode::kPull) {
     prefill_active_ = prefill_started_ = true;
-    return {StartPrefill{prefill_, kPublishForPull}};
+    return {StartPrefill{*attempt.prefill, kPublishForPull}};
   }
   decode_active_ = true;
-  return {StartDecode{decode_, mode_ == LegMode::kPush ? kReserveForPush : ""}};
+  return {StartDecode{attempt.decode, attempt.mode == LegMode::kPush ? kReserveForPush : ""}};
 }
 
 LegActions TwoLegs::none_available(Error error) {
@@ -68,19 +68,19 @@ LegActions TwoLegs::none_available(Error error) {
 
 LegActions TwoLegs::decode_reserved(std::string transfer) {
   if (!decode_active_ || is_answered_) return {};
-  if (mode_ != LegMode::kPush || prefill_started_ || has_emitted_) {
-    return fail(Role::kDecode,
-                make_error(ErrorKind::kInternal, "the decode worker sent kv_transfer_params that were not asked for"));
+  if (attempt_.mode != LegMode::kPush || prefill_started_ || has_emitted_) {
+    return fail(Role::kDecode, {make_error(ErrorKind::kInternal,
+                                           "the decode worker sent kv_transfer_params that were not asked for")});
   }
   prefill_active_ = prefill_started_ = true;
-  return {StartPrefill{prefill_, std::move(transfer)}};
+  return {StartPrefill{*attempt_.prefill, std::move(transfer)}};
 }
 
 LegActions TwoLegs::decode_event(engine::TokenEvent event) {
   if (!decode_active_ || is_answered_) return {};
-  if (mode_ == LegMode::kPush && !prefill_started_) {
+  if (attempt_.mode == LegMode::kPush && !prefill_started_) {
     return fail(Role::kDecode,
-                make_error(ErrorKind::kInternal, "the decode worker sent tokens before it reserved KV blocks"));
+                {make_error(ErrorKind::kInternal, "the decode worker sent tokens before it reserved KV blocks")});
   }
   has_emitted_ = true;
   if (event.finish) {
@@ -93,32 +93,42 @@ LegActions TwoLegs::decode_event(engine::TokenEvent event) {
   return actions;
 }
 
-LegActions TwoLegs::decode_failed(Error error) {
+LegActions TwoLegs::decode_failed(LegFault fault) {
   if (!decode_active_) return {};
   decode_active_ = false;
   if (is_answered_) return {};
-  return fail(Role::kDecode, std::move(error));
+  return fail(Role::kDecode, std::move(fault));
 }
 
 LegActions TwoLegs::prefill_done(std::string transfer) {
   if (!prefill_active_) return {};
   prefill_active_ = false;
-  if (is_answered_ || mode_ == LegMode::kPush) return {};
+  if (is_answered_ || attempt_.mode == LegMode::kPush) return {};
   if (transfer.empty()) {
-    return fail(Role::kPrefill, make_error(ErrorKind::kInternal,
-                                           "the prefill worker answered without kv_transfer_params; start it "
-                                           "with --kv-transfer-config"));
+    return fail(Role::kPrefill, {make_error(ErrorKind::kInternal,
+                                            "the prefill worker answered without kv_transfer_params; start it "
+                                            "with --kv-transfer-config")});
   }
   decode_active_ = true;
-  return {StartDecode{decode_, std::move(transfer)}};
+  return {StartDecode{attempt_.decode, std::move(transfer)}};
 }
 
-LegActions TwoLegs::prefill_failed(Error error) {
+LegActions TwoLegs::prefill_failed(LegFault fault) {
   if (!prefill_active_) return {};
   prefill_active_ = false;
   // Decode's first token comes from prefill after the last block, so once it is there prefill has done its part.
   if (is_answered_ || has_emitted_) return {};
-  return fail(Role::kPrefill, std::move(error));
+  return fail(Role::kPrefill, std::move(fault));
+}
+
+LegActions TwoLegs::deadline_passed() {
+  if (!is_answered_) {
+    return fail(decode_active_ || !prefill_active_ ? Role::kDecode : Role::kPrefill,
+                {make_error(ErrorKind::kDeadlineExceeded, "the request's deadline passed")});
+  }
+  LegActions actions;
+  stop_legs(actions);
+  return actions;
 }
 
 LegActions TwoLegs::cancel() {
@@ -128,31 +138,41 @@ LegActions TwoLegs::cancel() {
   return actions;
 }
 
-LegActions TwoLegs::fail(Role role, Error error) {
+bool TwoLegs::is_handing_over() const {
+  if (has_emitted_ || attempt_.mode == LegMode::kPlain || !prefill_started_) return false;
+  return decode_active_;
+}
+
+LegActions TwoLegs::fail(Role role, LegFault fault) {
+  Error& error = fault.error;
   if (error.kind == ErrorKind::kDeadlineExceeded) {
     error.message = fmt::format("the request's deadline passed while {}", stage(role));
   }
   LegActions actions;
   stop_legs(actions);
-  const bool may_retry = !has_emitted_ && retries_left_ > 0 && is_worker_fault(error.kind);
-  if (!may_retry) {
+  if (fault.died) ++deaths_;
+  int& left = has_emitted_ ? repeats_.migrations : repeats_.retries;
+  if (left == 0 || deaths_ >= kMaxDeaths || !is_worker_fault(error.kind)) {
     is_answered_ = true;
+    if (deaths_ >= kMaxDeaths) {
+      error.message =
+          fmt::format("{} workers went away with this request in their hands; it is not tried again", deaths_);
+    }
     actions.emplace_back(EmitEvent{error_event(std::move(error))});
     return actions;
   }
-  --retries_left_;
-  excluded_.push_back(role == Role::kDecode ? decode_ : prefill_);
+  --left;
   last_error_ = std::move(error);
-  actions.emplace_back(PickWorkers{mode_ != LegMode::kPlain});
+  actions.emplace_back(PickWorkers{.resumes = has_emitted_});
   return actions;
 }
 
 const char* TwoLegs::stage(Role failed) const {
   if (has_emitted_) return "the decode worker computed the answer";
-  if (mode_ == LegMode::kPlain) return "the worker computed the prompt";
+  if (attempt_.mode == LegMode::kPlain) return "the worker computed the prompt";
   // Both legs have the same deadline; decode only waits while prefill is at work.
   if (failed == Role::kPrefill || prefill_active_) return "the prefill worker computed the prompt";
-  if (mode_ == LegMode::kPush && !prefill_started_) return "the decode worker reserved KV blocks";
+  if (attempt_.mode == LegMode::kPush && !prefill_started_) return "the decode worker reserved KV blocks";
   return "the decode worker waited for KV blocks";
 }
 

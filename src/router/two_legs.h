@@ -1,5 +1,5 @@
 // The life of one request through a decode worker and, with prefill workers, a prefill worker: pure, events in and
-// actions out. RoutedWorker binds it to sockets; tests and simulation drive it by hand.
+// actions out. RouterCore owns one for each request; tests drive it by hand.
 //
 //   plain: decode alone computes the prompt.
 //   push:  decode is asked first; its first event carries its address, which goes to prefill verbatim; prefill sends
@@ -9,8 +9,9 @@
 // What holds in every state:
 //  - exactly one terminal event (finish or error) is emitted, unless cancelled, and none after it;
 //  - when one leg fails the other is cancelled in the same step, and the failed leg's error is the answer;
-//  - an attempt is repeated only while nothing has been emitted, on other workers, with new handles, and only when
-//    the worker is at fault; a caller's fault, a full queue or a passed deadline is never repeated.
+//  - an attempt is repeated with new handles and only when the worker is at fault; a caller's fault, a full queue or a
+//    passed deadline is never repeated, nor a request during which two workers died (it may have killed them);
+//  - once something has been emitted, decode alone goes on behind it (migration): nothing is emitted twice.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,24 @@ enum class LegMode : uint8_t { kPlain, kPush, kPull };
 
 // Choose workers, then call picked() or none_available().
 struct PickWorkers {
-  bool needs_prefill = false;
+  bool resumes = false;  // behind the tokens emitted so far: decode alone, LegMode::kPlain
+};
+// Who does it, and how; `prefill` is given unless the mode is kPlain.
+struct Attempt {
+  LegMode mode = LegMode::kPlain;
+  WorkerId decode;
+  std::optional<WorkerId> prefill{};
+};
+// What may be done besides the first attempt.
+struct Repeats {
+  int retries = 2;     // while nothing has been emitted
+  int migrations = 0;  // afterwards
+};
+// How a leg ended badly.
+struct LegFault {
+  Error error;
+  bool reached = true;  // the worker answered
+  bool died = false;    // it went away with the request in its hands
 };
 // `transfer` is the kv_transfer_params object for the leg as JSON text; "" sends none.
 struct StartDecode {
@@ -50,25 +68,29 @@ using LegActions = std::vector<LegAction>;
 
 class TwoLegs {
  public:
-  // `max_retries` further attempts after the first.
-  TwoLegs(LegMode mode, int max_retries) : mode_(mode), retries_left_(max_retries) {}
+  static constexpr int kMaxDeaths = 2;
+
+  explicit TwoLegs(Repeats repeats) : repeats_(repeats) {}
 
   LegActions start();
-  LegActions picked(WorkerId decode, std::optional<WorkerId> prefill);
+  LegActions picked(const Attempt& attempt);
   LegActions none_available(Error error);
 
   // Decode's stream. A reservation is the address of a push, once, before any token.
   LegActions decode_reserved(std::string transfer);
   LegActions decode_event(engine::TokenEvent event);  // tokens or finish
-  LegActions decode_failed(Error error);
+  LegActions decode_failed(LegFault fault);
   // Prefill's answer; `transfer` is the address of a pull, "" if it gave none.
   LegActions prefill_done(std::string transfer);
-  LegActions prefill_failed(Error error);
+  LegActions prefill_failed(LegFault fault);
+  // The request's time is up, and its legs have not said so. Ends whatever is left.
+  LegActions deadline_passed();
   // The client has left.
   LegActions cancel();
 
-  // Workers that failed this request; not to be picked again.
-  const std::vector<WorkerId>& excluded() const { return excluded_; }
+  const Attempt& attempt() const { return attempt_; }
+  // Decode holds blocks for a prefill that is under way: a failure now may be one of the way between the two.
+  bool is_handing_over() const;
   bool has_emitted() const { return has_emitted_; }
   // The terminal event has been emitted or the request was cancelled.
   bool is_answered() const { return is_answered_; }
@@ -77,22 +99,20 @@ class TwoLegs {
   int attempts() const { return attempts_; }
 
  private:
-  LegActions fail(Role role, Error error);
+  LegActions fail(Role role, LegFault fault);
   const char* stage(Role failed) const;  // what the attempt was doing, for messages
   void stop_legs(LegActions& actions);
 
-  LegMode mode_;
-  int retries_left_;
+  Repeats repeats_;  // left
+  Attempt attempt_;
   int attempts_ = 0;
-  WorkerId decode_{-1};
-  WorkerId prefill_{-1};
+  int deaths_ = 0;
   bool decode_active_ = false;
   bool prefill_active_ = false;
   bool prefill_started_ = false;  // in this attempt
   bool has_emitted_ = false;
   bool is_answered_ = false;
   std::optional<Error> last_error_;
-  std::vector<WorkerId> excluded_;
 };
 
 // May another worker do better? True for faults of a worker or of the way to it.

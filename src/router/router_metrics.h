@@ -1,0 +1,46 @@
+// What a router counts. Worker by worker where the number of series is bounded by that of workers.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "src/base/metrics.h"
+#include "src/router/registry.h"
+
+namespace tandem::router {
+
+class RouterMetrics {
+ public:
+  explicit RouterMetrics(Registry& registry);
+
+  // Of workers in the order of their ids.
+  void add_worker(const RegisteredWorker& worker);
+  void show(const RegisteredWorker& worker);
+  void leg_failed(const RegisteredWorker& worker, ErrorKind kind);
+  void outcome(const char* how);
+  void outcome(ErrorKind kind) { outcome(error_kind_name(kind)); }
+  void local(const char* reason);
+  void breaker_opened(const RegisteredWorker& worker);
+
+  Counter& retries;
+  Counter& migrations;
+  Counter& pair_failures;
+  Histogram& queue_seconds;
+  Histogram& reserve_seconds;
+  Histogram& prefill_seconds;
+  Histogram& handover_seconds;
+  Histogram& first_token_seconds;
+
+ private:
+  struct WorkerGauges {
+    Gauge* up;
+    Gauge* requests;
+    Gauge* tokens;
+  };
+  Registry& registry_;
+  Counter& ok_;
+  std::vector<WorkerGauges> workers_;  // by worker id
+};
+
+}  // namespace tandem::router
