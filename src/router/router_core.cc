@@ -172,6 +172,9 @@ void RouterCore::admit_waiting(int64_t now_us) {
   is_admitting_ = false;
 }
 
+int64_t RouterCore::num_retries() const { return static_cast<int64_t>(metrics_->retries.value()); }
+int64_t RouterCore::num_migrations() const { return static_cast<int64_t>(metrics_->migrations.value()); }
+
 // ---- Legs ----------------------------------------------------------------------------------------------------------
 
 void RouterCore::open_leg(Routed& routed, Role role, WorkerId worker, const std::string& transfer) {

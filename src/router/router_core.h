@@ -95,6 +95,9 @@ class RouterCore {
   bool cancel(RequestId id, int64_t now_us);
   int64_t num_requests() const { return std::ssize(requests_); }
   int64_t num_waiting() const { return std::ssize(queue_) + std::ssize(parked_); }
+  // Further attempts, and answers that went on elsewhere, so far.
+  int64_t num_retries() const;
+  int64_t num_migrations() const;
 
   // ---- Legs. Unknown ids are those of cancelled legs.
   void leg_reserved(LegId id, std::string transfer, int64_t now_us);

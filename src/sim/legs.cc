@@ -31,6 +31,7 @@ void NetworkLegs::submit(LegId id, engine::TokenRequest request) {
   if (engine == nullptr) {
     TokenEvent refused;
     refused.error = make_error(ErrorKind::kUnavailable, "worker {} does not answer: connection refused", leg.node);
+    refused.error->code = kLegRefused;
     return come_back(id, network_.delay_us(), std::move(refused));
   }
   leg.incarnation = workers_.incarnation(leg.node);
@@ -81,6 +82,7 @@ void NetworkLegs::lose_worker(int node, uint64_t incarnation) {
     if (leg.node != node || leg.incarnation != incarnation) continue;
     TokenEvent lost;
     lost.error = make_error(ErrorKind::kUnavailable, "worker {} closed the connection", node);
+    lost.error->code = kLegLost;
     come_back(id, random_.range(10'000, 50'000), std::move(lost));
   }
 }

@@ -1,5 +1,4 @@
-// How the simulated router reaches workers: what RemoteWorker does over HTTP in production. The router sees this
-// interface only, so that the production router's legs can take its place.
+// How the routers of a simulation reach workers: what RemoteWorker does over HTTP in production.
 #pragma once
 
 #include <map>
@@ -10,6 +9,10 @@
 namespace tandem::sim {
 
 using LegId = StrongId<struct LegIdTag, uint64_t>;
+
+// Error::code of a leg whose worker could not be reached, and of one that went away with the request.
+inline constexpr const char* kLegRefused = "leg_refused";
+inline constexpr const char* kLegLost = "leg_lost";
 
 class Legs {
  public:

@@ -98,9 +98,7 @@ class DoneBeforeAck final : public EarlyDone {
 class DoneBeforeAbort final : public EarlyDone {
  public:
   using EarlyDone::EarlyDone;
-  void abort(TransferId id) override {
-    forge({id, make_error(ErrorKind::kAborted, "forged"), std::nullopt, 0, 0});
-  }
+  void abort(TransferId id) override { forge({id, make_error(ErrorKind::kAborted, "forged"), std::nullopt, 0, 0}); }
 };
 
 TEST(Mutation, ReuseBeforeAck) { expect_found(with_agent<DoneBeforeAck>(), "none", 20, {"pinned-while-open"}); }

@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "src/engine/fake_model.h"
 #include "src/sim/violation.h"
 
 namespace tandem::sim {
@@ -17,6 +16,7 @@ Router::Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker
       trace_(trace),
       checker_(checker),
       legs_(legs),
+      clients_(queue, trace, checker),
       num_prefill_(num_prefill),
       num_decode_(num_decode),
       all_alike_(all_alike),
@@ -25,16 +25,11 @@ Router::Router(EventQueue& queue, Random& random, Trace& trace, Checker& checker
 void Router::start(RequestSpec spec) {
   requests_.push_back(std::make_unique<Request>());
   Request& request = *requests_.back();
-  request.index = requests_.size() - 1;
-  request.spec = std::move(spec);
-  request.expected = engine::FakeModel::generate(request.spec.prompt, request.spec.max_tokens);
-  request.start_us = queue_.now_us();
-  ++num_unfinished_;
-  trace_.add(What::kArrive, Owner::kNobody, request.index, static_cast<uint64_t>(request.spec.plan));
+  clients_.arrive(request, std::move(spec), requests_.size() - 1);
   if (request.spec.cancel_at_us != 0) {
     queue_.add(request.spec.cancel_at_us, {}, [this, &request] { on_cancel(request); });
   }
-  queue_.add(request.spec.deadline_us + kGraceUs, {}, [this, &request] { on_deadline(request); });
+  queue_.add(request.spec.deadline_us + Clients::kGraceUs, {}, [this, &request] { on_deadline(request); });
   attempt(request);
 }
 
@@ -80,7 +75,7 @@ void Router::replay() {
   const int node = request.spec.plan == Plan::kPush ? request.prefill : request.decode;
   TokenRequest leg = token_request(request);
   leg.kv_transfer = request.used;
-  leg.deadline_us = queue_.now_us() + kGraceUs;
+  leg.deadline_us = queue_.now_us() + Clients::kGraceUs;
   trace_.add(What::kReplay, node, request.index);
   legs_.open(node, std::move(leg), [this, node, index = request.index](TokenEvent&& event) {
     if (!event.tokens.empty() || event.finish) {
@@ -147,30 +142,17 @@ void Router::on_prefill(Request& request, TokenEvent&& event) {
 }
 
 void Router::on_decode(Request& request, TokenEvent&& event) {
-  take_tokens(request, event);
+  clients_.take_tokens(request, request.decode, event);
   const bool last = event.finish || event.error;
   if (last) leg_ended(request, request.decode_leg, request.decode, event);
   if (request.ended) return;
   if (event.error) return fail_attempt(request, *event.error);
-  if (last) return end(request, nullptr);
+  if (last) return clients_.end(request, nullptr);
   if (!event.kv_transfer) return;
   TokenRequest leg = token_request(request);
   leg.kv_transfer = std::move(event.kv_transfer);
   request.used = leg.kv_transfer;
   open_prefill(request, std::move(leg));
-}
-
-void Router::take_tokens(Request& request, const TokenEvent& event) {
-  for (const engine::GeneratedToken& token : event.tokens) {
-    trace_.add(What::kLegToken, request.decode, request.index, static_cast<uint64_t>(token.token));
-    const size_t place = request.tokens.size();
-    if (place >= request.expected.size() || token.token != request.expected[place]) {
-      throw Violation("exact", fmt::format("request {} on node {}: token {} is {}, its own would be {}", request.index,
-                                           request.decode, place, token.token,
-                                           place < request.expected.size() ? request.expected[place] : -1));
-    }
-    request.tokens.push_back(token.token);
-  }
 }
 
 // ---- Ends ----------------------------------------------------------------------------------------------------------
@@ -180,41 +162,12 @@ void Router::fail_attempt(Request& request, const Error& error) {
   const bool may_retry =
       request.tokens.empty() && request.attempt < request.spec.attempts && queue_.now_us() < request.spec.deadline_us;
   // Without trouble on the way an attempt has no right to fail, also if the next one would succeed.
-  if (!may_retry || checker_.calm_since(request.start_us)) return end(request, &error);
+  if (!may_retry || checker_.calm_since(request.start_us)) return clients_.end(request, &error);
   trace_.add(What::kRetry, Owner::kNobody, request.index);
   const int attempt_number = request.attempt;
   queue_.add(queue_.now_us() + random_.range(1'000, 50'000), {}, [this, &request, attempt_number] {
     if (!request.ended && request.attempt == attempt_number) attempt(request);
   });
-}
-
-void Router::end(Request& request, const Error* error) {
-  if (request.ended) throw Violation("one-end", fmt::format("request {} ends twice", request.index));
-  request.ended = true;
-  --num_unfinished_;
-  trace_.add(What::kEnd, Owner::kNobody, request.index, error ? 1 + static_cast<uint64_t>(error->kind) : 0);
-  if (error == nullptr) {
-    ++num_ok_;
-    if (request.tokens.size() == request.expected.size()) return;
-    throw Violation("exact", fmt::format("request {} ended well with {} of {} tokens", request.index,
-                                         request.tokens.size(), request.expected.size()));
-  }
-  ++num_failed_;
-  if (error->message.empty())
-    throw Violation("named-error", fmt::format("request {} failed without words", request.index));
-  if (error->kind == ErrorKind::kInternal) {
-    throw Violation("named-error", fmt::format("request {} failed by a bug: {}", request.index, error->message));
-  }
-  const int64_t late_us = queue_.now_us() - request.spec.deadline_us;
-  if (late_us > kGraceUs) {
-    throw Violation("deadline", fmt::format("request {} ended {} us after its deadline", request.index, late_us));
-  }
-  if (request.spec.may_be_refused && error->kind == ErrorKind::kResourceExhausted) return;
-  // Without a deadline of its own a reservation waits for prefill only as long as the idle time-out.
-  if (!request.spec.tells_deadline && error->kind == ErrorKind::kUnavailable) return;
-  if (request.cancelled || late_us >= 0 || !checker_.calm_since(request.start_us)) return;
-  throw Violation("no-needless-failure",
-                  fmt::format("request {} failed though nothing was wrong: {}", request.index, error->message));
 }
 
 void Router::on_cancel(Request& request) {
@@ -226,7 +179,7 @@ void Router::on_cancel(Request& request) {
   if (forgets != 0) drop_leg(request.prefill_leg, request.prefill);
   if (forgets != 1) drop_leg(request.decode_leg, request.decode);
   const Error left = make_error(ErrorKind::kAborted, "the client has left");
-  end(request, &left);
+  clients_.end(request, &left);
 }
 
 // Also drops a prefill leg that is still open after the answer.
@@ -237,11 +190,11 @@ void Router::on_deadline(Request& request) {
     throw Violation("deadline", fmt::format("no worker ended request {} at its deadline", request.index));
   }
   const Error late = make_error(ErrorKind::kDeadlineExceeded, "the workers were silent past the deadline");
-  end(request, &late);
+  clients_.end(request, &late);
 }
 
 void Router::check_at_rest() const {
-  if (num_unfinished_ != 0) throw Violation("one-end", fmt::format("{} requests never ended", num_unfinished_));
+  clients_.check_at_rest();
   for (size_t node = 0; node < load_.size(); ++node) {
     if (load_[node] != 0) throw Violation("at-rest", fmt::format("load counter of node {}: {}", node, load_[node]));
   }

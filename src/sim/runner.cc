@@ -44,8 +44,10 @@ Outcome run_with(uint64_t seed, const RunOptions& options, kernels::Ops& ops) {
   if (!outcome.ok() || options.trace_always) outcome.trace = world.trace().text(options.trace_lines);
   outcome.hash = world.trace().hash();
   outcome.events = world.num_events();
-  outcome.requests_ok = world.router().num_ok();
-  outcome.requests_failed = world.router().num_failed();
+  outcome.requests_ok = world.num_ok();
+  outcome.requests_failed = world.num_failed();
+  outcome.retries = world.num_retries();
+  outcome.migrations = world.num_migrations();
   return outcome;
 }
 
@@ -75,6 +77,8 @@ Summary run_many(uint64_t first_seed, int64_t runs, int threads, const RunOption
       summary.events += outcome.events;
       summary.requests_ok += outcome.requests_ok;
       summary.requests_failed += outcome.requests_failed;
+      summary.retries += outcome.retries;
+      summary.migrations += outcome.migrations;
       if (on_progress && summary.runs % kProgressEvery == 0) on_progress(summary.runs);
       if (outcome.ok()) continue;
       stop.store(true);

@@ -19,6 +19,8 @@ struct Outcome {
   int64_t events = 0;
   int64_t requests_ok = 0;
   int64_t requests_failed = 0;
+  int64_t retries = 0;  // of the production router
+  int64_t migrations = 0;
 
   bool ok() const { return invariant.empty(); }
 };
@@ -38,6 +40,8 @@ struct Summary {
   int64_t events = 0;
   int64_t requests_ok = 0;
   int64_t requests_failed = 0;
+  int64_t retries = 0;  // of the production router
+  int64_t migrations = 0;
   double seconds = 0;
   std::optional<Outcome> violation;  // of the lowest seed that was seen to fail
 };

@@ -21,9 +21,11 @@ Summary run(int64_t runs, const FaultSpec& faults) {
   RunOptions options;
   options.faults = faults;
   const Summary summary = run_many(kFirstSeed, runs, 2, options);
-  std::printf("seeds %lu + %ld, faults %s: %ld requests ended well, %ld with an error, %ld events, %.0f schedules/s\n",
+  std::printf("seeds %lu + %ld, faults %s: %ld requests ended well, %ld with an error, %ld retries, %ld migrations, %ld events, "
+      "%.0f schedules/s\n",
               static_cast<unsigned long>(kFirstSeed), static_cast<long>(summary.runs), faults.describe().c_str(),
               static_cast<long>(summary.requests_ok), static_cast<long>(summary.requests_failed),
+              static_cast<long>(summary.retries), static_cast<long>(summary.migrations),
               static_cast<long>(summary.events), static_cast<double>(summary.runs) / summary.seconds);
   if (summary.violation) {
     ADD_FAILURE() << "seed " << summary.violation->seed << ": " << summary.violation->message << "\n"
@@ -48,6 +50,8 @@ TEST(Sim, HoldsWithAllFaults) {
   const Summary summary = run(kRuns, all_faults());
   EXPECT_GT(summary.requests_ok, summary.requests_failed);
   EXPECT_GT(summary.requests_failed, 0);
+  EXPECT_GT(summary.retries, 0);
+  EXPECT_GT(summary.migrations, 0);
 }
 
 TEST(Sim, SameSeedSameTrace) {

@@ -43,6 +43,7 @@ void World::draw_cluster() {
   if (seams_.legs) front_legs_ = seams_.legs(*legs_);
   Legs& front = front_legs_ ? *front_legs_ : *legs_;
   router_ = std::make_unique<Router>(queue_, random_, trace_, *checker_, front, num_prefill_, num_decode_, all_alike);
+  if (random_.chance(0.6)) draw_front(front, all_alike);
 
   const int64_t lease_us = random_.chance(0.5) ? 10'000'000 : 30'000'000;
   const bool prefix_caching = !random_.chance(0.1);
@@ -72,6 +73,42 @@ void World::draw_cluster() {
   }
 }
 
+void World::draw_front(Legs& legs, bool all_alike) {
+  constexpr router::PolicyKind kPolicies[] = {router::PolicyKind::kRoundRobin,         router::PolicyKind::kLeastLoad,
+                                              router::PolicyKind::kPowerOfTwo,         router::PolicyKind::kPrefixAware,
+                                              router::PolicyKind::kWeightedRoundRobin, router::PolicyKind::kSession};
+  router::CoreOptions options;
+  options.registry.prefill_policy = kPolicies[random_.below(std::size(kPolicies))];
+  options.registry.decode_policy = kPolicies[random_.below(std::size(kPolicies))];
+  options.registry.breaker.failures_to_open = static_cast<int>(random_.range(1, 5));
+  options.registry.breaker.open_us = random_.range(100'000, 10'000'000);
+  options.registry.seed = random_.next();
+  options.pull = random_.chance(0.3);
+  options.repeats = {static_cast<int>(random_.below(4)), static_cast<int>(random_.below(4))};
+  options.enforce_disagg = random_.chance(0.3);
+  options.local_prompt_tokens = random_.chance(0.3) ? random_.range(1, 16) : 0;
+  short_queues_ = short_queues_ || random_.chance(0.1);
+  if (short_queues_) {
+    options.max_requests = random_.range(1, 8);
+    options.queue_size = random_.range(0, 8);
+  }
+  options.rescue_us = random_.range(0, 10'000'000);
+  options.unresponsive_us = slow_ ? 10'000'000 : random_.range(1'000'000, 10'000'000);
+  front_ = std::make_unique<RoutedFront>(
+      RoutedFront::Surroundings{queue_, random_, trace_, *checker_, *network_, *this, legs, num_prefill_ + num_decode_},
+      options, num_prefill_, num_decode_, all_alike);
+}
+
+void World::ask(RequestSpec spec) { front_ ? front_->start(std::move(spec)) : router_->start(std::move(spec)); }
+
+int64_t World::num_unfinished() const {
+  return router_->clients().num_unfinished() + (front_ ? front_->clients().num_unfinished() : 0);
+}
+int64_t World::num_ok() const { return router_->clients().num_ok() + (front_ ? front_->clients().num_ok() : 0); }
+int64_t World::num_failed() const {
+  return router_->clients().num_failed() + (front_ ? front_->clients().num_failed() : 0);
+}
+
 void World::draw_load() {
   for (int i = 0; i < 3; ++i) {
     std::vector<TokenId> prefix(static_cast<size_t>(random_.range(4, 24)));
@@ -84,7 +121,7 @@ void World::draw_load() {
   for (int64_t i = 0; i < num_to_come_; ++i) {
     queue_.add(at_us, {}, [this] {
       --num_to_come_;
-      router_->start(draw_request());
+      ask(draw_request());
       if (random_.chance(0.1)) {
         queue_.add(queue_.now_us() + random_.range(1, 500'000), {}, [this] { router_->replay(); });
       }
@@ -216,7 +253,7 @@ void World::run_until(int64_t until_us) {
 }
 
 void World::run() {
-  while (num_to_come_ > 0 || router_->num_unfinished() > 0) step();
+  while (num_to_come_ > 0 || num_unfinished() > 0) step();
   come_to_rest();
   check_at_rest();
   probe_pairs();
@@ -232,14 +269,14 @@ void World::come_to_rest() {
   network_->heal();
   for (Slot& slot : slots_) slot.frozen_until_us = 0;
   const int64_t rest_us = slots_.front().spec.agent.lease_us + kMaxIdleUs + Checker::kSettleUs + 1'000'000;
-  run_until(std::max(queue_.now_us(), last_deadline_us_ + Router::kGraceUs) + rest_us);
+  run_until(std::max(queue_.now_us(), last_deadline_us_ + Clients::kGraceUs) + rest_us);
 }
 
 // Every pair of workers serves, whatever was before.
 void World::probe_pairs() {
   for (int prefill = 0; prefill < num_prefill_; ++prefill) {
     for (int decode = 0; decode < num_decode_; ++decode) {
-      for (const Plan plan : {Plan::kPush, Plan::kPull}) {
+      const auto probe = [&](Plan plan) {
         RequestSpec spec = draw_request();
         spec.plan = plan;
         spec.prefill = prefill;
@@ -248,15 +285,19 @@ void World::probe_pairs() {
         spec.deadline_us = queue_.now_us() + 90'000'000;
         spec.cancel_at_us = 0;
         last_deadline_us_ = std::max(last_deadline_us_, spec.deadline_us);
-        router_->start(std::move(spec));
-      }
+        return spec;
+      };
+      router_->start(probe(Plan::kPush));
+      router_->start(probe(Plan::kPull));
+      if (front_) front_->start(probe(Plan::kPush));
     }
   }
-  while (router_->num_unfinished() > 0) step();
+  while (num_unfinished() > 0) step();
 }
 
 void World::check_at_rest() const {
   router_->check_at_rest();
+  if (front_) front_->check_at_rest();
   if (legs_->num_open() != 0) throw Violation("at-rest", fmt::format("{} legs are open", legs_->num_open()));
   for (int node = 0; node < std::ssize(slots_); ++node) {
     const Slot& slot = slots_[static_cast<size_t>(node)];

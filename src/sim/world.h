@@ -7,6 +7,7 @@
 
 #include "src/sim/fault_spec.h"
 #include "src/sim/node.h"
+#include "src/sim/routed_front.h"
 #include "src/sim/router.h"
 
 namespace tandem::sim {
@@ -19,7 +20,10 @@ class World final : public Workers {
   // Throws a Violation if an invariant is broken.
   void run();
   const Trace& trace() const { return trace_; }
-  const Router& router() const { return *router_; }
+  int64_t num_ok() const;
+  int64_t num_failed() const;
+  int64_t num_retries() const { return front_ ? front_->num_retries() : 0; }
+  int64_t num_migrations() const { return front_ ? front_->num_migrations() : 0; }
   int64_t num_events() const { return num_events_; }
 
   // Workers
@@ -34,7 +38,10 @@ class World final : public Workers {
     int64_t frozen_until_us = 0;
   };
   void draw_cluster();
+  void draw_front(Legs& legs, bool all_alike);
   void draw_load();
+  void ask(RequestSpec spec);
+  int64_t num_unfinished() const;
   RequestSpec draw_request();
   void tick_faults();
   void start(int node);
@@ -68,6 +75,7 @@ class World final : public Workers {
   std::unique_ptr<NetworkLegs> legs_;
   std::unique_ptr<Legs> front_legs_;  // a seam before them, or empty
   std::unique_ptr<Router> router_;
+  std::unique_ptr<RoutedFront> front_;  // the production router, in most runs; else router_ has the load
   std::vector<Slot> slots_;
   int64_t faults_end_us_ = 0;
   int64_t num_to_come_ = 0;  // requests that have not arrived yet
