@@ -20,6 +20,20 @@ float float_from_f16(uint16_t bits) {
   return sign * (std::bit_cast<float>(static_cast<uint32_t>(bits & 0x7FFFU) << 13) * 0x1p112F);
 }
 
+uint16_t f16_from_float(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 16 & 0x8000U;
+  const uint32_t magnitude = bits & 0x7FFFFFFFU;
+  if (magnitude > 0x7F800000U) return static_cast<uint16_t>(sign | 0x7E00U);
+  if (magnitude >= 0x47800000U) return static_cast<uint16_t>(sign | 0x7C00U);  // 2^16
+  if (magnitude < 0x38800000U) {  // below the normal numbers codes are multiples of 2^-24, as are sums with 1/2
+    const uint32_t steps = std::bit_cast<uint32_t>(std::abs(value) + 0.5F) - std::bit_cast<uint32_t>(0.5F);
+    return static_cast<uint16_t>(sign | steps);
+  }
+  const uint32_t rounded = (magnitude + 0xFFFU + ((magnitude >> 13) & 1U)) >> 13;
+  return static_cast<uint16_t>(sign | (rounded - (112U << 10)));
+}
+
 float float_from_f8e4m3(uint8_t bits) {
   const float sign = (bits & 0x80U) != 0 ? -1.0F : 1.0F;
   const int exponent = (bits >> 3) & 0x0F;

@@ -19,6 +19,10 @@ inline uint16_t bf16_from_float(float value) {
 
 // IEEE binary16.
 float float_from_f16(uint16_t bits);
+// Round to nearest, ties to even; beyond the largest it becomes an infinity, and a NaN stays a (quiet) NaN.
+uint16_t f16_from_float(float value);
+// Whether binary16 holds the value exactly. Not a NaN.
+inline bool is_f16(float value) { return float_from_f16(f16_from_float(value)) == value; }
 
 // E4M3FN: bias 7, largest 448, no infinities, NaN = 0x7F and 0xFF.
 float float_from_f8e4m3(uint8_t bits);

@@ -48,6 +48,27 @@ TEST(Bf16, RoundsToNearestEven) {
   }
 }
 
+TEST(F16, RoundsToTheNearestCodeAndTiesToEven) {
+  for (uint16_t code = 0; code < 0x7C00; ++code) {
+    const float value = float_from_f16(code);
+    ASSERT_EQ(f16_from_float(value), code);
+    ASSERT_EQ(f16_from_float(-value), code | 0x8000);
+    ASSERT_TRUE(is_f16(value));
+    const float next = code == 0x7BFF ? 65536.0F : float_from_f16(static_cast<uint16_t>(code + 1));
+    const float middle = (value + next) / 2;
+    ASSERT_EQ(f16_from_float(middle), code + code % 2);
+    ASSERT_EQ(f16_from_float(std::nextafter(middle, 0.0F)), code);
+    ASSERT_EQ(f16_from_float(std::nextafter(middle, 1e9F)), code + 1);
+    ASSERT_FALSE(is_f16(middle));
+  }
+  EXPECT_EQ(f16_from_float(1e9F), 0x7C00);
+  EXPECT_EQ(f16_from_float(1e-30F), 0);
+  EXPECT_EQ(f16_from_float(-std::numeric_limits<float>::infinity()), 0xFC00);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(std::isnan(float_from_f16(f16_from_float(nan))));
+  EXPECT_FALSE(is_f16(nan));
+}
+
 TEST(Fp8, RoundsToTheNearestCodeAndTiesToEven) {
   for (uint8_t code = 0; code < 0x7F; ++code) {
     const float value = float_from_f8e4m3(code);

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "src/base/check.h"
+#include "src/kernels/convert.h"
 #include "src/kernels/host_matrix.h"
 
 namespace tandem::kernels {
@@ -60,7 +61,9 @@ void quantise(const HostMatrix& matrix, int64_t n, const WeightFormat& format, I
     for (int64_t i = 0; i < count; i += kChunk) {
       decode_row(matrix, n, first + i, std::min(kChunk, count - i), values.data() + i);
     }
-    const Scaling scaling = choose_scaling(values.data(), count, limit);
+    Scaling scaling = choose_scaling(values.data(), count, limit);
+    const float rounded = round_weight_scale(scaling.scale, format);
+    if (rounded != scaling.scale && scaling.inverse != 0.0F) scaling = {rounded, 1.0F / rounded};
     row->scales[static_cast<size_t>(g)] = scaling.scale;
     row->zeros[static_cast<size_t>(g)] = static_cast<uint8_t>(middle);
     for (int64_t i = 0; i < count; ++i) {
@@ -71,6 +74,11 @@ void quantise(const HostMatrix& matrix, int64_t n, const WeightFormat& format, I
 }
 
 }  // namespace
+
+float round_weight_scale(float scale, const WeightFormat& format) {
+  if (format.group_size == 0 || !(scale >= kLeastRoundedScale && scale <= kMostRoundedScale)) return scale;
+  return float_from_f16(f16_from_float(scale));
+}
 
 bool holds_format(const HostMatrix& matrix, const WeightFormat& format) {
   const DType dtype = format.type == WeightType::kInt8 ? DType::kI8 : DType::kU4;
@@ -86,6 +94,18 @@ bool has_own_zeros(std::span<const HostMatrix> matrices, const WeightFormat& for
     if (std::any_of(matrix.zeros, matrix.zeros + count, [&](std::byte zero) { return zero != middle; })) return true;
   }
   return false;
+}
+
+bool has_f16_scales(const HostMatrix& matrix, int64_t n, const WeightFormat& format, IntegerWeightRow* scratch) {
+  if (!holds_format(matrix, format)) {
+    encode_weight_row(matrix, n, format, scratch);
+    return std::all_of(scratch->scales.begin(), scratch->scales.end(), is_f16);
+  }
+  const int64_t groups = count_groups(matrix.k, format);
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!is_f16(load_scale(matrix, n / matrix.block_n * groups + g))) return false;
+  }
+  return true;
 }
 
 void encode_weight_row(const HostMatrix& matrix, int64_t n, const WeightFormat& format, IntegerWeightRow* row) {

@@ -23,6 +23,12 @@ inline constexpr int64_t activation_limit(const WeightFormat& format) {
 // Codes of weights are unsigned; this one stands for 0 where a group has no zero of its own.
 inline constexpr int64_t middle_code(WeightType type) { return type == WeightType::kInt8 ? 128 : 8; }
 
+// A weight that is quantised in groups has scales of 16 bits: one of this range is rounded to f16 first, to within
+// 2^-8 of it, and the codes are those of the rounded scale. Others stay as they are.
+inline constexpr float kLeastRoundedScale = 0x1p-17F;
+inline constexpr float kMostRoundedScale = 65504.0F;  // the largest f16
+float round_weight_scale(float scale, const WeightFormat& format);
+
 inline constexpr int64_t group_columns(int64_t k, const WeightFormat& format) {
   return format.group_size == 0 || format.group_size > k ? k : format.group_size;
 }
@@ -43,6 +49,8 @@ void encode_weight_row(const HostMatrix& matrix, int64_t n, const WeightFormat& 
 
 // Whether encode_weight_row takes the matrix over code by code.
 bool holds_format(const HostMatrix& matrix, const WeightFormat& format);
+// Whether f16 holds the scales of row n exactly. `scratch` is the caller's.
+bool has_f16_scales(const HostMatrix& matrix, int64_t n, const WeightFormat& format, IntegerWeightRow* scratch);
 // Whether any group of any of the matrices, taken over, has a zero other than the middle code.
 bool has_own_zeros(std::span<const HostMatrix> matrices, const WeightFormat& format);
 

@@ -64,10 +64,12 @@ enum class WeightType : uint8_t { kF32, kBf16, kInt8, kInt4 };
 //
 // An integer weight is w = (q - zero) * scale with one scale (and zero) per row and `group_size` columns. Activation
 // rows are rounded to integers with one scale per row and group: 8 bits as x ≈ scale * q, q in -127 … 127, or 16 bits
-// as q in -32512 … 32512 (127 * 256). Products of a group are summed in integers, hence exactly, and groups in f32 in ascending
-// order; so all instruction sets that follow this rule give the same bits.
-// A HostMatrix of the same type and group is taken as it is; any other is decoded and quantised: symmetric, scale =
-// the group's largest magnitude / 127 (kInt8) or / 7 (kInt4, so that q - zero is in -7 … 7).
+// as q in -32512 … 32512 (127 * 256). Products of a group are summed in integers, hence exactly, and groups in f32 in
+// ascending order; so all instruction sets that follow this rule give the same bits. A HostMatrix of the same type and
+// group is taken as it is; any other is decoded and quantised: symmetric, scale = the group's largest magnitude / 127
+// (kInt8) or / 7 (kInt4, so that q - zero is in -7 … 7), with a group_size rounded to f16 (integer.h). Scales are f32
+// to the arithmetic; a backend may keep those of a weight in 16 bits if f16 holds all of them exactly, which changes no
+// result.
 struct WeightFormat {
   WeightType type = WeightType::kBf16;
   int64_t group_size = 0;       // 0: the whole row. A last group may be shorter
@@ -91,6 +93,8 @@ class Weight {
   virtual int64_t k() const = 0;
   virtual WeightFormat format() const = 0;
   virtual int64_t bytes() const = 0;
+  // Of an integer weight: kF32, or kF16 where the scales are kept so.
+  virtual DType scale_dtype() const = 0;
 };
 
 enum class RouterScoring : uint8_t { kSoftmax, kSigmoid };

@@ -57,15 +57,16 @@ void write_nibbles(const float* values, int64_t count, float inverse, std::byte*
   }
 }
 
-bool quantise_group(const float* values, int64_t count, WeightType type, float* scale, std::byte* out) {
+bool quantise_group(const float* values, int64_t count, const WeightFormat& format, float* scale, std::byte* out) {
   const int32_t bits = largest_bits(values, count);
   const float largest = std::bit_cast<float>(bits);
-  const float limit = type == WeightType::kInt8 ? 127.0F : 7.0F;
+  const float limit = format.type == WeightType::kInt8 ? 127.0F : 7.0F;
   const bool is_zero = bits >= kInfinityBits || largest < kernels::kLeastMagnitude;
-  *scale = is_zero ? 0.0F : largest / limit;
+  const float exact = is_zero ? 0.0F : largest / limit;
+  *scale = kernels::round_weight_scale(exact, format);
   if (bits >= kInfinityBits) return false;
-  const float inverse = is_zero ? 0.0F : limit / largest;
-  if (type == WeightType::kInt8) {
+  const float inverse = is_zero ? 0.0F : *scale == exact ? limit / largest : 1.0F / *scale;
+  if (format.type == WeightType::kInt8) {
     write_bytes(values, count, inverse, out);
   } else {
     write_nibbles(values, count, inverse, out);
@@ -123,8 +124,8 @@ bool quantise_rows(const float* values, int64_t count, int64_t k, const WeightFo
     const IntegerRows target = out.from(row);
     for (int64_t g = 0; g < out.groups; ++g) {
       const int64_t first = g * columns;
-      is_finite &= quantise_group(values + row * k + first, std::min(columns, k - first), format.type,
-                                  target.scales + g, target.codes + code_bytes_of(first, format.type));
+      is_finite &= quantise_group(values + row * k + first, std::min(columns, k - first), format, target.scales + g,
+                                  target.codes + code_bytes_of(first, format.type));
     }
   }
   return is_finite;

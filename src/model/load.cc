@@ -60,11 +60,20 @@ void log_formats(const ModelConfig& config, const LoadOptions& options, const We
   }
 }
 
-void log_loaded(const ModelConfig& config, const ModelInfo& info, double seconds) {
-  log_info("model", "loaded {}: {} layers, {} experts, {:.1f} M parameters in {:.1f} MiB, KV {}, in {:.2f} s",
+// How the scales of integer weights lie in memory.
+std::string describe_scales(const LoadedWeights& loaded) {
+  const int64_t total = loaded.num_f16_scaled + loaded.num_f32_scaled;
+  if (total == 0) return "";
+  if (loaded.num_f32_scaled == 0) return ", scales f16";
+  if (loaded.num_f16_scaled == 0) return ", scales f32";
+  return fmt::format(", scales f16 ({} of {} weights: f32)", loaded.num_f32_scaled, total);
+}
+
+void log_loaded(const ModelConfig& config, const ModelInfo& info, const LoadedWeights& loaded, double seconds) {
+  log_info("model", "loaded {}: {} layers, {} experts, {:.1f} M parameters in {:.1f} MiB{}, KV {}, in {:.2f} s",
            config.architecture, config.num_layers, config.moe.num_experts,
            static_cast<double>(info.num_parameters) / 1e6, static_cast<double>(info.weight_bytes) / (1 << 20),
-           info.kv.describe(), seconds);
+           describe_scales(loaded), info.kv.describe(), seconds);
 }
 
 DType choose_kv_dtype(const LoadOptions& options) {
@@ -126,7 +135,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   info.num_parameters = loaded.num_parameters;
   info.fingerprint = fingerprint.finish().hex();
   decoder->allocate(capacity, options.block_size, kv_dtype, std::move(info));
-  log_loaded(decoder->config(), decoder->info(), static_cast<double>(clock.now_us() - start_us) / 1e6);
+  log_loaded(decoder->config(), decoder->info(), loaded, static_cast<double>(clock.now_us() - start_us) / 1e6);
   return std::unique_ptr<Model>(std::move(decoder));
 }
 

@@ -5,12 +5,11 @@
 namespace tandem::model {
 namespace {
 
-// Of a matrix [n, k].
-int64_t packed_bytes(const kernels::WeightFormat& format, int64_t n, int64_t k) {
-  constexpr int64_t kScaleBytes = 8;  // a scale, and the sum or zero that goes with it
+// Of a matrix [n, k]; `scale_bytes` of a group, with its zero.
+int64_t packed_bytes(const kernels::WeightFormat& format, int64_t n, int64_t k, int64_t scale_bytes) {
   const int64_t elements = n * k;
   const int64_t group = format.group_size == 0 ? k : format.group_size;
-  const int64_t scales = n * ((k + group - 1) / group) * kScaleBytes;
+  const int64_t scales = n * ((k + group - 1) / group) * scale_bytes;
   switch (format.type) {
     case kernels::WeightType::kF32:
       return 4 * elements;
@@ -24,6 +23,14 @@ int64_t packed_bytes(const kernels::WeightFormat& format, int64_t n, int64_t k) 
   return 4 * elements;
 }
 
+constexpr int64_t kStoredScaleBytes = 5;  // f32, and a zero
+
+// What is quantised in groups while it is loaded has scales of 16 bits.
+int64_t scale_bytes(const WeightSource& source, const WeightPlan::Task& task, const MatrixRef& ref) {
+  if (!task.format.is_integer() || source.integer_format(ref).has_value()) return kStoredScaleBytes;
+  return task.format.group_size == 0 ? 4 : 2;
+}
+
 // What loading a weight holds besides its packed form: its integers, or its values where they cannot be used in place.
 int64_t staging_bytes(const WeightSource& source, const WeightPlan::Task& task) {
   const bool has_views =
@@ -32,7 +39,8 @@ int64_t staging_bytes(const WeightSource& source, const WeightPlan::Task& task) 
   int64_t bytes = 0;
   for (const MatrixRef& ref : task.refs) {
     const bool is_bf16 = task.format.type == kernels::WeightType::kBf16;
-    bytes += task.format.is_integer() ? packed_bytes(task.format, ref.n, ref.k) : (is_bf16 ? 2 : 4) * ref.n * ref.k;
+    bytes += task.format.is_integer() ? packed_bytes(task.format, ref.n, ref.k, kStoredScaleBytes)
+                                      : (is_bf16 ? 2 : 4) * ref.n * ref.k;
   }
   return bytes;
 }
@@ -44,7 +52,9 @@ void count_weights(const WeightPlan& plan, MemoryNeeds& needs) {
   needs.staging_bytes = 0;
   for (const WeightPlan::Task& task : plan.tasks()) {
     needs.weight_bytes += 4 * task.n;  // a vector
-    for (const MatrixRef& ref : task.refs) needs.weight_bytes += packed_bytes(task.format, ref.n, ref.k);
+    for (const MatrixRef& ref : task.refs) {
+      needs.weight_bytes += packed_bytes(task.format, ref.n, ref.k, scale_bytes(plan.source(), task, ref));
+    }
     needs.staging_bytes = std::max(needs.staging_bytes, staging_bytes(plan.source(), task));
   }
 }

@@ -127,6 +127,7 @@ void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs
     out = ops_.pack_weight(matrices, format);
     loaded_.bytes += out->bytes();
     if (kind_bytes != nullptr) *kind_bytes += out->bytes();
+    if (format.is_integer()) ++(out->scale_dtype() == DType::kF16 ? loaded_.num_f16_scaled : loaded_.num_f32_scaled);
   };
   tasks_.push_back(std::move(task));
 }

@@ -70,6 +70,9 @@ struct LoadedWeights {
   int64_t bytes = 0;            // packed, on the device
   int64_t expert_bytes = 0;     // of these
   int64_t embedding_bytes = 0;  // of these
+  // Weights of integers, by how their scales are kept.
+  int64_t num_f16_scaled = 0;
+  int64_t num_f32_scaled = 0;
 };
 
 class WeightPlan {

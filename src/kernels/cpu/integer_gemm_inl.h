@@ -136,7 +136,9 @@ TANDEM_INLINE void take_group(const IntegerPass& pass, const std::byte* const* p
   for (int v = 0; v < VECTORS; ++v) {
     const std::byte* panel = panels[v / kPanelVectors];
     const int64_t lane = g * kPanelWidth + v % kPanelVectors * kLanes;
-    const Vec scale = load(reinterpret_cast<const float*>(panel + layout.panel_scales()) + lane);
+    const std::byte* scales = panel + layout.panel_scales();
+    const Vec scale = layout.f16_scales ? load_f16(reinterpret_cast<const uint16_t*>(scales) + lane)
+                                        : load(reinterpret_cast<const float*>(scales) + lane);
     IntVec zeros = int_broadcast(kMiddle);
     if (layout.own_zeros) zeros = load_bytes(panel + layout.panel_zeros() + lane);
 #pragma GCC unroll 16

@@ -28,7 +28,8 @@ inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
 // How the integer forms of a weight's panels and of activation rows lie in memory.
 //  A row: its codes as int8 [planes][padded], one plane of 8-bit codes or two with the high and the low parts of 16-bit
 //  codes; then f32 scales [groups]; then int32 sums of the codes [planes][groups].
-//  A panel: its codes; then f32 scales [groups][kPanelWidth]; then, with own_zeros, uint8 zeros [groups][kPanelWidth].
+//  A panel: its codes; then scales [groups][kPanelWidth], f32 or, with f16_scales, f16; then, with own_zeros, uint8
+//  zeros [groups][kPanelWidth].
 //  8-bit codes lie as [padded / 4][kPanelWidth][4]; 4-bit codes as bytes [padded / 8][kPanelWidth][4], byte b of column
 //  8 i holding column 8 i + b in its low and 8 i + 4 + b in its high nibble.
 // Codes beyond k are 0 in rows, so that those of panels do not matter.
@@ -40,12 +41,13 @@ struct IntegerLayout {
   int64_t planes = 0;
   int64_t bits = 0;        // of a weight's code: 8 or 4
   bool own_zeros = false;  // else every zero is the middle code
+  bool f16_scales = false;
 
   int64_t row_scales() const { return planes * padded; }
   int64_t row_sums() const { return row_scales() + groups * 4; }
   int64_t row_bytes() const { return round_up(row_sums() + planes * groups * 4, 64); }
   int64_t panel_scales() const { return padded * kPanelWidth * bits / 8; }
-  int64_t panel_zeros() const { return panel_scales() + groups * kPanelWidth * 4; }
+  int64_t panel_zeros() const { return panel_scales() + groups * kPanelWidth * (f16_scales ? 2 : 4); }
   int64_t panel_bytes() const { return round_up(panel_zeros() + (own_zeros ? groups * kPanelWidth : 0), 64); }
 };
 
@@ -55,7 +57,7 @@ struct IntegerLayout {
 struct GemmBlock {
   // A pointer per row: f32 [k], bf16 [round_up(k, 2)] where narrow_rows says so, or what to_integers wrote.
   const void* const* x = nullptr;
-  int64_t rows = 0;                // <= kMaxGemmRows
+  int64_t rows = 0;  // <= kMaxGemmRows
   const std::byte* panels = nullptr;
   int64_t panel_bytes = 0;
   int64_t k = 0;
@@ -123,7 +125,7 @@ struct Isa {
 
   void (*gemm_f32)(const GemmBlock& block);
   void (*gemm_bf16)(const GemmBlock& block);
-  bool narrow_rows;  // gemm_bf16 takes x rounded to bf16
+  bool narrow_rows;                                      // gemm_bf16 takes x rounded to bf16
   void (*gemm_bf16_wide_input)(const GemmBlock& block);  // never rounds x
   // By bits of the weight and of the activations; see WeightFormat for the rule, which all instruction sets follow bit
   // for bit.

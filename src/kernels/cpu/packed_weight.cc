@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 
 #include "src/base/check.h"
@@ -14,7 +15,19 @@ namespace {
 
 constexpr int64_t kPackDepth = 256;  // k per piece: a panel's rows of one piece fit in L1 before they are interleaved
 
-IntegerLayout make_layout(std::span<const HostMatrix> matrices, const WeightFormat& format) {
+bool all_scales_are_f16(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool) {
+  std::atomic<bool> all = true;
+  pool.run(std::ssize(matrices), [&](int64_t index, int /*worker*/) {
+    const HostMatrix& matrix = matrices[static_cast<size_t>(index)];
+    IntegerWeightRow scratch;
+    for (int64_t n = 0; n < matrix.n && all.load(std::memory_order_relaxed); ++n) {
+      if (!has_f16_scales(matrix, n, format, &scratch)) all = false;
+    }
+  });
+  return all;
+}
+
+IntegerLayout make_layout(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool) {
   IntegerLayout layout;
   if (!format.is_integer()) return layout;
   CHECK_EQ(format.group_size % kGroupMultiple, 0);
@@ -27,6 +40,7 @@ IntegerLayout make_layout(std::span<const HostMatrix> matrices, const WeightForm
   layout.bits = format.type == WeightType::kInt8 ? 8 : 4;
   CHECK_LE(group_columns(layout.k, format), kMaxGroupColumns);
   layout.own_zeros = has_own_zeros(matrices, format);
+  layout.f16_scales = all_scales_are_f16(matrices, format, pool);
   return layout;
 }
 
@@ -43,7 +57,7 @@ PackedWeight::PackedWeight(std::span<const HostMatrix> matrices, const WeightFor
       n_(matrices[0].n),
       k_(matrices[0].k),
       format_(format),
-      integers_(make_layout(matrices, format)),
+      integers_(make_layout(matrices, format, pool)),
       buffer_(batch_ * panels() * panel_bytes()) {
   pool.run(batch_ * panels(), [&](int64_t index, int /*worker*/) {
     const HostMatrix& matrix = matrices[static_cast<size_t>(index / panels())];
@@ -61,13 +75,17 @@ int64_t PackedWeight::panel_bytes() const { return panel_bytes_of(k_, format_, i
 void PackedWeight::pack_integer_panel(const HostMatrix& matrix, int64_t index, std::byte* panel) const {
   const int64_t first = index * kPanelWidth;
   const int64_t lanes = std::min(kPanelWidth, n_ - first);
-  float* scales = reinterpret_cast<float*>(panel + integers_.panel_scales());
+  std::byte* scales = panel + integers_.panel_scales();
   IntegerWeightRow row;
   for (int64_t lane = 0; lane < lanes; ++lane) {
     encode_weight_row(matrix, first + lane, format_, &row);
     for (int64_t g = 0; g < integers_.groups; ++g) {
       const size_t group = static_cast<size_t>(g);
-      scales[g * kPanelWidth + lane] = row.scales[group];
+      if (integers_.f16_scales) {
+        reinterpret_cast<uint16_t*>(scales)[g * kPanelWidth + lane] = f16_from_float(row.scales[group]);
+      } else {
+        reinterpret_cast<float*>(scales)[g * kPanelWidth + lane] = row.scales[group];
+      }
       if (integers_.own_zeros) panel[integers_.panel_zeros() + g * kPanelWidth + lane] = std::byte{row.zeros[group]};
     }
     row.codes.resize(static_cast<size_t>(integers_.padded));

@@ -19,6 +19,7 @@ class PackedWeight final : public Weight {
   int64_t k() const override { return k_; }
   WeightFormat format() const override { return format_; }
   int64_t bytes() const override { return buffer_.bytes(); }
+  DType scale_dtype() const override { return integers_.f16_scales ? DType::kF16 : DType::kF32; }
 
   // For integer formats.
   const IntegerLayout& integers() const { return integers_; }

@@ -91,6 +91,9 @@ TANDEM_INLINE Vec load_second_of_pairs(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 
+TANDEM_INLINE Vec load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 TANDEM_INLINE Vec load_bf16(const uint16_t* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

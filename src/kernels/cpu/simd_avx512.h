@@ -89,6 +89,9 @@ TANDEM_INLINE Vec load_second_of_pairs(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_and_si512(mask, _mm512_loadu_si512(p)));
 }
 
+TANDEM_INLINE Vec load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 TANDEM_INLINE Vec load_bf16(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

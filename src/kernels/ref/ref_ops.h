@@ -18,6 +18,7 @@ class RefWeight final : public Weight {
   int64_t k() const override { return k_; }
   WeightFormat format() const override { return format_; }
   int64_t bytes() const override;
+  DType scale_dtype() const override { return DType::kF32; }
   // Not for integer formats.
   float at(int64_t matrix, int64_t n, int64_t k) const;
   // Only for integer formats.
