@@ -59,6 +59,12 @@ constexpr OptionSpec kTable[] = {
      .default_text = "0",
      .help = "Columns per scale of wint4 and w4a8; 0 is their own (wint4: the whole row, w4a8: 128), -1 the whole row.",
      .min = -1, .max = 1024},
+    {.name = "lm-head-quantization", .commands = kEngine | kQuantize, .group = "Model", .type = kChoice,
+     .default_text = "auto",
+     .help = "Format of the output head: auto is int8 where --quantization quantises at load (at 4 bits, too: the head "
+             "decides between neighbouring tokens), else the checkpoint's; int4 has groups of 128 columns or of "
+             "--quantization-group-size.",
+     .choices = "auto|int8|int4"},
     {.name = "load-format", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "dummy makes deterministic random weights from config.json alone.", .choices = "auto|safetensors|dummy"},
     {.name = "seed", .commands = kEngine, .group = "Model", .type = kInteger, .default_text = "0",

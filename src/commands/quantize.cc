@@ -19,7 +19,8 @@ Status quantize(const Options& options) {
   model::QuantizeOptions request;
   request.source = options.text("model");
   request.target = options.text("target");
-  request.quantization = {options.text("quantization"), options.integer("quantization-group-size")};
+  request.quantization = {options.text("quantization"), options.integer("quantization-group-size"),
+                          options.text("lm-head-quantization")};
   request.may_replace = options.flag("force");
   request.on_progress = [&](double fraction) { bar.show(fraction); };
   TANDEM_ASSIGN(const model::QuantizedFiles files, model::quantize_checkpoint(*ops, request));

@@ -60,7 +60,8 @@ Result<RankConfig> make_rank_config(const Options& options) {
   config.load.format =
       options.text("load-format") == "dummy" ? model::LoadFormat::kDummy : model::LoadFormat::kSafetensors;
   config.load.compute = options.text("dtype") == "float32" ? model::ComputeType::kF32 : model::ComputeType::kBf16;
-  config.load.quantization = {options.text("quantization"), options.integer("quantization-group-size")};
+  config.load.quantization = {options.text("quantization"), options.integer("quantization-group-size"),
+                              options.text("lm-head-quantization")};
   const std::string kv_dtype = options.text("kv-cache-dtype");
   config.load.kv_cache = kv_dtype == "auto"       ? model::KvCacheType::kAuto
                          : kv_dtype == "bfloat16" ? model::KvCacheType::kBf16

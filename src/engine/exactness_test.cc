@@ -411,9 +411,11 @@ TEST_P(QuantisedExactness, BatchesChunksAndThreads) {
 INSTANTIATE_TEST_SUITE_P(Formats, QuantisedExactness,
                          testing::Values(model::QuantizationRequest{"wint8", 0}, model::QuantizationRequest{"wint4", 0},
                                          model::QuantizationRequest{"w8a8", 0}, model::QuantizationRequest{"w4a8", 0},
-                                         model::QuantizationRequest{"wint4", 32}),
+                                         model::QuantizationRequest{"wint4", 32},
+                                         model::QuantizationRequest{"w4a8", 0, "int4"}),
                          [](const testing::TestParamInfo<model::QuantizationRequest>& test) {
-                           return fmt::format("{}_g{}", test.param.name, test.param.group_size);
+                           return fmt::format("{}_g{}_head_{}", test.param.name, test.param.group_size,
+                                              test.param.lm_head);
                          });
 
 INSTANTIATE_TEST_SUITE_P(Models, Exactness,

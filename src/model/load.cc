@@ -48,11 +48,12 @@ void log_formats(const ModelConfig& config, const LoadOptions& options, const We
   std::string source = "dummy";
   if (options.format != LoadFormat::kDummy) source = fmt::format("checkpoint ({})", config.quant.method_name());
   std::string note;
-  if (options.quantization.name == "wint4" || options.quantization.name == "w4a8") {
-    note = config.tied_embeddings ? "; the head is the embedding" : "; the head never has less than 8 bits";
+  const QuantizationRequest& asked = options.quantization;
+  if ((asked.name == "wint4" || asked.name == "w4a8") && asked.lm_head == "auto") {
+    note = config.tied_embeddings ? "; the head is the embedding"
+                                  : "; the head has 8 bits unless --lm-head-quantization is int4";
   }
-  log_info("model", "weights: {}, --quantization {}: {}{}", source, options.quantization.name, plan.describe_formats(),
-           note);
+  log_info("model", "weights: {}, --quantization {}: {}{}", source, asked.name, plan.describe_formats(), note);
   if (config.quant.has_kv_scales) {
     log_info("model",
              "the checkpoint's scales of keys and values (kv_cache_scheme) are not used: --kv-cache-dtype fp8 "
@@ -104,7 +105,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   const bool is_f32 = options.compute == ComputeType::kF32;
   TANDEM_ASSIGN(WeightFormats formats,
                 choose_formats(options.quantization, config.quant, options.format == LoadFormat::kDummy,
-                               is_f32 ? kF32Weights : kBf16Weights));
+                               !config.tied_embeddings, is_f32 ? kF32Weights : kBf16Weights));
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
   WeightPlan plan(ops, decoder->stream(), *source, std::move(formats));
   decoder->list_weights(plan);

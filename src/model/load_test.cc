@@ -57,7 +57,7 @@ LoadOptions dummy_options(const std::string& path, uint64_t seed) {
 // What is foretold before loading is what is then taken, within a tenth: scales are small, panels are filled up.
 TEST_F(LoadTest, ForetellsItsMemory) {
   const std::unique_ptr<kernels::Ops> ops = must_make_ops("auto");
-  for (const char* quantization : {"auto", "wint8", "w8a8", "wint4"}) {
+  for (const char* quantization : {"auto", "wint8", "w8a8", "wint4", "w4a8"}) {
     SCOPED_TRACE(quantization);
     LoadOptions options;
     options.path = std::string(TANDEM_SOURCE_DIR) + "/models/demo";
@@ -75,6 +75,41 @@ TEST_F(LoadTest, ForetellsItsMemory) {
     EXPECT_EQ(needs.kv, model->info().kv);
     EXPECT_GT(needs.workspace_bytes, 0);
   }
+}
+
+// What the lines at start say of the weights.
+TEST_F(LoadTest, TellsFormatsAndWhatIsNotUsed) {
+  const std::unique_ptr<kernels::Ops> ops = must_make_ops("auto");
+  Folder folder("qwen_base");
+  const auto told = [&](const QuantizationRequest& request) {
+    folder.write();
+    LoadOptions options = golden_options(folder.dir.path(), ComputeType::kBf16);
+    options.quantization = request;
+    testing::internal::CaptureStderr();
+    const bool is_loaded = load_model(*ops, options).ok();
+    const std::string text = testing::internal::GetCapturedStderr();
+    EXPECT_TRUE(is_loaded);
+    return text;
+  };
+  const auto has = [](const std::string& text) { return testing::HasSubstr(text); };
+  EXPECT_THAT(told({"auto", 0}), testing::AllOf(testing::Not(has("scales")), testing::Not(has("kv_cache_scheme"))));
+  EXPECT_THAT(told({"w8a8", 0}), testing::AllOf(has("lm_head int8 a8"), has(" MiB, scales f32, KV")));
+  EXPECT_THAT(told({"w4a8", 32, "int4"}), testing::AllOf(has("lm_head int4 g32 a8"), has(" MiB, scales f16, KV"),
+                                                         testing::Not(has("the head has 8 bits"))));
+  EXPECT_THAT(told({"w4a8", 32}),
+              testing::AllOf(has("lm_head int8 a8; the head has 8 bits unless"), has("scales f16 (1 of")));
+  EXPECT_THAT(told({"auto", 0, "int8"}), has("lm_head int8 a16"));
+  folder.config = replaced(folder.config, "{", R"({"quantization_config": {"quant_method": "compressed-tensors",
+    "format": "int-quantized", "config_groups": {}, "ignore": [], "kv_cache_scheme": {"num_bits": 8, "type": "float"}},)");
+  EXPECT_THAT(told({"auto", 0}), has("the checkpoint's scales of keys and values (kv_cache_scheme) are not used"));
+}
+
+TEST_F(LoadTest, ATiedHeadTakesNoFormat) {
+  LoadOptions options = golden_options(golden_path("qwen_tied"), ComputeType::kBf16);
+  options.quantization = {"w4a8", 0, "int4"};
+  EXPECT_EQ(load_model(*ops_, options).error().message,
+            "--lm-head-quantization is int4, but the model's head is its embedding (tie_word_embeddings), which is not "
+            "quantised; leave it out");
 }
 
 TEST_F(LoadTest, EndsBeforeReadingIfItIsTooLarge) {
@@ -292,9 +327,10 @@ TEST_F(LoadTest, RefusesGroupsTooWideToSum) {
   options.quantization.name = "w8a8";
   const Result<std::unique_ptr<Model>> model = load_model(*ops_, options);
   ASSERT_FALSE(model.ok());
-  EXPECT_EQ(model.error().message,
-            "model.layers.0.mlp.down_proj.weight: 65552 columns share a scale, at most 65536 can be summed exactly; use "
-            "--quantization wint4 or w4a8 with a --quantization-group-size, or auto");
+  EXPECT_EQ(
+      model.error().message,
+      "model.layers.0.mlp.down_proj.weight: 65552 columns share a scale, at most 65536 can be summed exactly; use "
+      "--quantization wint4 or w4a8 with a --quantization-group-size, or auto");
 }
 
 TEST_F(LoadTest, DummyWeightsAreTheSameForAnyThreadCount) {

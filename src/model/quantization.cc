@@ -1,5 +1,7 @@
 #include "src/model/quantization.h"
 
+#include "src/base/check.h"
+
 namespace tandem::model {
 namespace {
 
@@ -9,6 +11,7 @@ using kernels::WeightType;
 constexpr int64_t kWholeRow = -1;
 constexpr int64_t kGroupSizeStep = 32;
 constexpr int64_t kMaxGroupSize = 1024;
+constexpr int64_t kHeadGroupSize = 128;
 
 // The formats that are made at load. Weights of 8 bits have one scale per row; of 4 bits, w4a8 has groups by default,
 // since its activations are rounded per group too and 4-bit rows without groups lose most.
@@ -53,10 +56,9 @@ Status check_stored(const QuantizationRequest& request, const QuantConfig& store
                           request.name, stored.method_name());
 }
 
-}  // namespace
-
-Result<WeightFormats> choose_formats(const QuantizationRequest& request, const QuantConfig& stored, bool is_dummy,
-                                     const WeightFormat& dense) {
+// What all layers but the head become.
+Result<WeightFormats> choose_linear(const QuantizationRequest& request, const QuantConfig& stored, bool is_dummy,
+                                    const WeightFormat& dense) {
   WeightFormats formats;
   formats.dense = dense;
   for (const LoadFormatRow& row : kLoadFormats) {
@@ -65,12 +67,38 @@ Result<WeightFormats> choose_formats(const QuantizationRequest& request, const Q
     WeightFormat linear = row.format;
     if (request.group_size != 0) linear.group_size = request.group_size == kWholeRow ? 0 : request.group_size;
     formats.linear = linear;
-    // The last layer decides between neighbouring tokens: never below 8 bits.
+    // The last layer decides between neighbouring tokens: 8 bits unless somebody asks for less.
     formats.head = WeightFormat{WeightType::kInt8, 0, row.format.activation_bits};
     return formats;
   }
   TANDEM_TRY(check_group_size(request, false));
   if (request.name != "auto") TANDEM_TRY(check_stored(request, stored, is_dummy));
+  return formats;
+}
+
+// Takes its activations, and the groups of 4 bits, from the other layers where these are quantised at load.
+WeightFormat choose_head(const QuantizationRequest& request, const std::optional<WeightFormat>& linear) {
+  WeightFormat head{WeightType::kInt8, 0, linear ? linear->activation_bits : 16};
+  if (request.lm_head == "int8") return head;
+  CHECK_EQ(request.lm_head, "int4");
+  head.type = WeightType::kInt4;
+  head.group_size = linear && linear->group_size != 0 ? linear->group_size : kHeadGroupSize;
+  return head;
+}
+
+}  // namespace
+
+Result<WeightFormats> choose_formats(const QuantizationRequest& request, const QuantConfig& stored, bool is_dummy,
+                                     bool has_head, const WeightFormat& dense) {
+  TANDEM_ASSIGN(WeightFormats formats, choose_linear(request, stored, is_dummy, dense));
+  if (request.lm_head == "auto") return formats;
+  if (!has_head) {
+    return invalid_argument("lm-head-quantization",
+                            "--lm-head-quantization is {}, but the model's head is its embedding "
+                            "(tie_word_embeddings), which is not quantised; leave it out",
+                            request.lm_head);
+  }
+  formats.head = choose_head(request, formats.linear);
   return formats;
 }
 

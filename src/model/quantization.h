@@ -15,6 +15,7 @@ namespace tandem::model {
 struct QuantizationRequest {
   std::string name = "auto";
   int64_t group_size = 0;  // columns per scale of a 4-bit format; 0: the format's own, -1: the whole row
+  std::string lm_head = "auto";  // or "int8" or "int4"
 };
 
 struct WeightFormats {
@@ -24,8 +25,9 @@ struct WeightFormats {
   std::optional<kernels::WeightFormat> head;
 };
 
-// Checks the request against what the checkpoint holds (`is_dummy`: there is none).
+// Checks the request against what the checkpoint holds (`is_dummy`: there is none; `has_head`: its output head is not
+// the embedding).
 Result<WeightFormats> choose_formats(const QuantizationRequest& request, const QuantConfig& stored, bool is_dummy,
-                                     const kernels::WeightFormat& dense);
+                                     bool has_head, const kernels::WeightFormat& dense);
 
 }  // namespace tandem::model

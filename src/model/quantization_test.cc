@@ -12,7 +12,7 @@ Result<WeightFormats> choose(const std::string& name, int64_t group_size = 0, bo
                              bool is_dummy = false) {
   QuantConfig stored;
   stored.method = is_fp8 ? QuantMethod::kFp8 : QuantMethod::kNone;
-  return choose_formats({name, group_size}, stored, is_dummy, kernels::kBf16Weights);
+  return choose_formats({name, group_size}, stored, is_dummy, true, kernels::kBf16Weights);
 }
 
 TEST(ChooseFormats, FormatsMadeAtLoad) {
@@ -35,6 +35,22 @@ TEST(ChooseFormats, FormatsMadeAtLoad) {
       EXPECT_EQ(formats.dense, kernels::kBf16Weights);
     }
   }
+}
+
+TEST(ChooseFormats, TheHeadMayHaveAFormatOfItsOwn) {
+  const auto head_of = [](const QuantizationRequest& request) {
+    return choose_formats(request, {}, false, true, kernels::kBf16Weights).value().head;
+  };
+  EXPECT_EQ(head_of({"w4a8", 0, "int8"}), (WeightFormat{WeightType::kInt8, 0, 8}));
+  EXPECT_EQ(head_of({"w4a8", 0, "int4"}), (WeightFormat{WeightType::kInt4, 128, 8}));
+  EXPECT_EQ(head_of({"w4a8", 32, "int4"}), (WeightFormat{WeightType::kInt4, 32, 8}));
+  EXPECT_EQ(head_of({"wint4", 0, "int4"}), (WeightFormat{WeightType::kInt4, 128, 16}));  // groups, whatever the others
+  EXPECT_EQ(head_of({"w8a8", 0, "int4"}), (WeightFormat{WeightType::kInt4, 128, 8}));
+  EXPECT_EQ(head_of({"auto", 0, "int8"}), (WeightFormat{WeightType::kInt8, 0, 16}));
+  EXPECT_EQ(head_of({"auto", 0, "int4"}), (WeightFormat{WeightType::kInt4, 128, 16}));
+  EXPECT_EQ(choose_formats({"auto", 0, "int4"}, {}, false, false, kernels::kBf16Weights).error().message,
+            "--lm-head-quantization is int4, but the model's head is its embedding (tie_word_embeddings), which is not "
+            "quantised; leave it out");
 }
 
 TEST(ChooseFormats, OtherNamesKeepWhatIsStored) {

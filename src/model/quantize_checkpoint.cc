@@ -126,7 +126,8 @@ Status Quantizer::check_target() const {
 
 Status Quantizer::open() {
   TANDEM_ASSIGN(ModelConfig config, load_config(options_.source));
-  TANDEM_ASSIGN(formats_, choose_formats(options_.quantization, config.quant, false, kernels::kBf16Weights));
+  TANDEM_ASSIGN(formats_, choose_formats(options_.quantization, config.quant, false, !config.tied_embeddings,
+                                         kernels::kBf16Weights));
   if (!formats_.linear) {
     return invalid_argument("quantization", "--quantization is {}, must be wint8, wint4, w8a8 or w4a8",
                             options_.quantization.name);

@@ -82,7 +82,8 @@ std::string WeightPlan::describe_formats() const {
 }
 
 // What the refs are packed to: what was asked for, else what they are stored as.
-WeightFormat WeightPlan::choose_format(const std::vector<MatrixRef>& refs, const std::optional<WeightFormat>& wanted) {
+WeightFormat WeightPlan::choose_format(std::string_view kind, const std::vector<MatrixRef>& refs,
+                                       const std::optional<WeightFormat>& wanted) {
   const std::optional<WeightFormat> stored = source_.integer_format(refs[0]);
   for (const MatrixRef& ref : refs) {
     const std::optional<WeightFormat> other = source_.integer_format(ref);
@@ -100,10 +101,11 @@ WeightFormat WeightPlan::choose_format(const std::vector<MatrixRef>& refs, const
   WeightFormat format = *wanted;
   if (stored->type != format.type ||
       kernels::group_columns(refs[0].k, *stored) != kernels::group_columns(refs[0].k, format)) {
-    note(invalid_argument("quantization",
-                          "--quantization asks for {}, but tensor \"{}\" is {} in the checkpoint, and quantising twice "
+    const char* option = kind == "lm_head" ? "lm-head-quantization" : "quantization";
+    note(invalid_argument(option,
+                          "--{} asks for {}, but tensor \"{}\" is {} in the checkpoint, and quantising twice "
                           "loses too much; use auto, or an unquantised release",
-                          kernels::weight_format_name(format), printable(refs[0].tensor),
+                          option, kernels::weight_format_name(format), printable(refs[0].tensor),
                           kernels::weight_format_name(*stored)));
   }
   return format;
@@ -112,7 +114,7 @@ WeightFormat WeightPlan::choose_format(const std::vector<MatrixRef>& refs, const
 void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
                               const std::optional<WeightFormat>& wanted, std::unique_ptr<Weight>& out) {
   for (const MatrixRef& ref : refs) note(source_.check_matrix(ref));
-  WeightFormat format = status_.ok() ? choose_format(refs, wanted) : formats_.dense;
+  WeightFormat format = status_.ok() ? choose_format(kind, refs, wanted) : formats_.dense;
   if (kind == "attention input") format = with_wide_input(format);
   note_format(kind, format);
   note(check_group_columns(refs[0], format));

@@ -133,7 +133,7 @@ class WeightPlan {
  private:
   void add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
                     const std::optional<kernels::WeightFormat>& wanted, std::unique_ptr<kernels::Weight>& out);
-  kernels::WeightFormat choose_format(const std::vector<MatrixRef>& refs,
+  kernels::WeightFormat choose_format(std::string_view kind, const std::vector<MatrixRef>& refs,
                                       const std::optional<kernels::WeightFormat>& wanted);
   void note_format(std::string_view kind, const kernels::WeightFormat& format);
   void note(const Status& status);
