@@ -123,6 +123,36 @@ TEST_P(LinearTest, HeadLinearAgreesWithLinear) {
   }
 }
 
+// Of the same formats, of different ones, and where there is too little to do for several threads.
+TEST_P(LinearTest, SeveralWeightsAtOnceGiveTheBitsOfOneByOne) {
+  Random random(9);
+  for (const Shape& shape : {Shape{1, 300, 257}, Shape{7, 33, 64}, Shape{110, 40, 70}}) {
+    const Matrix<float> x = random.matrix(shape.rows, shape.k);
+    for (size_t f = 0; f < std::size(kTestedFormats); ++f) {
+      const WeightFormat other = kTestedFormats[(f + 1) % std::size(kTestedFormats)];
+      for (const WeightFormat last : {kTestedFormats[f], other}) {
+        Device device(name(), 3);
+        std::vector<std::unique_ptr<Weight>> weights;
+        std::vector<const Weight*> pointers;
+        std::vector<Tensor> outs;
+        for (const int64_t n : {shape.n, int64_t{17}, shape.n + 9}) {
+          weights.push_back(device.pack(random.matrix(n, shape.k), outs.size() == 2 ? last : kTestedFormats[f]));
+          pointers.push_back(weights.back().get());
+          outs.push_back(device.make_f32(shape.rows, n, 3));
+        }
+        const Tensor input = device.put(x, 5);
+        device.ops().linears(device.stream(), input, pointers, outs);
+        for (size_t i = 0; i < outs.size(); ++i) {
+          const Tensor expected = device.make_f32(shape.rows, outs[i].cols);
+          device.ops().linear(device.stream(), input, *weights[i], expected);
+          EXPECT_TRUE(same_bits(device.get_f32(outs[i]), device.get_f32(expected)))
+              << weight_format_name(kTestedFormats[f]) << " and " << weight_format_name(last);
+        }
+      }
+    }
+  }
+}
+
 TEST_P(LinearTest, EmbedReturnsTheRowsOfTheTable) {
   Random random(7);
   Device device(name(), 2);

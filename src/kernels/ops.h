@@ -176,6 +176,10 @@ class Ops {
 
   // out[t] = x[t] · Wᵀ : x [T, k], out [T, n] (f32 or activation dtype). batch must be 1.
   virtual void linear(Stream& stream, const Tensor& x, const Weight& weight, const Tensor& out) = 0;
+  // linear of the same x with several weights of one k: outs[i] = x · weights[i]ᵀ. The bits are those of linear; the
+  // threads meet once instead of once per weight.
+  virtual void linears(Stream& stream, const Tensor& x, std::span<const Weight* const> weights,
+                       std::span<const Tensor> outs) = 0;
   // Per head h < batch: out[t, h, :] = x[t, h, :] · W[h]ᵀ; head h of x begins at column h * x_head_stride and of out
   // at column h * out_head_stride (MLA absorption).
   virtual void head_linear(Stream& stream, const Tensor& x, int64_t x_head_stride, const Weight& weight,

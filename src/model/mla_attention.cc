@@ -83,19 +83,20 @@ class MlaAttention final : public Attention {
 
   void write_kv(const Step& step, int64_t index, const Tensor& hidden, const kernels::KvLayerView& cache) override {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    Tensor q_input = hidden;
-    if (layer.q_a != nullptr) {
-      q_input = q_a_.rows(step.rows);
-      ops_.linear(stream_, hidden, *layer.q_a, q_input);
-      ops_.rms_norm(stream_, q_input, layer.q_a_norm.all(), kLoraNormEps, q_input);
-    }
-    ops_.linear(stream_, q_input, *layer.q, q_.rows(step.rows));
-    rotate(step, heads_, q_pe(q_.rows(step.rows)));
-
+    const Tensor q = q_.rows(step.rows);
     const Tensor latent_and_pe = latent_and_pe_.rows(step.rows);
+    if (layer.q_a != nullptr) {
+      const Tensor q_a = q_a_.rows(step.rows);
+      project(hidden, *layer.q_a, q_a, *layer.kv_a, latent_and_pe);
+      ops_.rms_norm(stream_, q_a, layer.q_a_norm.all(), kLoraNormEps, q_a);
+      ops_.linear(stream_, q_a, *layer.q, q);
+    } else {
+      project(hidden, *layer.q, q, *layer.kv_a, latent_and_pe);
+    }
+    rotate(step, heads_, q_pe(q));
+
     const Tensor latent = latent_and_pe.col_slice(0, latent_dim_);
     const Tensor k_pe = latent_and_pe.col_slice(latent_dim_, rope_dim_);
-    ops_.linear(stream_, hidden, *layer.kv_a, latent_and_pe);
     ops_.rms_norm(stream_, latent, layer.kv_a_norm.all(), kLoraNormEps, latent);
     rotate(step, 1, k_pe);
     ops_.write_latent(stream_, latent, k_pe, step.slots, cache);
@@ -129,6 +130,12 @@ class MlaAttention final : public Attention {
     std::unique_ptr<Weight> o;
   };
 
+  void project(const Tensor& hidden, const Weight& first, const Tensor& first_out, const Weight& second,
+               const Tensor& second_out) {
+    const Weight* const weights[] = {&first, &second};
+    const Tensor outs[] = {first_out, second_out};
+    ops_.linears(stream_, hidden, weights, outs);
+  }
   int64_t q_head_cols() const { return nope_dim_ + rope_dim_; }
   int64_t q_cols() const { return heads_ * q_head_cols(); }
   int64_t kv_head_cols() const { return nope_dim_ + value_dim_; }

@@ -83,11 +83,14 @@ class Qwen3Attention final : public Attention {
 
   void write_kv(const Step& step, int64_t index, const Tensor& hidden, const kernels::KvLayerView& cache) override {
     const Layer& layer = layers_[static_cast<size_t>(index)];
+    const Tensor q = q_.rows(step.rows);
     const Tensor k = k_.rows(step.rows);
     const Tensor v = v_.rows(step.rows);
-    project_heads(step, hidden, *layer.q, layer.q_norm, config_.num_heads, q_.rows(step.rows));
-    project_heads(step, hidden, *layer.k, layer.k_norm, config_.gqa.kv_heads, k);
-    ops_.linear(stream_, hidden, *layer.v, v);
+    const kernels::Weight* const weights[] = {layer.q.get(), layer.k.get(), layer.v.get()};
+    const Tensor outs[] = {q, k, v};
+    ops_.linears(stream_, hidden, weights, outs);
+    norm_and_rotate(step, layer.q_norm, config_.num_heads, q);
+    norm_and_rotate(step, layer.k_norm, config_.gqa.kv_heads, k);
     ops_.write_kv(stream_, k, v, config_.gqa.kv_heads, step.slots, cache);
   }
 
@@ -105,10 +108,8 @@ class Qwen3Attention final : public Attention {
     DeviceTensor q_norm, k_norm;
   };
 
-  void project_heads(const Step& step, const Tensor& hidden, const kernels::Weight& weight, const DeviceTensor& norm,
-                     int64_t heads, const Tensor& out) {
+  void norm_and_rotate(const Step& step, const DeviceTensor& norm, int64_t heads, const Tensor& out) {
     const int64_t head_dim = config_.gqa.head_dim;
-    ops_.linear(stream_, hidden, weight, out);
     ops_.rms_norm(stream_, out, norm.all(), config_.rms_norm_eps, out);
     ops_.rope(stream_, out, heads, head_dim, head_dim, step.positions, rope_.all(), /*interleaved=*/false);
   }

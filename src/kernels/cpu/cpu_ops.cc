@@ -60,7 +60,28 @@ void CpuOps::linear(Stream& stream, const Tensor& x, const Weight& weight, const
   check_linear(x, weight, out);
   const PackedWeight& packed = packed_weight(weight);
   const GemmInput input = prepare_input(isa_, pool_, packed, x, 1, 0, own(stream).narrow);
-  multiply_all(isa_, pool_, packed, input, out, 0, own(stream).workers);
+  const GemmProduct product{&packed, out};
+  multiply_all(isa_, pool_, std::span(&product, 1), input, 0, own(stream).workers);
+}
+
+void CpuOps::linears(Stream& stream, const Tensor& x, std::span<const Weight* const> weights,
+                     std::span<const Tensor> outs) {
+  CHECK_EQ(weights.size(), outs.size());
+  std::vector<GemmProduct> products;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_linear(x, *weights[i], outs[i]);
+    products.push_back({&packed_weight(*weights[i]), outs[i]});
+  }
+  // Formats take their rows in different forms; then each weight has its own turn.
+  const bool is_alike = std::all_of(weights.begin(), weights.end(),
+                                    [&](const Weight* weight) { return weight->format() == weights[0]->format(); });
+  if (!is_alike) {
+    for (size_t i = 0; i < weights.size(); ++i) linear(stream, x, *weights[i], outs[i]);
+    return;
+  }
+  if (products.empty()) return;
+  const GemmInput input = prepare_input(isa_, pool_, *products[0].weight, x, 1, 0, own(stream).narrow);
+  multiply_all(isa_, pool_, products, input, 0, own(stream).workers);
 }
 
 void CpuOps::head_linear(Stream& stream, const Tensor& x, int64_t x_head_stride, const Weight& weight,
@@ -68,7 +89,8 @@ void CpuOps::head_linear(Stream& stream, const Tensor& x, int64_t x_head_stride,
   check_head_linear(x, x_head_stride, weight, out, out_head_stride);
   const PackedWeight& packed = packed_weight(weight);
   const GemmInput input = prepare_input(isa_, pool_, packed, x, packed.batch(), x_head_stride, own(stream).narrow);
-  multiply_all(isa_, pool_, packed, input, out, out_head_stride, own(stream).workers);
+  const GemmProduct product{&packed, out};
+  multiply_all(isa_, pool_, std::span(&product, 1), input, out_head_stride, own(stream).workers);
 }
 
 void CpuOps::rope(Stream& /*stream*/, const Tensor& x, int64_t heads, int64_t head_stride, int64_t dim,

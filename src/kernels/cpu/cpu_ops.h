@@ -24,6 +24,8 @@ class CpuOps final : public HostOps {
                     const Tensor& out) override;
   void add(Stream& stream, const Tensor& x, const Tensor& y) override;
   void linear(Stream& stream, const Tensor& x, const Weight& weight, const Tensor& out) override;
+  void linears(Stream& stream, const Tensor& x, std::span<const Weight* const> weights,
+               std::span<const Tensor> outs) override;
   void head_linear(Stream& stream, const Tensor& x, int64_t x_head_stride, const Weight& weight, const Tensor& out,
                    int64_t out_head_stride) override;
   void rope(Stream& stream, const Tensor& x, int64_t heads, int64_t head_stride, int64_t dim, const Tensor& positions,

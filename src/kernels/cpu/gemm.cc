@@ -61,7 +61,7 @@ std::vector<GemmTask> plan_tasks(std::span<const GemmRows> items, int64_t panels
       const int64_t row = b * item.rows / blocks;
       const int64_t rows = (b + 1) * item.rows / blocks - row;
       for (int64_t p = 0; p < panels; p += step) {
-        tasks.push_back(GemmTask{item.matrix, item.first_row + row, rows, p, std::min(step, panels - p)});
+        tasks.push_back(GemmTask{0, item.matrix, item.first_row + row, rows, p, std::min(step, panels - p)});
       }
     }
   }
@@ -90,13 +90,23 @@ void multiply_columns(const Isa& isa, const PackedWeight& weight, int64_t matrix
   return format.activation_bits == 8 ? isa.gemm_int4_a8(block) : isa.gemm_int4_a16(block);
 }
 
-void multiply_all(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const GemmInput& x, const Tensor& out,
+void multiply_all(const Isa& isa, ThreadPool& pool, std::span<const GemmProduct> products, const GemmInput& x,
                   int64_t out_part_stride, Scratch& workers) {
-  std::vector<GemmRows> items;
-  for (int64_t matrix = 0; matrix < weight.batch(); ++matrix) items.push_back(GemmRows{matrix, 0, out.rows});
-  const std::vector<GemmTask> tasks = plan_tasks(items, weight.panels(), weight.panels(), pool.num_threads());
+  std::vector<GemmTask> tasks;
+  for (size_t p = 0; p < products.size(); ++p) {
+    const PackedWeight& weight = *products[p].weight;
+    std::vector<GemmRows> items;
+    for (int64_t matrix = 0; matrix < weight.batch(); ++matrix) {
+      items.push_back(GemmRows{matrix, 0, products[p].out.rows});
+    }
+    for (GemmTask& task : plan_tasks(items, weight.panels(), weight.panels(), pool.num_threads())) {
+      task.product = static_cast<int64_t>(p);
+      tasks.push_back(task);
+    }
+  }
   float* scratch = workers.get<float>(pool.num_threads() * kGemmScratch);
-  run_tasks(pool, tasks, weight.k(), [&](const GemmTask& task, int worker) {
+  run_tasks(pool, tasks, products[0].weight->k(), [&](const GemmTask& task, int worker) {
+    const auto& [weight, out] = products[static_cast<size_t>(task.product)];
     std::array<const void*, kMaxGemmRows> x_rows;
     std::array<float*, kMaxGemmRows> out_rows;
     const int64_t first_column = task.first_panel * kPanelWidth;
@@ -105,8 +115,8 @@ void multiply_all(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, 
       x_rows[i] = x.row(task.first_row + r, task.matrix);
       out_rows[i] = row_of<float>(out, task.first_row + r) + task.matrix * out_part_stride + first_column;
     }
-    const int64_t cols = std::min(task.panels * kPanelWidth, weight.n() - first_column);
-    multiply_columns(isa, weight, task.matrix, first_column, cols, x_rows.data(), task.rows, out_rows.data(),
+    const int64_t cols = std::min(task.panels * kPanelWidth, weight->n() - first_column);
+    multiply_columns(isa, *weight, task.matrix, first_column, cols, x_rows.data(), task.rows, out_rows.data(),
                      scratch + worker * kGemmScratch);
   });
 }

@@ -37,6 +37,7 @@ GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& we
 
 // Some rows times some panels of one matrix. Rows and panels are in the caller's numbering.
 struct GemmTask {
+  int64_t product = 0;  // of several that share their rows
   int64_t matrix = 0;
   int64_t first_row = 0;
   int64_t rows = 0;  // <= kMaxGemmRows
@@ -73,8 +74,14 @@ void run_tasks(ThreadPool& pool, std::span<const GemmTask> tasks, int64_t k, con
 void multiply_columns(const Isa& isa, const PackedWeight& weight, int64_t matrix, int64_t first_column, int64_t cols,
                       const void* const* x, int64_t rows, float* const* out, float* scratch);
 
-// Every row of x times every matrix of the weight; matrix m writes from column m * out_part_stride of `out` on.
-void multiply_all(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const GemmInput& x, const Tensor& out,
+struct GemmProduct {
+  const PackedWeight* weight = nullptr;
+  Tensor out;
+};
+
+// Every row of x times every matrix of the weights, which have the same format, batch and k; matrix m writes from
+// column m * out_part_stride of its `out` on.
+void multiply_all(const Isa& isa, ThreadPool& pool, std::span<const GemmProduct> products, const GemmInput& x,
                   int64_t out_part_stride, Scratch& workers);
 
 }  // namespace tandem::kernels::cpu

@@ -96,6 +96,12 @@ void RefOps::linear(Stream& /*stream*/, const Tensor& x, const Weight& weight, c
   }
 }
 
+void RefOps::linears(Stream& stream, const Tensor& x, std::span<const Weight* const> weights,
+                     std::span<const Tensor> outs) {
+  CHECK_EQ(weights.size(), outs.size());
+  for (size_t i = 0; i < weights.size(); ++i) linear(stream, x, *weights[i], outs[i]);
+}
+
 void RefOps::head_linear(Stream& /*stream*/, const Tensor& x, int64_t x_head_stride, const Weight& weight,
                          const Tensor& out, int64_t out_head_stride) {
   check_head_linear(x, x_head_stride, weight, out, out_head_stride);
