@@ -18,6 +18,7 @@ namespace tandem::kernels {
 namespace {
 
 constexpr int64_t kCacheBytes = int64_t{256} << 20;  // more than any cache
+constexpr int64_t kRowCalls = 50;                    // of the small kernels, per run
 
 // bf16, then what --quantization w8a8, wint8, w4a8 and wint4 with groups make.
 constexpr WeightFormat kFormats[] = {kBf16Weights,
@@ -25,15 +26,6 @@ constexpr WeightFormat kFormats[] = {kBf16Weights,
                                      {WeightType::kInt8, 0, 16},
                                      {WeightType::kInt4, 128, 8},
                                      {WeightType::kInt4, 128, 16}};
-
-// What one measurement runs.
-struct Work {
-  std::string name;
-  int64_t calls = 1;      // of the kernel
-  double ops = 0;         // of all calls; a multiply-add counts as two
-  double bytes = 0;       // that all calls must read
-  bool of_bytes = false;  // operations are products of 8-bit integers
-};
 
 // Rates of the plain backend in 1e9 operations per second, by kernel and format.
 using ReferenceRates = std::map<std::string, double>;
@@ -61,7 +53,7 @@ class Bench {
   // Whether the line of that name is asked for; a line asks before it prepares anything.
   bool is_selected(const std::string& name) const { return name.find(filter_) != std::string::npos; }
   // Measures and prints a line; frees what make() made.
-  void report(const Work& work, const std::function<void()>& run);
+  void report(const BenchWork& work, const std::function<void()>& run);
   // How often a working set must be repeated, so that its copies together do not fit in the caches.
   int64_t copies_beyond_caches(int64_t bytes) const;
   Tensor make(DType dtype, int64_t rows, int64_t cols);
@@ -74,6 +66,11 @@ class Bench {
   void bench_attention(DType cache, int64_t rows, int64_t positions, int64_t q_heads, int64_t kv_heads, int64_t dim);
   void bench_latent_attention(DType cache, int64_t positions, int64_t heads, int64_t latent, int64_t rope);
   void bench_expanded_attention(int64_t rows, int64_t positions, int64_t heads);
+  // What stands between the products; `rows` of a step.
+  void bench_norms(int64_t rows, int64_t hidden);
+  void bench_rope_and_write(DType cache, int64_t rows, int64_t q_heads, int64_t kv_heads, int64_t dim);
+  void bench_router(int64_t rows, int64_t experts, int64_t top_k);
+  void bench_combine(int64_t rows, int64_t top_k, int64_t hidden);
 
   std::unique_ptr<Ops> ops_;
   const std::string filter_;
@@ -85,22 +82,19 @@ class Bench {
   std::mt19937 random_{1};
 };
 
-void Bench::report(const Work& work, const std::function<void()>& run) {
+void Bench::report(const BenchWork& work, const std::function<void()>& run) {
   const Rates rates = measure_beside_limits(meter_, run, work.ops, work.bytes, work.of_bytes);
   const std::string kind = kernel_and_format(work.name);
   buffers_.clear();
+  // Lines without operations are compared by bytes.
+  const double rate = work.ops == 0 ? rates.gbytes : rates.gops;
   if (is_small_) {
-    rates_[kind] = rates.gops;
+    rates_[kind] = rate;
     return;
   }
   const auto reference = rates_.find(kind);
-  const std::string times =
-      reference == rates_.end() ? "no reference" : fmt::format("{:.0f} x ref", rates.gops / reference->second);
-  fmt::print("{:<44} {:>10.1f} us {:>8.1f} {} ({:>3.0f} % of {:>6.1f}) {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f}) {:>10}\n",
-             work.name, rates.seconds * 1e6 / static_cast<double>(work.calls), rates.gops,
-             work.of_bytes ? "GOP/s  " : "GFLOP/s", 100 * rates.ops_share, rates.limit_gops, rates.gbytes,
-             100 * rates.bytes_share, rates.limit_gbytes, times);
-  std::fflush(stdout);
+  print_bench_line(work, rates,
+                   reference == rates_.end() ? "no reference" : fmt::format("{:.0f} x ref", rate / reference->second));
 }
 
 Tensor Bench::make(DType dtype, int64_t rows, int64_t cols) {
@@ -138,11 +132,12 @@ void Bench::bench_linear(const WeightFormat& format, int64_t rows, int64_t n, in
   while (std::ssize(weights) < copies) weights.push_back(make_weight(1, n, k, format));
   const Tensor x = make_random(rows, k);
   const Tensor out = make(DType::kF32, rows, n);
-  const Work work{.name = name,
-                  .calls = copies,
-                  .ops = 2.0 * static_cast<double>(copies * n * k * rows),
-                  .bytes = static_cast<double>(copies * weight_bytes),
-                  .of_bytes = format.is_integer()};
+  const BenchWork work{.name = name,
+                       .calls = copies,
+                       .ops = 2.0 * static_cast<double>(copies * n * k * rows),
+                       .bytes = static_cast<double>(copies * weight_bytes),
+                       .of_bytes = format.is_integer(),
+                       .products_per_op = format.activation_bits == 16 ? 2 : 1};
   report(work, [&] {
     for (const std::unique_ptr<Weight>& weight : weights) ops_->linear(*stream_, x, *weight, out);
   });
@@ -174,11 +169,12 @@ void Bench::bench_experts(const WeightFormat& format, int64_t rows, int64_t expe
   const double weights_per_expert = static_cast<double>(3 * hidden * width);
   const double bytes_per_expert = static_cast<double>(gate_up->bytes() + down->bytes()) / static_cast<double>(experts);
   const double used = static_cast<double>(steps * std::min(experts, rows * top_k));
-  const Work work{.name = name,
-                  .calls = steps,
-                  .ops = 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k),
-                  .bytes = bytes_per_expert * used,
-                  .of_bytes = format.is_integer()};
+  const BenchWork work{.name = name,
+                       .calls = steps,
+                       .ops = 2.0 * weights_per_expert * static_cast<double>(steps * rows * top_k),
+                       .bytes = bytes_per_expert * used,
+                       .of_bytes = format.is_integer(),
+                       .products_per_op = format.activation_bits == 16 ? 2 : 1};
   report(work, [&] {
     for (size_t step = 0; step < orders.size(); ++step) {
       ops_->expert_mlp(*stream_, x, orders[step], offsets[step], top_k, *gate_up, *down, out);
@@ -214,10 +210,10 @@ void Bench::bench_attention(DType dtype, int64_t rows, int64_t positions, int64_
   const Tensor q = make_random(rows, q_heads * dim);
   const Tensor out = make(DType::kF32, rows, q_heads * dim);
   const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
-  const Work work{.name = name,
-                  .calls = copies,
-                  .ops = static_cast<double>(copies * 4 * q_heads * dim) * seen,
-                  .bytes = static_cast<double>(copies * blocks * block_bytes)};
+  const BenchWork work{.name = name,
+                       .calls = copies,
+                       .ops = static_cast<double>(copies * 4 * q_heads * dim) * seen,
+                       .bytes = static_cast<double>(copies * blocks * block_bytes)};
   report(work, [&] {
     for (int64_t copy = 0; copy < copies; ++copy) {
       const SequenceRows sequence{0, static_cast<int32_t>(rows), static_cast<int32_t>(positions - rows),
@@ -245,10 +241,10 @@ void Bench::bench_latent_attention(DType dtype, int64_t positions, int64_t heads
   const Tensor q_latent = make_random(1, heads * latent);
   const Tensor q_pe = make_random(1, heads * rope);
   const Tensor out = make(DType::kF32, 1, heads * latent);
-  const Work work{.name = name,
-                  .calls = copies,
-                  .ops = static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
-                  .bytes = static_cast<double>(copies * blocks * block_bytes)};
+  const BenchWork work{.name = name,
+                       .calls = copies,
+                       .ops = static_cast<double>(copies * positions * heads * 2 * (2 * latent + rope)),
+                       .bytes = static_cast<double>(copies * blocks * block_bytes)};
   report(work, [&] {
     for (int64_t copy = 0; copy < copies; ++copy) {
       const SequenceRows sequence{0, 1, static_cast<int32_t>(positions - 1), static_cast<int32_t>(copy * blocks),
@@ -269,12 +265,110 @@ void Bench::bench_expanded_attention(int64_t rows, int64_t positions, int64_t he
   const Tensor k_pe = make_random(positions, kRope);
   const Tensor out = make(DType::kF32, rows, heads * kValue);
   const double seen = static_cast<double>(rows) * (static_cast<double>(positions) - static_cast<double>(rows - 1) / 2);
-  const Work work{.name = name,
-                  .ops = static_cast<double>(heads * 2 * (kNope + kRope + kValue)) * seen,
-                  .bytes = static_cast<double>(kv.bytes() + k_pe.bytes())};
+  const BenchWork work{.name = name,
+                       .ops = static_cast<double>(heads * 2 * (kNope + kRope + kValue)) * seen,
+                       .bytes = static_cast<double>(kv.bytes() + k_pe.bytes())};
   report(work, [&] {
     ops_->mla_attention_expanded(*stream_, q, kv, k_pe, heads, kNope, kValue, 0.07F, positions - rows, DType::kBf16,
                                  out);
+  });
+}
+
+// These lines use the same rows again and again. In a step, too, rows come out of the caches as far as they fit: those
+// of one token do, those of a large step do not. Hence shares above 100 % of what memory gives.
+void Bench::bench_norms(int64_t rows, int64_t hidden) {
+  const std::string shape = fmt::format("rows={} H={}", rows, hidden);
+  const double row_bytes = static_cast<double>(rows * hidden) * sizeof(float);
+  for (const bool adds : {false, true}) {
+    const std::string name = (adds ? "add_rms_norm " : "rms_norm ") + shape;
+    if (!is_selected(name)) continue;
+    const Tensor residual = make_random(rows, hidden);
+    const Tensor delta = make_random(rows, hidden);
+    const Tensor weight = make_random(1, hidden);
+    const Tensor out = make(DType::kF32, rows, hidden);
+    const BenchWork work{.name = name, .calls = kRowCalls, .bytes = (adds ? 4 : 2) * row_bytes * kRowCalls};
+    report(work, [&] {
+      for (int64_t call = 0; call < kRowCalls; ++call) {
+        if (adds) {
+          ops_->add_rms_norm(*stream_, residual, delta, weight, 1e-6F, out);
+        } else {
+          ops_->rms_norm(*stream_, residual, weight, 1e-6F, out);
+        }
+      }
+    });
+  }
+}
+
+void Bench::bench_rope_and_write(DType dtype, int64_t rows, int64_t q_heads, int64_t kv_heads, int64_t dim) {
+  const std::string name =
+      fmt::format("rope+write_kv {}rows={} heads={}/{} d={}", cache_tag(dtype), rows, q_heads, kv_heads, dim);
+  if (!is_selected(name)) return;
+  constexpr int64_t kBlock = 16;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  const int64_t block_bytes = 2 * kv_heads * kBlock * cached_vector_bytes(dtype, dim);
+  const std::unique_ptr<Buffer> memory = ops_->allocate(blocks * block_bytes);
+  const KvLayerView cache{memory->address(), block_bytes, kBlock, blocks, dtype};
+  const Tensor q = make_random(rows, q_heads * dim);
+  const Tensor k = make_random(rows, kv_heads * dim);
+  const Tensor v = make_random(rows, kv_heads * dim);
+  const Tensor table = make_random(rows, dim);
+  const Tensor positions = make(DType::kI32, rows, 1);
+  const Tensor slots = make(DType::kI64, rows, 1);
+  std::vector<int32_t> position_values;
+  std::vector<int64_t> slot_values;
+  for (int64_t row = 0; row < rows; ++row) {
+    position_values.push_back(static_cast<int32_t>(row));
+    slot_values.push_back(row);
+  }
+  ops_->upload(*stream_, positions.address, std::as_bytes(std::span(position_values)));
+  ops_->upload(*stream_, slots.address, std::as_bytes(std::span(slot_values)));
+  // q and k are read and written, k and v read once more; the cache is written.
+  const int64_t floats = rows * dim * (2 * q_heads + 4 * kv_heads) + table.rows * dim;
+  const BenchWork work{
+      .name = name,
+      .calls = kRowCalls,
+      .bytes = static_cast<double>(
+          kRowCalls * (floats * int64_t{sizeof(float)} + 2 * rows * kv_heads * cached_vector_bytes(dtype, dim)))};
+  report(work, [&] {
+    for (int64_t call = 0; call < kRowCalls; ++call) {
+      ops_->rope(*stream_, q, q_heads, dim, dim, positions, table, false);
+      ops_->rope(*stream_, k, kv_heads, dim, dim, positions, table, false);
+      ops_->write_kv(*stream_, k, v, kv_heads, slots, cache);
+    }
+  });
+}
+
+void Bench::bench_router(int64_t rows, int64_t experts, int64_t top_k) {
+  const std::string name = fmt::format("route+sort rows={} E={} k={}", rows, experts, top_k);
+  if (!is_selected(name)) return;
+  const Tensor logits = make_random(rows, experts);
+  const Tensor ids = make(DType::kI32, rows, top_k);
+  const Tensor weights = make(DType::kF32, rows, top_k);
+  const Tensor order = make(DType::kI32, rows * top_k, 1);
+  const Tensor offsets = make(DType::kI32, experts + 1, 1);
+  const RouterParams params{.top_k = top_k};
+  const BenchWork work{.name = name,
+                       .calls = kRowCalls,
+                       .bytes = static_cast<double>(kRowCalls * rows * (experts + 3 * top_k)) * sizeof(float)};
+  report(work, [&] {
+    for (int64_t call = 0; call < kRowCalls; ++call) {
+      ops_->route(*stream_, logits, Tensor{}, params, ids, weights);
+      ops_->sort_by_expert(*stream_, ids, experts, order, offsets);
+    }
+  });
+}
+
+void Bench::bench_combine(int64_t rows, int64_t top_k, int64_t hidden) {
+  const std::string name = fmt::format("combine rows={} k={} H={}", rows, top_k, hidden);
+  if (!is_selected(name)) return;
+  const Tensor terms = make_random(rows * top_k, hidden);
+  const Tensor weights = make_random(rows, top_k);
+  const Tensor out = make(DType::kF32, rows, hidden);
+  const BenchWork work{.name = name,
+                       .calls = kRowCalls,
+                       .bytes = static_cast<double>(kRowCalls * rows * (top_k + 1) * hidden) * sizeof(float)};
+  report(work, [&] {
+    for (int64_t call = 0; call < kRowCalls; ++call) ops_->combine(*stream_, terms, weights, out);
   });
 }
 
@@ -289,6 +383,10 @@ ReferenceRates Bench::run_small() {
     bench_latent_attention(cache, 256, 4, 512, 64);
   }
   bench_expanded_attention(16, 256, 4);
+  bench_norms(16, 256);
+  for (const DType cache : {DType::kBf16, DType::kF8E4M3}) bench_rope_and_write(cache, 16, 4, 2, 128);
+  bench_router(16, 128, 8);
+  bench_combine(16, 8, 256);
   return std::move(rates_);
 }
 
@@ -296,8 +394,9 @@ void Bench::run_all(const ReferenceRates& reference) {
   rates_ = reference;
   fmt::print(
       "{}, {} threads; shares are of f32 multiply-adds (integer formats: of products of bytes) and of memory "
-      "reads, both measured before and after each run of the kernel; medians; ref is the plain backend, one thread, at "
-      "a small shape\n",
+      "reads, both measured before and after each run of the kernel; medians; /2: a16 takes two products of bytes for "
+      "each weight, so its limit is half; lines without operations are bound by bytes read and written, or by what "
+      "starting them costs; ref is the plain backend, one thread, at a small shape\n",
       ops_->name(), ops_->num_threads());
   for (const WeightFormat& format : kFormats) {
     for (const int64_t rows : {1, 4, 16, 64, 256}) bench_linear(format, rows, 4096, 2048);
@@ -314,6 +413,12 @@ void Bench::run_all(const ReferenceRates& reference) {
   }
   bench_expanded_attention(512, 512, 16);
   bench_expanded_attention(128, 4096, 16);
+  for (const int64_t rows : {1, 512}) {
+    bench_norms(rows, 2048);
+    for (const DType cache : {DType::kBf16, DType::kF8E4M3}) bench_rope_and_write(cache, rows, 32, 4, 128);
+    bench_router(rows, 128, 8);
+    bench_combine(rows, 8, 2048);
+  }
 }
 
 Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) {
@@ -330,6 +435,20 @@ Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) 
 }
 
 }  // namespace
+
+void print_bench_line(const BenchWork& work, const Rates& rates, const std::string& note) {
+  std::string operations(39, ' ');
+  if (work.ops > 0) {
+    const double factor = static_cast<double>(work.products_per_op);
+    operations = fmt::format("{:>8.1f} {} ({:>3.0f} % of {:>6.1f}{})", rates.gops,
+                             work.of_bytes ? "GOP/s  " : "GFLOP/s", 100 * factor * rates.ops_share,
+                             rates.limit_gops / factor, work.products_per_op == 1 ? "   " : " /2");
+  }
+  fmt::print("{:<46} {:>10.1f} us {} {:>7.1f} GB/s ({:>3.0f} % of {:>5.1f}) {:>10}\n", work.name,
+             rates.seconds * 1e6 / static_cast<double>(work.calls), operations, rates.gbytes, 100 * rates.bytes_share,
+             rates.limit_gbytes, note);
+  std::fflush(stdout);
+}
 
 Status run_kernels_bench(const KernelsBenchOptions& options) {
   if (options.isa != "all") return run_one_isa(options.isa, options);

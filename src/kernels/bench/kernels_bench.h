@@ -5,8 +5,21 @@
 #include <string>
 
 #include "src/base/result.h"
+#include "src/kernels/bench/limits.h"
 
 namespace tandem::kernels {
+
+// What one measurement runs.
+struct BenchWork {
+  std::string name;
+  int64_t calls = 1;      // of the kernel
+  double ops = 0;         // of all calls; a multiply-add counts as two. 0: bytes alone are the kernel's limit
+  double bytes = 0;       // that all calls must read, and write where that is not small beside it
+  bool of_bytes = false;  // operations are products of 8-bit integers
+  // Of those for one operation counted: 16-bit activations take two, so the limit is half.
+  int64_t products_per_op = 1;
+};
+void print_bench_line(const BenchWork& work, const Rates& rates, const std::string& note);
 
 struct KernelsBenchOptions {
   std::string isa = "all";  // "all" that this machine has, one after another; "auto": the best; or a name
