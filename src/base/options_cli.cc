@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <deque>
+#include <utility>
 
 #include "src/base/options.h"
 #include "src/base/options_yaml.h"
@@ -122,10 +123,12 @@ Status finish_options(Options& options) {
       TANDEM_TRY(apply_yaml_options(map, path, options));
     }
   }
+  bool is_first = true;
   for (const OptionSpec& spec : option_table()) {
     if ((spec.commands & static_cast<uint32_t>(options.command())) == 0 || !spec.positional) continue;
+    const char* place = std::exchange(is_first, false) ? "first" : "second";
     if (!options.is_set(spec.name)) {
-      return invalid_argument(spec.name, "'{}' is missing; give it as the first argument", spec.name);
+      return invalid_argument(spec.name, "'{}' is missing; give it as the {} argument", spec.name, place);
     }
   }
   return {};

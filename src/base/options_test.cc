@@ -66,6 +66,7 @@ TEST(CommandLine, NamesTheFaultAndTheRemedy) {
   EXPECT_EQ(error_of({"serve", "m", "--port", "8x"}), "--port is '8x'; it must be an integer from 1 to 65535");
   EXPECT_EQ(error_of({"serve", "m", "--dtype", "fp64"}), "--dtype is 'fp64'; it must be one of auto|bfloat16|float32");
   EXPECT_EQ(error_of({"serve"}), "'model' is missing; give it as the first argument");
+  EXPECT_EQ(error_of({"quantize", "m"}), "'target' is missing; give it as the second argument");
   EXPECT_EQ(error_of({"serve", "m", "--kv-transfer-config", "[1]"}),
             R"(--kv-transfer-config is '[1]'; it must be a JSON object such as '{"kv_role":"kv_both"}')");
   EXPECT_NE(error_of({"serve", "m", "--port"}), "no error");

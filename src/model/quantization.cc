@@ -99,6 +99,7 @@ Result<WeightFormats> choose_formats(const QuantizationRequest& request, const Q
                             request.lm_head);
   }
   formats.head = choose_head(request, formats.linear);
+  formats.head_is_default = false;
   return formats;
 }
 

@@ -23,6 +23,7 @@ struct WeightFormats {
   // Set if weights are quantised at load; otherwise they stay as the checkpoint stores them.
   std::optional<kernels::WeightFormat> linear;
   std::optional<kernels::WeightFormat> head;
+  bool head_is_default = true;  // nobody asked for `head`, so integers in the checkpoint stay as they are
 };
 
 // Checks the request against what the checkpoint holds (`is_dummy`: there is none; `has_head`: its output head is not

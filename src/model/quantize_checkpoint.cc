@@ -109,6 +109,9 @@ class Quantizer {
 };
 
 Status Quantizer::check_target() const {
+  if (options_.target.empty()) {
+    return make_error(ErrorKind::kInvalidArgument, "the folder to write has an empty name; give another");
+  }
   const std::string target = absolute_target();
   std::error_code ignored;
   if (!fs::exists(target, ignored)) return {};

@@ -148,9 +148,29 @@ TEST_F(QuantizeFilesTest, DoesNotQuantiseTwice) {
   options_.target = dir_.path() + "/again";
   options_.quantization.name = "wint4";
   EXPECT_THAT(error(), testing::HasSubstr("--quantization asks for int4 a16, but tensor"));
+  options_.target = "";
+  EXPECT_EQ(error(), "the folder to write has an empty name; give another");
+  options_.target = dir_.path() + "/again";
   options_.quantization = {"w8a8", 0, "int4"};
   EXPECT_THAT(error(), testing::HasSubstr("--lm-head-quantization asks for int4 g128 a8, but tensor \"lm_head.weight\" "
                                           "is int8 a8 in the checkpoint"));
+}
+
+// Only the activations of a checkpoint of integers can be chosen, and that of all layers.
+TEST_F(QuantizeFilesTest, ActivationsOfAStoredHeadMayBeChosen) {
+  options_.quantization = {"wint4", 32, "int4"};
+  ASSERT_EQ(error(), "no error");
+  LoadOptions options = golden_options(options_.target, ComputeType::kBf16);
+  options.quantization = {"w4a8", 32};
+  const std::unique_ptr<Model> stored = must_load(*ops_, options);
+  options = golden_options(options_.source, ComputeType::kBf16);
+  options.quantization = {"w4a8", 32, "int4"};
+  const std::unique_ptr<Model> made = must_load(*ops_, options);
+  Sequences from_stored(*ops_, *stored, {kTokens});
+  Sequences from_made(*ops_, *made, {kTokens});
+  from_stored.run(0, 8, 8);
+  from_made.run(0, 8, 8);
+  EXPECT_EQ(from_stored.logits(0), from_made.logits(0));
 }
 
 // Stacked experts come out one by one.

@@ -56,7 +56,14 @@ void WeightPlan::router(std::unique_ptr<Weight>& out, const std::string& module,
 }
 
 void WeightPlan::head(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices("lm_head", {{module + ".weight", n, k}}, 1, formats_.head, out);
+  const MatrixRef ref{module + ".weight", n, k};
+  std::optional<WeightFormat> wanted = formats_.head;
+  if (wanted && formats_.head_is_default && source_.check_matrix(ref).ok()) {
+    const int64_t activation_bits = wanted->activation_bits;
+    wanted = source_.integer_format(ref).value_or(*wanted);
+    wanted->activation_bits = activation_bits;
+  }
+  add_matrices("lm_head", {ref}, 1, wanted, out);
 }
 
 void WeightPlan::batched(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts) {
