@@ -74,9 +74,11 @@ void Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_la
   num_logits_ = 0;
   if (batch.tokens.empty()) return;
   const Step& step = uploader_->upload(batch, cache);
+  mlp_.begin_step(batch);
   forward_layers(step, cache, on_layer_done);
   if (!batch.logit_rows.empty()) compute_logits(step);
   ops_.synchronize(*stream_);
+  mlp_.read_routing(step.rows);
 }
 
 void Decoder::forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done) {

@@ -23,12 +23,15 @@ class Decoder final : public Model {
   // Allocates all scratch memory, once the weights are there.
   // What the cache must look like.
   KvLayout make_kv_layout(int64_t block_size, kernels::DType kv_dtype) const;
+  // Before allocate().
+  void set_routing(bool is_kept, const RoutingSimulation& simulation) { mlp_.set_routing(is_kept, simulation); }
   void allocate(const Capacity& capacity, int64_t block_size, kernels::DType kv_dtype, ModelInfo info);
   kernels::Stream& stream() { return *stream_; }
 
   const ModelInfo& info() const override { return info_; }
   void forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) override;
   std::span<const float> logits(size_t index) const override;
+  std::span<const int32_t> routed_experts(int64_t index) const override { return mlp_.routed_experts(index); }
 
  private:
   struct Norms {

@@ -10,6 +10,7 @@ struct ExactCase {
   ComputeType compute;
   QuantizationRequest quantization;
   KvCacheType kv_cache = KvCacheType::kAuto;
+  const char* routing = "";
 };
 
 std::vector<ExactCase> exact_cases() {
@@ -29,12 +30,18 @@ std::vector<ExactCase> exact_cases() {
       if (!is_slow) cases.push_back({backend, golden, ComputeType::kBf16, request});
     }
   }
+  for (const char* routing : {"uniform_random", "zipf:0.6", "balanced"}) {
+    cases.push_back({"auto", "ds_base", ComputeType::kBf16, {}, KvCacheType::kAuto, routing});
+    cases.push_back({"auto", "qwen_base", ComputeType::kBf16, {}, KvCacheType::kAuto, routing});
+  }
   return cases;
 }
 
 std::string case_name(const testing::TestParamInfo<ExactCase>& test) {
   std::string name = test.param.backend + "_" + test.param.golden;
-  std::replace(name.begin(), name.end(), '-', '_');
+  name += test.param.routing;
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return std::isalnum(static_cast<unsigned char>(c)) == 0; }, '_');
   const QuantizationRequest& request = test.param.quantization;
   if (request.name != "auto") return fmt::format("{}_{}_g{}", name, request.name, request.group_size);
   name += test.param.compute == ComputeType::kF32 ? "_f32" : "_bf16";
@@ -78,6 +85,8 @@ class ExactnessTest : public testing::TestWithParam<ExactCase> {
     LoadOptions options = golden_options(golden_path(GetParam().golden), GetParam().compute);
     options.quantization = GetParam().quantization;
     options.kv_cache = GetParam().kv_cache;
+    options.simulation = parse_routing_simulation(GetParam().routing, 5).value();
+    options.keep_routing = options.simulation.is_on();
     return options;
   }
 

@@ -77,6 +77,15 @@ void log_loaded(const ModelConfig& config, const ModelInfo& info, const LoadedWe
            describe_scales(loaded), info.kv.describe(), seconds);
 }
 
+void set_moe_facts(const ModelConfig& config, ModelInfo& info) {
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    if (config.layer_is_moe[static_cast<size_t>(layer)]) info.moe_layers.push_back(layer);
+  }
+  if (info.moe_layers.empty()) return;
+  info.num_experts = config.moe.num_experts;
+  info.experts_per_token = config.moe.router.top_k;
+}
+
 DType choose_kv_dtype(const LoadOptions& options) {
   if (options.kv_cache == KvCacheType::kF8E4M3) return DType::kF8E4M3;
   return options.kv_cache == KvCacheType::kAuto && options.compute == ComputeType::kF32 ? DType::kF32 : DType::kBf16;
@@ -116,7 +125,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   if (options.on_sized) {
     MemoryNeeds needs;
     count_weights(plan, needs);
-    needs.workspace_bytes = workspace_bytes(decoder->config(), capacity);
+    needs.workspace_bytes = workspace_bytes(decoder->config(), capacity, options.keep_routing);
     needs.max_model_len = max_model_len;
     needs.kv = decoder->make_kv_layout(options.block_size, kv_dtype);
     TANDEM_TRY(options.on_sized(needs));
@@ -124,6 +133,8 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   Sha256 fingerprint;
   fingerprint.add(decoder->config().canonical_json);
   fingerprint.add(plan.describe_formats());
+  // Its KV is another model's.
+  if (options.simulation.is_on()) fingerprint.add("routing " + options.simulation.describe());
   TANDEM_ASSIGN(const LoadedWeights loaded, plan.load(fingerprint, options.on_progress));
 
   ModelInfo info;
@@ -134,7 +145,13 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   info.expert_bytes = loaded.expert_bytes;
   info.lookup_bytes = decoder->config().tied_embeddings ? 0 : loaded.embedding_bytes;
   info.num_parameters = loaded.num_parameters;
+  set_moe_facts(decoder->config(), info);
   info.fingerprint = fingerprint.finish().hex();
+  if (options.simulation.is_on()) {
+    log_warning("model", "--moe-routing-simulation {}: routers are simulated, so answers are nonsense",
+                options.simulation.describe());
+  }
+  decoder->set_routing(options.keep_routing, options.simulation);
   decoder->allocate(capacity, options.block_size, kv_dtype, std::move(info));
   log_loaded(decoder->config(), decoder->info(), loaded, static_cast<double>(clock.now_us() - start_us) / 1e6);
   return std::unique_ptr<Model>(std::move(decoder));

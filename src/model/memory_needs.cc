@@ -59,7 +59,7 @@ void count_weights(const WeightPlan& plan, MemoryNeeds& needs) {
   }
 }
 
-int64_t workspace_bytes(const ModelConfig& config, const Capacity& capacity) {
+int64_t workspace_bytes(const ModelConfig& config, const Capacity& capacity, bool keep_routing) {
   constexpr int64_t kFloatBytes = 4;
   const MlaConfig& mla = config.mla;
   const int64_t head_dim =
@@ -71,7 +71,9 @@ int64_t workspace_bytes(const ModelConfig& config, const Capacity& capacity) {
   const int64_t per_row = 6 * config.hidden_size + attention + dense + (config.moe.num_experts > 0 ? experts : 0);
   const int64_t logits = 2 * capacity.chunks * config.vocab_size;  // on the device and on the host
   const int64_t rope = capacity.positions * std::max(config.gqa.head_dim, mla.rope_dim);
-  return kFloatBytes * (capacity.rows * per_row + logits + rope);
+  // On the device and on the host.
+  const int64_t routing = keep_routing ? 2 * capacity.rows * config.moe.router.top_k * config.num_layers : 0;
+  return kFloatBytes * (capacity.rows * per_row + logits + rope + routing);
 }
 
 }  // namespace tandem::model

@@ -21,7 +21,7 @@ struct MemoryNeeds {
 // Sets weight_bytes and staging_bytes to those of all that is listed.
 void count_weights(const WeightPlan& plan, MemoryNeeds& needs);
 
-// Activations, logits and tables of the largest step.
-int64_t workspace_bytes(const ModelConfig& config, const Capacity& capacity);
+// Activations, logits and tables of the largest step, with LoadOptions::keep_routing also its routing.
+int64_t workspace_bytes(const ModelConfig& config, const Capacity& capacity, bool keep_routing);
 
 }  // namespace tandem::model

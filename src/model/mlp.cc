@@ -8,7 +8,11 @@ using kernels::DType;
 using kernels::Tensor;
 
 MlpLayers::MlpLayers(kernels::Ops& ops, kernels::Stream& stream, const ModelConfig& config)
-    : ops_(ops), stream_(stream), config_(config), layers_(static_cast<size_t>(config.num_layers)) {}
+    : ops_(ops), stream_(stream), config_(config), layers_(static_cast<size_t>(config.num_layers)) {
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (config.layer_is_moe[l]) layers_[l].moe_index = num_moe_layers_++;
+  }
+}
 
 void MlpLayers::list_weights(WeightPlan& plan, int64_t index, const std::string& prefix) {
   Layer& layer = layers_[static_cast<size_t>(index)];
@@ -68,12 +72,72 @@ void MlpLayers::allocate(int64_t max_rows) {
   const int64_t experts = config_.moe.num_experts;
   const int64_t top_k = config_.moe.router.top_k;
   router_logits_ = DeviceTensor(ops_, DType::kF32, max_rows, experts);
-  expert_ids_ = DeviceTensor(ops_, DType::kI32, max_rows, top_k);
+  expert_ids_ = DeviceTensor(ops_, DType::kI32, max_rows * (keeps_routing_ ? num_moe_layers_ : 1), top_k);
   expert_weights_ = DeviceTensor(ops_, DType::kF32, max_rows, top_k);
   order_ = DeviceTensor(ops_, DType::kI32, max_rows * top_k, 1);
   offsets_ = DeviceTensor(ops_, DType::kI32, experts + 1, 1);
   expert_out_ = DeviceTensor(ops_, dtype, max_rows * top_k, hidden);
   shared_out_ = DeviceTensor(ops_, dtype, max_rows, hidden);
+}
+
+void MlpLayers::set_routing(bool is_kept, const RoutingSimulation& simulation) {
+  if (num_moe_layers_ == 0) return;
+  keeps_routing_ = is_kept;
+  if (!simulation.is_on()) return;
+  simulated_.emplace(simulation, num_moe_layers_, config_.moe.num_experts, config_.moe.router.top_k);
+}
+
+void MlpLayers::begin_step(const Batch& batch) {
+  if (!simulated_) return;
+  const size_t top_k = static_cast<size_t>(config_.moe.router.top_k);
+  const size_t rows = batch.tokens.size();
+  simulated_ids_.resize(static_cast<size_t>(num_moe_layers_) * rows * top_k);
+  simulated_weights_.assign(rows * top_k, config_.moe.router.scale / static_cast<float>(top_k));
+  for (const Chunk& chunk : batch.chunks) {
+    for (int32_t i = 0; i < chunk.num_rows; ++i) {
+      const size_t row = static_cast<size_t>(chunk.first_row + i);
+      const SimulatedRouter::Row key{chunk.first_position + i, batch.tokens[row], chunk.is_prompt};
+      for (size_t l = 0; l < static_cast<size_t>(num_moe_layers_); ++l) {
+        simulated_->choose(static_cast<int64_t>(l), key,
+                           std::span(simulated_ids_).subspan((l * rows + row) * top_k, top_k));
+      }
+    }
+  }
+}
+
+void MlpLayers::read_routing(int64_t rows) {
+  if (!keeps_routing_) return;
+  kept_rows_ = rows;
+  const size_t count = static_cast<size_t>(rows * config_.moe.router.top_k);
+  kept_routing_.resize(static_cast<size_t>(num_moe_layers_) * count);
+  for (const Layer& layer : layers_) {
+    if (layer.moe_index < 0) continue;
+    const std::span<int32_t> kept =
+        std::span(kept_routing_).subspan(static_cast<size_t>(layer.moe_index) * count, count);
+    ops_.read_back(stream_, expert_ids(layer, rows).address, std::as_writable_bytes(kept));
+  }
+}
+
+std::span<const int32_t> MlpLayers::routed_experts(int64_t index) const {
+  if (!keeps_routing_) return {};
+  CHECK_LT(index, num_moe_layers_);
+  const size_t count = static_cast<size_t>(kept_rows_ * config_.moe.router.top_k);
+  return std::span(kept_routing_).subspan(static_cast<size_t>(index) * count, count);
+}
+
+Tensor MlpLayers::expert_ids(const Layer& layer, int64_t rows) const {
+  if (!keeps_routing_) return expert_ids_.rows(rows);
+  const int64_t max_rows = expert_ids_.all().rows / num_moe_layers_;
+  return expert_ids_.all().row_slice(layer.moe_index * max_rows, rows);
+}
+
+// The real router has run already: a benchmark shall pay for it.
+void MlpLayers::simulate_routing(const Layer& layer, const Tensor& ids, const Tensor& weights) {
+  const size_t count = static_cast<size_t>(ids.rows * ids.cols);
+  const std::span<const int32_t> chosen =
+      std::span<const int32_t>(simulated_ids_).subspan(static_cast<size_t>(layer.moe_index) * count, count);
+  ops_.upload(stream_, ids.address, std::as_bytes(chosen));
+  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_)));
 }
 
 void MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
@@ -100,12 +164,13 @@ void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Te
 void MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, const Tensor& out) {
   const int64_t rows = hidden.rows;
   const int64_t top_k = config_.moe.router.top_k;
-  const Tensor ids = expert_ids_.rows(rows);
+  const Tensor ids = expert_ids(layer, rows);
   const Tensor weights = expert_weights_.rows(rows);
   const Tensor order = order_.rows(rows * top_k);
   const Tensor expert_out = expert_out_.rows(rows * top_k);
   ops_.linear(stream_, hidden, *layer.router, router_logits_.rows(rows));
   ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
+  if (simulated_) simulate_routing(layer, ids, weights);
   ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
   ops_.expert_mlp(stream_, hidden, order, offsets_.all(), top_k, *layer.expert_gate_up, *layer.expert_down, expert_out);
   ops_.combine(stream_, expert_out, weights, out);

@@ -4,11 +4,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "src/model/batch.h"
 #include "src/model/config.h"
 #include "src/model/device_tensor.h"
+#include "src/model/routing_simulation.h"
 #include "src/model/weights.h"
 
 namespace tandem::model {
@@ -20,8 +24,16 @@ class MlpLayers {
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
   void allocate(int64_t max_rows);
+  // Before allocate(): the routing of every layer is kept until read_routing, and chosen by a simulation if it is on.
+  void set_routing(bool is_kept, const RoutingSimulation& simulation);
+  // Before the first layer of a step.
+  void begin_step(const Batch& batch);
   // out [T, H] = MLP of layer `layer` of hidden [T, H].
   void forward(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  // After the last layer, once the stream is done: fetches the kept routing of the step's rows.
+  void read_routing(int64_t rows);
+  // Of the `index`-th MoE layer, [rows, top_k].
+  std::span<const int32_t> routed_experts(int64_t index) const;
 
  private:
   struct Dense {
@@ -30,6 +42,7 @@ class MlpLayers {
     std::unique_ptr<kernels::Weight> down;     // [H, width]
   };
   struct Layer {
+    int64_t moe_index = -1;                   // among the MoE layers
     Dense dense;                              // or the shared experts of an MoE layer
     std::unique_ptr<kernels::Weight> router;  // [E, H]; null in a dense layer
     DeviceTensor correction_bias;
@@ -40,6 +53,8 @@ class MlpLayers {
   void list_experts(WeightPlan& plan, Layer& layer, const std::string& prefix);
   void forward_dense(const Dense& dense, const kernels::Tensor& hidden, const kernels::Tensor& out);
   void forward_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  kernels::Tensor expert_ids(const Layer& layer, int64_t rows) const;
+  void simulate_routing(const Layer& layer, const kernels::Tensor& ids, const kernels::Tensor& weights);
 
   kernels::Ops& ops_;
   kernels::Stream& stream_;
@@ -48,12 +63,20 @@ class MlpLayers {
   DeviceTensor gate_up_;         // [T, 2 width]
   DeviceTensor activated_;       // [T, width]
   DeviceTensor router_logits_;   // [T, E]
-  DeviceTensor expert_ids_;      // [T, k]
+  DeviceTensor expert_ids_;      // [T, k]; of each MoE layer if routing is kept
   DeviceTensor expert_weights_;  // [T, k]
   DeviceTensor order_;           // [T k, 1]
   DeviceTensor offsets_;         // [E + 1, 1]
   DeviceTensor expert_out_;      // [T k, H]
   DeviceTensor shared_out_;      // [T, H]
+
+  int64_t num_moe_layers_ = 0;
+  bool keeps_routing_ = false;
+  int64_t kept_rows_ = 0;              // of the last step
+  std::vector<int32_t> kept_routing_;  // [MoE layers, kept rows, k]
+  std::optional<SimulatedRouter> simulated_;
+  std::vector<int32_t> simulated_ids_;    // [MoE layers, rows of the step, k]
+  std::vector<float> simulated_weights_;  // [rows of the step, k]: all alike
 };
 
 }  // namespace tandem::model

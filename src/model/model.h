@@ -7,12 +7,14 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "src/base/result.h"
 #include "src/kernels/ops.h"
 #include "src/model/batch.h"
 #include "src/model/kv_cache.h"
 #include "src/model/quantization.h"
+#include "src/model/routing_simulation.h"
 
 namespace tandem::model {
 
@@ -33,6 +35,8 @@ struct LoadOptions {
   int64_t max_model_len = 0;           // 0: the config's max_position_embeddings
   int64_t block_size = 16;
   uint64_t dummy_seed = 0;
+  bool keep_routing = false;     // for Model::routed_experts
+  RoutingSimulation simulation;  // instead of the routers' choices
   // Called before any weight is read; an error ends the load. May be empty.
   std::function<Status(const MemoryNeeds&)> on_sized;
   std::function<void(double fraction)> on_progress;  // 0 … 1 while weights load; may be empty
@@ -46,6 +50,9 @@ struct ModelInfo {
   int64_t expert_bytes = 0;   // of these, in routed experts
   int64_t lookup_bytes = 0;   // of these, in tables of which a step reads single rows (an embedding that is not tied)
   int64_t num_parameters = 0;
+  std::vector<int64_t> moe_layers;  // indices of the layers with routed experts
+  int64_t num_experts = 0;          // of each of them
+  int64_t experts_per_token = 0;
   KvLayout kv;
   // Rows of prompt tokens and of generated tokens are computed by different forms (MLA), so KV of generated tokens
   // must not serve another request's prompt.
@@ -65,6 +72,10 @@ class Model {
 
   // f32 logits [vocab_size] of the i-th wanted row of the last forward, in host memory; valid until the next.
   virtual std::span<const float> logits(size_t index) const = 0;
+
+  // With LoadOptions::keep_routing: the experts that each row of the last forward was routed to in the `index`-th of
+  // ModelInfo::moe_layers, [rows, experts_per_token]; valid until the next.
+  virtual std::span<const int32_t> routed_experts(int64_t /*index*/) const { return {}; }
 };
 
 // Reads and checks config.json and every tensor header before any weight is used; a fault names file, value and remedy.
