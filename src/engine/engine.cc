@@ -366,6 +366,7 @@ int64_t Engine::compute(const StepPlan& plan) {
   const int64_t begin_us = clock_.now_us();
   model_.forward(batch_, cache_, pushes ? model::LayerDone([&](int layer) { push_layer(plan, layer); }) : nullptr);
   const int64_t step_us = clock_.now_us() - begin_us;
+  if (expert_load_ != nullptr) expert_load_->add_step(batch_, model_);
   probe_.step(static_cast<int64_t>(batch_.tokens.size()), step_us);
   return step_us;
 }

@@ -14,6 +14,7 @@
 
 #include "src/base/clock.h"
 #include "src/base/kv_transfer_config.h"
+#include "src/engine/expert_load.h"
 #include "src/engine/probe.h"
 #include "src/engine/scheduler.h"
 #include "src/engine/worker.h"
@@ -40,6 +41,8 @@ class Engine final : public Worker {
 
   // The agent calls wake() when it has news; set before start(). Null without prefill/decode.
   void attach(transfer::Agent* agent) { agent_ = agent; }
+  // Gets every step's routing; set before start(). The model must keep it (model::LoadOptions::keep_routing).
+  void attach(ExpertLoadRecorder* recorder) { expert_load_ = recorder; }
   void wake();
 
   void start();
@@ -109,6 +112,7 @@ class Engine final : public Worker {
   const Clock& clock_;
   Probe probe_;
   transfer::Agent* agent_ = nullptr;
+  ExpertLoadRecorder* expert_load_ = nullptr;
 
   // Shared with other threads.
   std::mutex mutex_;
