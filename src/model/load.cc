@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -86,6 +87,15 @@ void set_moe_facts(const ModelConfig& config, ModelInfo& info) {
   info.experts_per_token = config.moe.router.top_k;
 }
 
+Status check_has_experts(const ModelConfig& config, const LoadOptions& options) {
+  const bool has_experts =
+      std::find(config.layer_is_moe.begin(), config.layer_is_moe.end(), true) != config.layer_is_moe.end();
+  if (has_experts || (!options.keep_routing && !options.simulation.is_on())) return {};
+  const char* const option = options.simulation.is_on() ? "moe-routing-simulation" : "record-expert-load";
+  return invalid_argument(option, "--{}: \"{}\" has no routed experts; leave the option out", option,
+                          printable(config.path));
+}
+
 DType choose_kv_dtype(const LoadOptions& options) {
   if (options.kv_cache == KvCacheType::kF8E4M3) return DType::kF8E4M3;
   return options.kv_cache == KvCacheType::kAuto && options.compute == ComputeType::kF32 ? DType::kF32 : DType::kBf16;
@@ -109,6 +119,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   TANDEM_TRY(check_range("max-model-len", options.max_model_len, 0, config.max_positions));
   const DType kv_dtype = choose_kv_dtype(options);
   TANDEM_TRY(check_kv_dtype(config, kv_dtype));
+  TANDEM_TRY(check_has_experts(config, options));
   TANDEM_ASSIGN(const std::unique_ptr<WeightSource> source, open_source(options, config));
 
   const bool is_f32 = options.compute == ComputeType::kF32;

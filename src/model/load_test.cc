@@ -72,6 +72,8 @@ TEST_F(LoadTest, ForetellsItsMemory) {
     const std::unique_ptr<Model> model = must_load(*ops, options);
     const double actual = static_cast<double>(model->info().weight_bytes);
     EXPECT_NEAR(static_cast<double>(needs.weight_bytes), actual, 0.1 * actual);
+    const double experts = static_cast<double>(model->info().expert_bytes);
+    EXPECT_NEAR(static_cast<double>(needs.expert_bytes), experts, 0.1 * experts);
     EXPECT_EQ(needs.kv, model->info().kv);
     EXPECT_GT(needs.workspace_bytes, 0);
   }

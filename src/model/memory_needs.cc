@@ -49,12 +49,17 @@ int64_t staging_bytes(const WeightSource& source, const WeightPlan::Task& task) 
 
 void count_weights(const WeightPlan& plan, MemoryNeeds& needs) {
   needs.weight_bytes = 0;
+  needs.expert_bytes = 0;
   needs.staging_bytes = 0;
   for (const WeightPlan::Task& task : plan.tasks()) {
     needs.weight_bytes += 4 * task.n;  // a vector
+    int64_t bytes = 0;
     for (const MatrixRef& ref : task.refs) {
-      needs.weight_bytes += packed_bytes(task.format, ref.n, ref.k, scale_bytes(plan.source(), task, ref));
+      bytes += packed_bytes(task.format, ref.n, ref.k, scale_bytes(plan.source(), task, ref));
     }
+    needs.weight_bytes += bytes;
+    const bool is_of_experts = std::ssize(task.refs) > task.parts;  // a batch of matrices
+    if (is_of_experts) needs.expert_bytes += bytes;
     needs.staging_bytes = std::max(needs.staging_bytes, staging_bytes(plan.source(), task));
   }
 }

@@ -12,13 +12,14 @@ namespace tandem::model {
 
 struct MemoryNeeds {
   int64_t weight_bytes = 0;     // packed; right within a few per cent
+  int64_t expert_bytes = 0;     // of these, in routed experts
   int64_t staging_bytes = 0;    // most that packing holds besides: one weight as it was
   int64_t workspace_bytes = 0;  // of a step, at most; without what kernels keep for themselves
   int64_t max_model_len = 0;
   KvLayout kv;
 };
 
-// Sets weight_bytes and staging_bytes to those of all that is listed.
+// Sets weight_bytes, expert_bytes and staging_bytes to those of all that is listed.
 void count_weights(const WeightPlan& plan, MemoryNeeds& needs);
 
 // Activations, logits and tables of the largest step, with LoadOptions::keep_routing also its routing.
