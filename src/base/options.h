@@ -28,6 +28,7 @@ enum class Subcommand : uint32_t {
   kBenchLatency = 256,
   kQuantize = 512,
   kSim = 1024,
+  kEplb = 2048,
 };
 
 struct SubcommandInfo {

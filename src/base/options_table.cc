@@ -18,6 +18,7 @@ constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
 constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
 constexpr uint32_t kQuantize = static_cast<uint32_t>(Subcommand::kQuantize);
 constexpr uint32_t kSim = static_cast<uint32_t>(Subcommand::kSim);
+constexpr uint32_t kEplb = static_cast<uint32_t>(Subcommand::kEplb);
 constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
 
 constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
@@ -33,6 +34,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
+    {Subcommand::kEplb, "eplb", "Compute which rank shall hold which expert, from recorded loads."},
     {Subcommand::kSim, "sim", "Run clusters with faults under a virtual clock and check that nothing is corrupted or lost."},
     {Subcommand::kOptions, "options", "Print the reference of every option."},
 };
@@ -68,7 +70,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "load-format", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "dummy makes deterministic random weights from config.json alone.", .choices = "auto|safetensors|dummy"},
     {.name = "seed", .commands = kEngine, .group = "Model", .type = kInteger, .default_text = "0",
-     .help = "Seed of the weights of --load-format dummy.", .min = 0, .max = kMaxInt},
+     .help = "Seed of the weights of --load-format dummy and of --moe-routing-simulation.", .min = 0, .max = kMaxInt},
     {.name = "max-model-len", .commands = kEngine, .group = "Model", .type = kBytes, .default_text = "0",
      .help = "Longest prompt plus answer in tokens; 0 takes it from config.json.", .min = 0, .max = 16777216},
 
@@ -105,6 +107,17 @@ constexpr OptionSpec kTable[] = {
      .max = 2147483647},
     {.name = "enable-prefix-caching", .commands = kEngine, .group = "KV cache", .type = kFlag, .default_text = "true",
      .help = "Keep the blocks of finished requests and use them for prompts that begin alike."},
+
+    // serve: experts
+    {.name = "record-expert-load", .commands = kServe | kThroughput, .group = "Experts", .type = kText,
+     .default_text = "",
+     .help = "File for the tokens of each expert and layer, which `tandem eplb` reads; emptied first. Also turns on "
+             "/expert_load and the expert metrics."},
+    {.name = "record-expert-load-interval-s", .commands = kServe | kThroughput, .group = "Experts", .type = kNumber,
+     .default_text = "10", .help = "Seconds between two lines of --record-expert-load.", .min = 0.01, .max = 86400},
+    {.name = "moe-routing-simulation", .commands = kEngine, .group = "Experts", .type = kText, .default_text = "",
+     .help = "For benchmarks: uniform_random, balanced or zipf:ALPHA replaces the routers' choices; answers become "
+             "nonsense."},
 
     // serve: prefill/decode
     {.name = "kv-transfer-config", .commands = kServe, .group = "Prefill/decode", .type = kObject, .default_text = "",
@@ -308,6 +321,36 @@ constexpr OptionSpec kTable[] = {
      .help = "Format of the linear layers.", .choices = "wint8|wint4|w8a8|w4a8"},
     {.name = "force", .commands = kQuantize, .group = "Model", .type = kFlag, .default_text = "false",
      .help = "Replace the directory if it is a model's."},
+
+    // eplb
+    {.name = "load", .commands = kEplb, .group = "Load", .type = kText, .default_text = "",
+     .help = "File of `tandem serve --record-expert-load`; required."},
+    {.name = "phase", .commands = kEplb, .group = "Load", .type = kChoice, .default_text = "both",
+     .help = "Which tokens count: a prefill worker computes prompts, a decode worker generated tokens.",
+     .choices = "both|prompt|generated"},
+    {.name = "ranks", .commands = kEplb, .group = "Group", .type = kInteger, .default_text = "",
+     .help = "Ranks that share the experts; not set takes those of --current.", .min = 1, .max = 4096},
+    {.name = "nodes", .commands = kEplb, .group = "Group", .type = kInteger, .default_text = "1",
+     .help = "Hosts that the ranks are on.", .min = 1, .max = 4096},
+    {.name = "groups", .commands = kEplb, .group = "Group", .type = kInteger, .default_text = "1",
+     .help = "Groups of experts that the default policy keeps on one node, the model's n_group.", .min = 1, .max = 4096},
+    {.name = "redundant", .commands = kEplb, .group = "Group", .type = kInteger, .default_text = "",
+     .help = "Slots beyond one per expert, over all ranks; not set takes those of --eplb-config or --current.", .min = 0,
+     .max = 16384},
+    {.name = "policy", .commands = kEplb, .group = "Placement", .type = kChoice, .default_text = "default",
+     .help = "default: DeepSeek's algorithm; swift: few moves; flash: few moves, for loads that vary.",
+     .choices = "default|swift|flash"},
+    {.name = "eplb-config", .commands = kEplb, .group = "Placement", .type = kObject, .default_text = "",
+     .help = "JSON with policy, num_redundant_experts and window_size (last steps of the file that count), instead of the "
+             "options; what else a server takes there is checked and has no effect here."},
+    {.name = "current", .commands = kEplb, .group = "Placement", .type = kText, .default_text = "",
+     .help = "File of the placement to start from; without it experts lie in order."},
+    {.name = "model", .commands = kEplb, .group = "Placement", .type = kText, .default_text = "",
+     .help = "Directory of the model, to tell how many bytes move."},
+    {.name = "output", .commands = kEplb, .group = "Result", .type = kText, .default_text = "",
+     .help = "File for the placement as JSON."},
+    {.name = "time", .commands = kEplb, .group = "Result", .type = kFlag, .default_text = "false",
+     .help = "Also print how long each policy takes, the best of five runs."},
 
     // sim
     {.name = "seed", .commands = kSim, .group = "Runs", .type = kInteger, .default_text = "1",

@@ -8,6 +8,7 @@
 namespace tandem::commands {
 namespace {
 
+constexpr int64_t kExpertLoadWindow = 1000;  // steps that /expert_load and the balance metrics tell of
 constexpr int64_t kMostPrompts = int64_t{1} << 20;  // of --num-prompts
 
 double mebibytes(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
@@ -71,6 +72,13 @@ Result<RankConfig> make_rank_config(const Options& options) {
   config.load.max_model_len = options.integer("max-model-len");
   config.load.block_size = config.limits.block_size;
   config.load.dummy_seed = static_cast<uint64_t>(options.integer("seed"));
+  TANDEM_ASSIGN(config.load.simulation, model::parse_routing_simulation(options.text("moe-routing-simulation"),
+                                                                        config.load.dummy_seed));
+  if (options.command() != Subcommand::kBenchLatency) {
+    config.expert_load_path = options.text("record-expert-load");
+    config.expert_load_interval_s = options.number("record-expert-load-interval-s");
+    config.load.keep_routing = !config.expert_load_path.empty();
+  }
   TANDEM_ASSIGN(config.model, model::load_config(config.load.path));
   return config;
 }
@@ -95,6 +103,7 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
   }
   rank->engine_ = std::make_unique<engine::Engine>(*rank->model_, *rank->cache_, options, clock, registry);
   TANDEM_TRY(rank->open_agent(config));
+  TANDEM_TRY(rank->record_expert_load(config, registry));
   return rank;
 }
 
@@ -141,8 +150,21 @@ Status Rank::open_agent(const RankConfig& config) {
   return {};
 }
 
+Status Rank::record_expert_load(const RankConfig& config, Registry& registry) {
+  if (config.expert_load_path.empty()) return {};
+  expert_load_ =
+      std::make_unique<engine::ExpertLoadRecorder>(info(), config.model_name, kExpertLoadWindow, registry);
+  engine_->attach(expert_load_.get());
+  TANDEM_ASSIGN(expert_load_file_,
+                ExpertLoadFile::create(config.expert_load_path, config.expert_load_interval_s, *expert_load_));
+  log_info("serve", "expert load: {} layers x {} experts into {} every {} s", info().moe_layers.size(),
+           info().num_experts, config.expert_load_path, config.expert_load_interval_s);
+  return {};
+}
+
 Rank::~Rank() {
   if (engine_) engine_->stop();
+  expert_load_file_.reset();
   agent_.reset();
 }
 

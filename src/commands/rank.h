@@ -12,6 +12,7 @@
 #include "src/base/metrics.h"
 #include "src/base/options.h"
 #include "src/base/result.h"
+#include "src/commands/expert_load_file.h"
 #include "src/engine/engine.h"
 #include "src/engine/memory_plan.h"
 #include "src/kernels/ops.h"
@@ -30,6 +31,8 @@ struct RankConfig {
   engine::MemoryRequest memory;
   std::optional<KvTransferConfig> kv_transfer;
   std::string model_name;
+  std::string expert_load_path;  // of --record-expert-load; "": no recording
+  double expert_load_interval_s = 10;
 };
 
 // Reads and cross-checks the options and config.json; nothing is loaded or opened yet.
@@ -46,17 +49,22 @@ class Rank {
   engine::Engine& engine() { return *engine_; }
   const kernels::Ops& ops() const { return *ops_; }
   const model::ModelInfo& info() const { return model_->info(); }
+  // Null unless loads are recorded.
+  const engine::ExpertLoadRecorder* expert_load() const { return expert_load_.get(); }
 
  private:
   Rank() = default;
   Status load_weights(const RankConfig& config);
   Status open_agent(const RankConfig& config);
+  Status record_expert_load(const RankConfig& config, Registry& registry);
 
   // In order of dependence; the agent goes before the cache that it reads and writes.
   std::unique_ptr<kernels::Ops> ops_;
   std::unique_ptr<model::Model> model_;
   std::unique_ptr<model::KvCache> cache_;
+  std::unique_ptr<engine::ExpertLoadRecorder> expert_load_;
   std::unique_ptr<engine::Engine> engine_;
+  std::unique_ptr<ExpertLoadFile> expert_load_file_;
   std::unique_ptr<transfer::Agent> agent_;
 };
 

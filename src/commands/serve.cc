@@ -143,11 +143,25 @@ class Server {
                   api::HttpServer::listen(io_, options_.text("host"), static_cast<uint16_t>(options_.integer("port")),
                                           frontend_->http_options()));
     frontend_->add_routes(*server_);
+    server_->add_route({"GET", "/expert_load", true, [this](std::shared_ptr<api::HttpExchange> exchange) {
+                          exchange->respond(show_expert_load());
+                        }});
     server_->start();
     signals_.async_wait([this](const boost::system::error_code& error, int signal) {
       if (!error) shut_down(signal);
     });
     return {};
+  }
+
+  api::HttpResponse show_expert_load() const {
+    if (!is_serving_) return api::error_response(make_error(ErrorKind::kUnavailable, "the model is loading"));
+    if (rank_->expert_load() == nullptr) {
+      return api::error_response(make_error(
+          ErrorKind::kNotFound, "expert loads are not recorded; start the server with --record-expert-load FILE"));
+    }
+    api::HttpResponse response;
+    response.body = expert_load_json(*rank_->expert_load());
+    return response;
   }
 
   api::Health health() const {
