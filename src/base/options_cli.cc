@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "src/base/options.h"
+#include "src/base/options_dotted.h"
 #include "src/base/options_yaml.h"
 #include "src/base/version.h"
 
@@ -139,6 +140,9 @@ Status finish_options(Options& options) {
 Result<CommandLine> parse_command_line(const std::vector<std::string>& given) {
   std::vector<std::string> arguments;
   for (const std::string& argument : given) arguments.push_back(with_dashed_name(argument));
+  if (const SubcommandInfo* const info = named_command(arguments); info != nullptr) {
+    TANDEM_ASSIGN(arguments, fold_dotted_options(info->command, arguments));
+  }
   TANDEM_TRY(check_option_names(arguments));
 
   CLI::App root("Tandem serves mixture-of-experts language models with prefill and decode on separate workers.",

@@ -77,6 +77,34 @@ TEST(CommandLine, NamesTheFaultAndTheRemedy) {
   EXPECT_NE(error_of({"serve", "m", "extra"}), "no error");
 }
 
+TEST(DottedOptions, AreFieldsOfTheObject) {
+  const auto object_of = [](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), "eplb");
+    return options_of(arguments).text("eplb-config");
+  };
+  EXPECT_EQ(object_of({"--eplb-config.window_size", "1000", "--eplb-config.policy", "flash",
+                       "--eplb-config.log_balancedness=true", "--eplb_config.use-async", "false"}),
+            R"({"log_balancedness":true,"policy":"flash","use_async":false,"window_size":1000})");
+  EXPECT_EQ(object_of({"--eplb-config.step_interval", "3", "--eplb-config", R"({"window_size":5})"}),
+            R"({"step_interval":3,"window_size":5})");
+  EXPECT_EQ(object_of({"--eplb-config", R"({"window_size":5})"}), R"({"window_size":5})");
+  EXPECT_EQ(options_of({"serve", "m", "--kv-transfer-config.kv_role", "kv_both", "--port", "81"}).text("kv-transfer-config"),
+            R"({"kv_role":"kv_both"})");
+}
+
+TEST(DottedOptions, NameTheFault) {
+  EXPECT_EQ(error_of({"eplb", "--eplb-config.window_size", "1", "--eplb-config", R"({"window_size":5})"}),
+            "--eplb-config: 'window_size' is given twice; leave one out");
+  EXPECT_EQ(error_of({"eplb", "--eplb-config.a", "1", "--eplb-config.a=2"}),
+            "--eplb-config: 'a' is given twice; leave one out");
+  EXPECT_EQ(error_of({"eplb", "--eplb-config.a"}), "--eplb-config.a has no value; give one behind it");
+  EXPECT_EQ(error_of({"eplb", "--eplb-config.a", "1", "--eplb-config", "[1]"}),
+            "--eplb-config is '[1]'; it must be a JSON object");
+  EXPECT_EQ(error_of({"eplb", "--eplb-config.a.b", "1"}), "--eplb-config.a.b: give one field, as in --eplb-config.field value");
+  EXPECT_EQ(error_of({"eplb", "--eplb-confg.a", "1"}).substr(0, 42), "tandem eplb: unknown option 'eplb-confg.a'");
+  EXPECT_NE(error_of({"serve", "m", "--port.a", "1"}), "no error");
+}
+
 TEST(CommandLine, PrintsHelp) {
   const Result<CommandLine> help = parse_command_line({"serve", "--help"});
   ASSERT_TRUE(help.ok());
