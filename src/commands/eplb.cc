@@ -61,9 +61,9 @@ Result<eplb::LoadSeries> read_window(const Options& options, const eplb::Recorde
   eplb::LoadSeries window = recorded.window(phase != "generated", phase != "prompt", choices.window_steps);
   if (window.empty()) {
     return make_error(ErrorKind::kInvalidArgument,
-                      "{}: no {} tokens are recorded; record under load, or take another "
+                      "{}: no {}tokens are recorded; record under load, or take another "
                       "--phase",
-                      options.text("load"), phase == "both" ? "" : phase);
+                      options.text("load"), phase == "both" ? "" : phase + " ");
   }
   std::printf("%s: %zu layers x %ld experts, %ld steps in %zu samples, %s tokens\n", options.text("load").c_str(),
               recorded.header.layers.size(), static_cast<long>(recorded.header.num_experts),
