@@ -41,6 +41,12 @@ struct Serving {
   RequestMetrics metrics;
 };
 
+// The span of a request, and the client's that it belongs to.
+struct RequestTrace {
+  TraceContext span;
+  TraceContext parent;
+};
+
 struct Prepared {
   OpenAiRequest request;
   std::vector<engine::TokenRequest> choices;
@@ -225,26 +231,25 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
                     make_error(ErrorKind::kResourceExhausted, "{} requests are running, the limit is {}; retry later",
                                num_requests, options.max_concurrent_requests));
     }
-    const Result<int64_t> timeout_us =
-        read_timeout_us(request, static_cast<int64_t>(options.request_timeout_s * 1e6));
+    const Result<int64_t> timeout_us = read_timeout_us(request, static_cast<int64_t>(options.request_timeout_s * 1e6));
     if (!timeout_us.ok()) return refuse(*exchange, *request_id, timeout_us.error());
     const int64_t deadline_us = arrival_us + *timeout_us;
     const std::string* session = find_header(request.headers, "x-session-id");
+    const RequestTrace trace = begin_trace(request);
     auto body = std::make_shared<std::string>(std::move(request.body));
     ++num_requests;
     run_text<Prepared>(
         body->size(),
         [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id,
-         session = session == nullptr ? std::string() : *session, deadline_us] {
-          return prepare(used->text, policy, endpoint, *body, id, session, deadline_us);
-        },
-        [this, used = *now_serving, exchange, id = *request_id, arrival_us](Result<Prepared> prepared) {
-          begin(used, exchange, id, arrival_us, std::move(prepared));
+         session = session == nullptr ? std::string() : *session,
+         deadline_us] { return prepare(used->text, policy, endpoint, *body, id, session, deadline_us); },
+        [this, used = *now_serving, exchange, id = *request_id, arrival_us, trace](Result<Prepared> prepared) {
+          begin(used, exchange, id, arrival_us, trace, std::move(prepared));
         });
   }
 
   void begin(const std::shared_ptr<Serving>& used, const std::shared_ptr<HttpExchange>& exchange,
-             const std::string& request_id, int64_t arrival_us, Result<Prepared> prepared) {
+             const std::string& request_id, int64_t arrival_us, const RequestTrace& trace, Result<Prepared> prepared) {
     if (prepared.ok() && used != serving) prepared = closed_because;  // the worker went away meanwhile
     if (!prepared.ok() || !exchange->is_open()) {
       --num_requests;
@@ -253,15 +258,34 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     }
     const GenerationContext context{used->worker, std::shared_ptr<const ServedText>(used, &used->text), &used->metrics,
                                     &clock};
+    for (engine::TokenRequest& choice : prepared->choices) choice.trace = trace.span;
     auto generation =
         std::make_shared<Generation>(context, exchange, std::move(prepared->request), std::move(prepared->choices),
-                                     request_id, arrival_us, [this](Generation& ended) {
+                                     request_id, arrival_us, [this, trace](Generation& ended) {
+                                       end_trace(trace, ended);
                                        --num_requests;
                                        generations.erase(ended.shared_from_this());
                                      });
     generations.insert(generation);
     if (generations.size() == 1) watch_deadlines();
     generation->start(mailbox);
+  }
+
+  // A malformed traceparent counts as none, as the standard has it.
+  RequestTrace begin_trace(const HttpRequest& request) const {
+    const std::string* given = find_header(request.headers, "traceparent");
+    const TraceContext parent = given == nullptr ? TraceContext() : parse_traceparent(*given).value_or(TraceContext());
+    if (options.spans == nullptr) return {parent, parent};
+    return {child_of(parent), parent};
+  }
+
+  void end_trace(const RequestTrace& trace, const Generation& ended) const {
+    if (options.spans == nullptr || !trace.span.sampled) return;
+    Span span;
+    ended.describe(span, clock.now_us());
+    span.context = trace.span;
+    span.parent = trace.parent.span_id;
+    options.spans->add(std::move(span));
   }
 
   void refuse(HttpExchange& exchange, const std::string& request_id, const Error& error) {
@@ -343,9 +367,10 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     const ServedModel& model = (*now_serving)->text.model;
     const bool decoded = decode_percent(exchange.request().path_tail, name);
     if (!decoded || std::find(model.names.begin(), model.names.end(), name) == model.names.end()) {
-      return exchange.respond(
-          error_response({ErrorKind::kNotFound, fmt::format("the model {} does not exist; this server has {}", quote_for_message(name), fmt::join(model.names, ", ")),
-                          "model", "model_not_found"}));
+      return exchange.respond(error_response({ErrorKind::kNotFound,
+                                              fmt::format("the model {} does not exist; this server has {}",
+                                                          quote_for_message(name), fmt::join(model.names, ", ")),
+                                              "model", "model_not_found"}));
     }
     exchange.respond(json_response(model_card(model, name)));
   }

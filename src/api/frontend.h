@@ -49,6 +49,7 @@ struct FrontendOptions {
   int64_t max_concurrent_requests = 4096;  // more are answered with 429
   std::string version;
   std::function<Health()> health;  // unset: ready once open() was called
+  SpanSink* spans = nullptr;       // null: requests are not traced, and a client's trace context goes on unchanged
 };
 
 class Frontend {

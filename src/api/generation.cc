@@ -217,6 +217,7 @@ void Generation::finish_request() {
 void Generation::fail(const Error& error) {
   if (ended_) return;
   log_debug("api", "request {} failed: {}", request_id_, error.message);
+  error_ = error.message;
   cancel_choices("error");
   const int status = http_status(error);
   if (stream_open_) {
@@ -233,6 +234,7 @@ void Generation::fail(const Error& error) {
 void Generation::leave() {
   if (ended_) return;
   log_debug("api", "the client of request {} left", request_id_);
+  error_ = "cancelled";
   cancel_choices("abort");
   end();
 }
@@ -246,6 +248,32 @@ void Generation::cancel_choices(std::string_view reason) {
     context_.metrics->ended(reason, seconds_between(arrival_us_, now_us),
                             seconds_between(choice.first_token_us, choice.last_token_us), choice.usage.prompt_tokens,
                             choice.num_tokens);
+  }
+}
+
+// Names are those of OpenTelemetry's conventions for generative AI and, where these have none, of vLLM's spans.
+void Generation::describe(Span& span, int64_t now_us) const {
+  span.name = "llm_request";
+  span.is_server = true;
+  span.start_us = wall_us(arrival_us_, now_us);
+  span.end_us = wall_us(now_us, now_us);
+  span.error = error_;
+  int64_t first_token_us = 0;
+  int64_t num_tokens = 0;
+  for (const Choice& choice : choices_) {
+    num_tokens += choice.num_tokens;
+    if (choice.first_token_us != 0 && (first_token_us == 0 || choice.first_token_us < first_token_us)) {
+      first_token_us = choice.first_token_us;
+    }
+  }
+  span.attributes = {{"gen_ai.request.id", request_id_},
+                     {"gen_ai.request.model", request_.model},
+                     {"gen_ai.request.n", request_.n},
+                     {"gen_ai.usage.prompt_tokens", total_usage().prompt_tokens},
+                     {"gen_ai.usage.completion_tokens", num_tokens},
+                     {"gen_ai.latency.e2e", seconds_between(arrival_us_, now_us)}};
+  if (first_token_us != 0) {
+    span.attributes.emplace_back("gen_ai.latency.time_to_first_token", seconds_between(arrival_us_, first_token_us));
   }
 }
 

@@ -48,6 +48,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   // Ends everything with an error; the other choices are cancelled.
   void fail(const Error& error);
   int64_t deadline_us() const { return deadline_us_; }
+  // Its span, as far as it is done; "cancelled" where the client has left.
+  void describe(Span& span, int64_t now_us) const;
 
  private:
   struct Choice {
@@ -94,6 +96,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   bool stream_open_ = false;
   bool ended_ = false;
   std::string kv_transfer_;  // JSON of a publication (or, not streamed, a reservation)
+  std::string error_;        // why it failed
 };
 
 }  // namespace tandem::api

@@ -18,6 +18,8 @@ const std::array<std::string, 8> kFields = {"kv_connector",
                                             "kv_parallel_size",
                                             "kv_connector_extra_config"};
 
+constexpr float kDefaultFill = 0.015F;
+
 Error bad_field(const std::string& field, const nlohmann::json& value, std::string_view expected) {
   return invalid_argument("kv-transfer-config." + field, "--kv-transfer-config: {} is {}; it must be {}", field,
                           value.dump(), expected);
@@ -47,8 +49,25 @@ Status take_connector(const nlohmann::json& object, KvTransferConfig& config) {
         fmt::format("kv_connector {} is served by UcxConnector; its peers must be Tandem workers", config.connector);
     return {};
   }
+  if (config.connector == "DecodeBenchConnector") {
+    config.synthetic_fill = kDefaultFill;
+    return {};
+  }
   return bad_field("kv_connector", object.value("kv_connector", nlohmann::json()),
-                   "UcxConnector (NixlConnector and MooncakeConnectorV1 are taken as names for it)");
+                   "UcxConnector (NixlConnector and MooncakeConnectorV1 are taken as names for it) or "
+                   "DecodeBenchConnector");
+}
+
+// {"fill_mean": 0.015, "fill_std": 0}, as vLLM's connector of this name.
+Status take_fill(const nlohmann::json& extra, KvTransferConfig& config) {
+  for (const auto& [field, value] : extra.items()) {
+    const std::string name = "kv_connector_extra_config." + field;
+    if (field != "fill_mean" && field != "fill_std") return bad_field(name, value, "absent: it has fill_mean and fill_std");
+    if (!value.is_number()) return bad_field(name, value, "a number");
+    if (field == "fill_std" && value != 0) return bad_field(name, value, "0: every position is filled alike");
+    if (field == "fill_mean") config.synthetic_fill = value.get<float>();
+  }
+  return {};
 }
 
 Status take_role(const nlohmann::json& object, KvTransferConfig& config) {
@@ -101,6 +120,7 @@ Result<KvTransferConfig> parse_kv_transfer_config(const std::string& json_text) 
   if (const auto extra = object.find("kv_connector_extra_config"); extra != object.end() && !extra->is_null()) {
     if (!extra->is_object()) return bad_field("kv_connector_extra_config", *extra, "an object");
     config.extra_config = extra->dump();
+    if (config.synthetic_fill) TANDEM_TRY(take_fill(*extra, config));
   }
   return config;
 }

@@ -121,8 +121,13 @@ constexpr OptionSpec kTable[] = {
 
     // serve: prefill/decode
     {.name = "kv-transfer-config", .commands = kServe, .group = "Prefill/decode", .type = kObject, .default_text = "",
-     .help = "JSON: kv_connector (UcxConnector), kv_role (kv_producer, kv_consumer, kv_both), kv_ip, kv_port, engine_id, "
-             "kv_buffer_device, kv_parallel_size, kv_connector_extra_config."},
+     .help = "JSON: kv_connector (UcxConnector; DecodeBenchConnector makes the KV of prompts up, to measure decode alone), "
+             "kv_role (kv_producer, kv_consumer, kv_both), kv_ip, kv_port, engine_id, kv_buffer_device, kv_parallel_size, "
+             "kv_connector_extra_config."},
+    {.name = "first-token-from", .commands = kServe, .group = "Prefill/decode", .type = kChoice, .default_text = "prefill",
+     .help = "Who computes the first token of an answer whose prompt came from a prefill worker by push: prefill sends it "
+             "with the blocks, or decode computes the prompt's last token again. Set it on decode workers; the token is the "
+             "same.", .choices = "prefill|decode"},
 
     // serve: the device
     {.name = "device", .commands = kEngine, .group = "Device", .type = kChoice, .default_text = "auto",
@@ -209,6 +214,9 @@ constexpr OptionSpec kTable[] = {
     {.name = "request-timeout-s", .commands = kServe | kRoute, .group = "Server", .type = kNumber,
      .default_text = "600", .help = "Deadline of a request from its arrival to its last token, in seconds.",
      .min = 0.001, .max = 86400},
+    {.name = "otlp-endpoint", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "",
+     .help = "URL of an OpenTelemetry collector (OTLP over HTTP, JSON), for example http://127.0.0.1:4318: spans of each "
+             "request, its legs and its stages are sent there."},
     {.name = "log-level", .commands = kServe | kRoute | kUp | kQuantize, .group = "Server", .type = kChoice,
      .default_text = "info", .help = "Least level of the lines that are logged.", .choices = "debug|info|warning|error"},
     {.name = "log-name", .commands = kServe | kRoute | kQuantize, .group = "Server", .type = kText, .default_text = "",

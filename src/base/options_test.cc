@@ -192,6 +192,20 @@ TEST(KvTransferConfig, TakesVllmsFields) {
       parse_kv_transfer_config(R"({"kv_connector":"UcxConnector","kv_role":"kv_both"})")->connector_note.empty());
 }
 
+TEST(KvTransferConfig, TakesTheDecodeBenchmark) {
+  const auto parse = [](const std::string& extra) {
+    return parse_kv_transfer_config(R"({"kv_connector":"DecodeBenchConnector","kv_role":"kv_both",)"
+                                    R"("kv_connector_extra_config":)" +
+                                    extra + "}");
+  };
+  EXPECT_EQ(parse("{}")->synthetic_fill, 0.015F);
+  EXPECT_EQ(parse(R"({"fill_mean":0.5,"fill_std":0.0})")->synthetic_fill, 0.5F);
+  EXPECT_EQ(parse(R"({"fill_std":0.1})").error().message,
+            "--kv-transfer-config: kv_connector_extra_config.fill_std is 0.1; it must be 0: every position is filled "
+            "alike");
+  EXPECT_EQ(parse(R"({"fill":1})").error().param, "kv-transfer-config.kv_connector_extra_config.fill");
+}
+
 TEST(KvTransferConfig, RefusesByName) {
   const auto error_in = [](const std::string& text) { return parse_kv_transfer_config(text).error().message; };
   EXPECT_EQ(error_in(R"({"kv_conector":"UcxConnector"})"),

@@ -53,6 +53,9 @@ Result<RankConfig> make_rank_config(const Options& options) {
   if (options.command() == Subcommand::kServe) {
     config.limits.max_num_waiting = options.integer("max-num-waiting");
     TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
+    config.first_token_from_decode = options.text("first-token-from") == "decode";
+    // A prefix that was found would be a benchmark of something else.
+    if (config.kv_transfer && config.kv_transfer->synthetic_fill) config.limits.prefix_caching = false;
   } else {
     config.limits.max_num_waiting = kMostPrompts;  // a benchmark submits everything at once
   }
@@ -94,12 +97,15 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
   engine::EngineOptions options;
   options.model_name = config.model_name;
   options.limits = config.limits;
+  options.spans = config.spans;
+  options.first_token_from_decode = config.first_token_from_decode;
   options.limits.rows_depend_on_role = rank->info().rows_depend_on_role;
   options.eos_ids = config.model.generation.eos_token_ids;
   options.sampled_vocab = std::min(sampled_vocab, rank->info().vocab_size);
   if (config.kv_transfer) {
     options.kv_role = config.kv_transfer->role;
     options.kv_host = config.kv_transfer->ip;
+    options.synthetic_fill = config.kv_transfer->synthetic_fill;
   }
   rank->engine_ = std::make_unique<engine::Engine>(*rank->model_, *rank->cache_, options, clock, registry);
   TANDEM_TRY(rank->open_agent(config));
@@ -135,6 +141,11 @@ Status Rank::load_weights(const RankConfig& config) {
 
 Status Rank::open_agent(const RankConfig& config) {
   if (!config.kv_transfer) return {};
+  if (config.kv_transfer->synthetic_fill) {
+    log_warning("serve", "DecodeBenchConnector: the KV of every prompt is made up ({}), answers mean nothing",
+                info().kv.dtype == kernels::DType::kF8E4M3 ? 0.0F : *config.kv_transfer->synthetic_fill);
+    return {};
+  }
   const KvTransferConfig& kv = *config.kv_transfer;
   if (!kv.connector_note.empty()) log_info("serve", "{}", kv.connector_note);
   transfer::AgentOptions options;

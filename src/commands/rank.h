@@ -29,6 +29,8 @@ struct RankConfig {
   model::ModelConfig model;
   engine::SchedulerLimits limits;
   engine::MemoryRequest memory;
+  bool first_token_from_decode = false;
+  SpanSink* spans = nullptr;  // outlives the rank
   std::optional<KvTransferConfig> kv_transfer;
   std::string model_name;
   std::string expert_load_path;  // of --record-expert-load; "": no recording

@@ -174,12 +174,17 @@ int run_route(const Options& options) {
   asio::io_context io(1);
   Registry metrics;
   const SteadyClock clock;
-  Result<std::unique_ptr<router::RoutedWorker>> router =
-      router::RoutedWorker::create(io, router_options(options), metrics);
+  Result<std::unique_ptr<api::OtlpExporter>> exporter = open_exporter(options, "tandem-route", io, metrics);
+  if (!exporter.ok()) return fail_with(exporter.error());
+  router::RouterOptions routing = router_options(options);
+  routing.spans = exporter->get();
+  Result<std::unique_ptr<router::RoutedWorker>> router = router::RoutedWorker::create(io, std::move(routing), metrics);
   if (!router.ok()) return fail_with(router.error());
 
   const auto has_text = std::make_shared<bool>(false);
-  api::Frontend frontend(io, make_front(options, **router, has_text), clock, metrics);
+  api::FrontendOptions front = make_front(options, **router, has_text);
+  front.spans = exporter->get();
+  api::Frontend frontend(io, std::move(front), clock, metrics);
   Result<std::unique_ptr<api::HttpServer>> server = api::HttpServer::listen(
       io, options.text("host"), static_cast<uint16_t>(options.integer("port")), frontend.http_options());
   if (!server.ok()) return fail_with(server.error());

@@ -67,6 +67,8 @@ class Server {
   Status run() {
     TANDEM_ASSIGN(RankConfig config, make_rank_config(options_));
     TANDEM_TRY(read_text(config));
+    TANDEM_ASSIGN(exporter_, open_exporter(options_, "tandem-serve", io_, registry_));
+    config.spans = exporter_.get();
     config.model_name = served_.model.names.front();
     load_in_background(std::move(config));
     TANDEM_TRY(wait_until_checked());
@@ -138,6 +140,7 @@ class Server {
     api::FrontendOptions front = frontend_options(options_, served_.model.names.front());
     front.policy.accepts_kv_transfer = !options_.text("kv-transfer-config").empty();
     front.health = [this] { return health(); };
+    front.spans = exporter_.get();
     frontend_ = std::make_unique<api::Frontend>(io_, std::move(front), clock_, registry_);
     TANDEM_ASSIGN(server_,
                   api::HttpServer::listen(io_, options_.text("host"), static_cast<uint16_t>(options_.integer("port")),
@@ -210,6 +213,7 @@ class Server {
   bool is_checked_ = false;
   std::optional<Error> fault_;
 
+  std::unique_ptr<api::OtlpExporter> exporter_;
   std::unique_ptr<Rank> rank_;
   std::unique_ptr<api::Frontend> frontend_;
   std::unique_ptr<api::HttpServer> server_;

@@ -33,4 +33,12 @@ api::FrontendOptions frontend_options(const Options& options, const std::string&
   return front;
 }
 
+Result<std::unique_ptr<api::OtlpExporter>> open_exporter(const Options& options, const std::string& service_name,
+                                                         boost::asio::io_context& io, Registry& metrics) {
+  const std::string& endpoint = options.text("otlp-endpoint");
+  if (endpoint.empty()) return std::unique_ptr<api::OtlpExporter>();
+  const std::string& name = options.text("log-name");
+  return api::OtlpExporter::create(io, endpoint, name.empty() ? service_name : name, metrics);
+}
+
 }  // namespace tandem::commands

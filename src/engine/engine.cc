@@ -251,6 +251,7 @@ Status Engine::check_request(const TokenRequest& request) const {
 }
 
 Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
+  if (options_.synthetic_fill && request.resumed.empty() && !request.kv_transfer) return TransferRole::kMadeUp;
   if (!request.kv_transfer) return TransferRole::kNone;
   const transfer::KvTransferParams& params = *request.kv_transfer;
   if (params.do_remote_decode && params.do_remote_prefill) {
@@ -321,6 +322,7 @@ void Engine::drop(RequestId id) {
 
 void Engine::fail(Sequence& sequence, Error error) {
   TokenEvent event;
+  trace_stages(sequence, error.message);
   event.error = std::move(error);
   event.usage = usage(sequence);
   sequence.sink(std::move(event));
@@ -330,6 +332,7 @@ void Engine::fail(Sequence& sequence, Error error) {
 void Engine::finish(Sequence& sequence, TokenEvent event) {
   const int64_t now_us = clock_.now_us();
   probe_.finished(now_us - sequence.first_token_us, now_us - sequence.first_scheduled_us);
+  trace_stages(sequence, "");
   event.usage = usage(sequence);
   sequence.sink(std::move(event));
   CHECK(!sequence.transfer.has_value());
@@ -337,6 +340,31 @@ void Engine::finish(Sequence& sequence, TokenEvent event) {
 }
 
 TokenUsage Engine::usage(const Sequence& sequence) const { return {sequence.prompt_length, sequence.cached_tokens}; }
+
+// Where a request's time went: a span for each stage it reached. The last one carries the error.
+void Engine::trace_stages(const Sequence& sequence, const std::string& error) const {
+  if (options_.spans == nullptr || !sequence.request.trace.sampled) return;
+  const int64_t now_us = clock_.now_us();
+  const bool is_sender = sequence.role == TransferRole::kPushSend;
+  const auto add = [&](const char* name, int64_t from_us, int64_t to_us) {
+    if (from_us == 0) return;
+    Span span;
+    span.name = name;
+    span.context = child_of(sequence.request.trace);
+    span.parent = sequence.request.trace.span_id;
+    span.start_us = wall_us(from_us, now_us);
+    span.end_us = wall_us(to_us == 0 ? now_us : to_us, now_us);
+    span.attributes = {{"gen_ai.request.id", sequence.request.external_id},
+                       {"gen_ai.usage.prompt_tokens", sequence.prompt_length},
+                       {"gen_ai.usage.completion_tokens", sequence.num_generated()}};
+    if (to_us == 0) span.error = error;
+    options_.spans->add(std::move(span));
+  };
+  add("queue", sequence.arrival_us, sequence.first_scheduled_us);
+  const bool receives = sequence.kv_received || sequence.state == SequenceState::kReceiving;
+  add(receives ? "receive" : "prefill", sequence.first_scheduled_us, sequence.first_token_us);
+  add(is_sender ? "send" : "decode", sequence.first_token_us, 0);
+}
 
 // ---- A step ----------------------------------------------------------------------------------------------------
 
@@ -531,6 +559,12 @@ void Engine::begin_transfers(const StepPlan& plan) {
         agent_->pull(id, *sequence.request.kv_transfer, {first_block, blocks, sequence.prompt_length, prompt_hash(sequence)}, deadline_us);
         break;
       }
+      case TransferRole::kMadeUp:
+        for (const BlockId block : prompt_blocks(sequence, admission.cached_blocks)) {
+          cache_.fill(block, *options_.synthetic_fill);
+        }
+        start_received(sequence, sequence.prompt_length - 1);
+        break;
     }
   }
 }
@@ -574,14 +608,10 @@ void Engine::finish_transfer(const transfer::Done& done) {
 
 void Engine::finish_receive(Sequence& sequence, const transfer::Done& done) {
   if (!done.status.ok()) return fail(sequence, done.status.error());
-  const bool pulled = sequence.role == TransferRole::kPullReceive;
-  sequence.kv_received = true;
-  sequence.role = TransferRole::kNone;  // local from now on, also after a preemption
-  if (pulled) {
+  if (done.first_token) sequence.cached_tokens = std::max(sequence.cached_tokens, done.first_token->cached_tokens);
+  if (sequence.role == TransferRole::kPullReceive || options_.first_token_from_decode) {
     // The last prompt token is computed here, for its logits.
-    scheduler_.start_received(sequence, sequence.prompt_length - 1);
-    probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, true);
-    return;
+    return start_received(sequence, sequence.prompt_length - 1);
   }
   CHECK(done.first_token.has_value());
   const transfer::FirstToken& first = *done.first_token;
@@ -589,10 +619,16 @@ void Engine::finish_receive(Sequence& sequence, const transfer::Done& done) {
     return fail(sequence, make_error(ErrorKind::kDataLoss, "prefill sent first token {}, the vocabulary is 0 … {}",
                                      first.token, options_.sampled_vocab - 1));
   }
-  scheduler_.start_received(sequence, sequence.prompt_length);
-  sequence.cached_tokens = std::max(sequence.cached_tokens, first.cached_tokens);
-  probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, true);
+  start_received(sequence, sequence.prompt_length);
   append_token(sequence, {first.token, first.logprob, first.top_logprobs});
+}
+
+// The prompt's KV is here without having been computed here.
+void Engine::start_received(Sequence& sequence, int64_t num_computed) {
+  sequence.kv_received = true;
+  sequence.role = TransferRole::kNone;  // local from now on, also after a preemption
+  scheduler_.start_received(sequence, num_computed);
+  probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, true);
 }
 
 void Engine::finish_send(Sequence& sequence, const transfer::Done& done) {

@@ -31,6 +31,9 @@ struct EngineOptions {
   int64_t sampled_vocab = 0;       // ids the tokenizer knows; padded rows of the head above it are never chosen
   KvRole kv_role = KvRole::kBoth;  // which legs this engine takes, once an agent is attached
   std::string kv_host;             // address peers use to reach this engine's agent
+  bool first_token_from_decode = false;  // compute the first token of a pushed prompt here, though prefill sent it
+  SpanSink* spans = nullptr;             // null: stages are not traced
+  std::optional<float> synthetic_fill;   // make the KV of prompts up, to measure decode alone (KvCache::fill)
 };
 
 class Engine final : public Worker {
@@ -101,8 +104,10 @@ class Engine final : public Worker {
   transfer::TransferId open_transfer(Sequence& sequence, std::vector<BlockId> blocks, bool sending);
   void finish_transfer(const transfer::Done& done);
   void finish_receive(Sequence& sequence, const transfer::Done& done);
+  void start_received(Sequence& sequence, int64_t num_computed);
   void finish_send(Sequence& sequence, const transfer::Done& done);
   TokenUsage usage(const Sequence& sequence) const;
+  void trace_stages(const Sequence& sequence, const std::string& error) const;
   std::vector<BlockId> prompt_blocks(const Sequence& sequence, int64_t first_block) const;
   void update_gauges();
 

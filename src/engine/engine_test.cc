@@ -304,6 +304,33 @@ TEST_F(EngineTest, LongPromptLeavesStreamsTheirTime) {
 }
 
 // Random submits, cancels and deadlines from two threads; every answer that ends well is right, every block comes back.
+// The KV of a prompt is made up: one row of it is computed, and the token in its cache is the filling.
+TEST_F(EngineTest, MadeUpPromptsCostOneRow) {
+  ops_ = kernels::make_ops("ref", 1).value();
+  model_ = std::make_unique<FakeModel>(64, 4);
+  std::atomic<int64_t> prompt_rows{0};
+  model_->before_forward = [&](const model::Batch& batch) {
+    for (const model::Chunk& chunk : batch.chunks) prompt_rows += chunk.is_prompt ? chunk.num_rows : 0;
+  };
+  cache_ = std::make_unique<model::KvCache>(*ops_, model_->info().kv, 32);
+  EngineOptions options;
+  options.limits.block_size = 4;
+  options.limits.prefix_caching = false;
+  options.sampled_vocab = FakeModel::kVocab;
+  options.synthetic_fill = 0.0F;
+  registry_ = std::make_unique<Registry>();
+  engine_ = std::make_unique<Engine>(*model_, *cache_, options, clock_, *registry_);
+  engine_->start();
+  std::vector<TokenId> seen(11, 0);  // ten made up, and the prompt's last
+  seen.back() = 9;
+  Answer answer;
+  engine_->submit(request({5, 6, 7, 5, 6, 7, 5, 6, 7, 8, 9}, 6), answer.sink());
+  answer.wait();
+  EXPECT_EQ(prompt_rows, 1);
+  EXPECT_EQ(answer.tokens(), FakeModel::generate(seen, 6));
+  expect_all_blocks_back();
+}
+
 TEST_F(EngineTest, StormConservesBlocks) {
   const unsigned seed = std::random_device{}();
   SCOPED_TRACE("seed " + std::to_string(seed));

@@ -47,6 +47,7 @@ struct RankSetup {
   int64_t num_blocks = 2 * kMaxModelLen / 16 * 16;
   bool prefix_caching = false;
   std::optional<KvRole> kv_role;
+  bool first_token_from_decode = false;
 };
 
 // A model, its cache, an engine and, for a kv_role, an agent: what one worker process has.
@@ -76,6 +77,7 @@ class Rank {
     options.sampled_vocab = info.vocab_size;
     options.kv_role = setup.kv_role.value_or(KvRole::kBoth);
     options.kv_host = "127.0.0.1";
+    options.first_token_from_decode = setup.first_token_from_decode;
     engine_ = std::make_unique<Engine>(*model_, *cache_, options, clock_, registry_);
     if (setup.kv_role) {
       transfer::AgentOptions agent;
@@ -332,14 +334,19 @@ TEST_P(Exactness, ThreadCounts) {
 }
 
 TEST_P(Exactness, PushedFromPrefillToDecode) {
-  for (const bool prefix_caching : {false, true}) {
+  struct Case {
+    bool prefix_caching;
+    bool first_token_from_decode;
+  };
+  for (const Case& c : {Case{false, false}, Case{true, false}, Case{true, true}}) {
     RankSetup setup;
     setup.max_num_seqs = 8;
     setup.max_num_batched_tokens = 40;
-    setup.prefix_caching = prefix_caching;
+    setup.prefix_caching = c.prefix_caching;
     setup.kv_role = KvRole::kProducer;
     Rank prefill(GetParam(), setup);
     setup.kv_role = KvRole::kConsumer;
+    setup.first_token_from_decode = c.first_token_from_decode;
     Rank decode(GetParam(), setup);
     std::vector<Answer> answers;
     for (const TokenRequest& request : requests_) {

@@ -8,7 +8,9 @@
 namespace tandem::engine {
 namespace {
 
-bool is_receiver(TransferRole role) { return role == TransferRole::kPushReceive || role == TransferRole::kPullReceive; }
+bool is_receiver(TransferRole role) {
+  return role == TransferRole::kPushReceive || role == TransferRole::kPullReceive || role == TransferRole::kMadeUp;
+}
 
 // One row is left, and it is of the answer.
 bool is_stream(const Sequence& sequence) {

@@ -27,6 +27,7 @@ enum class TransferRole : uint8_t {
   kPullPublish,  // prefill: keep the blocks for a peer to fetch
   kPushReceive,  // decode: reserve blocks, tell the router where, receive
   kPullReceive,  // decode: fetch from the peer named in the request
+  kMadeUp,       // decode benchmark: the prompt's KV is filled in
 };
 
 struct Sequence {

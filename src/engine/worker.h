@@ -12,6 +12,7 @@
 
 #include "src/base/ids.h"
 #include "src/base/result.h"
+#include "src/base/trace.h"
 #include "src/transfer/params.h"
 
 namespace tandem::engine {
@@ -49,6 +50,7 @@ struct TokenRequest {
   std::vector<TokenId> resumed;
   bool is_one_of_several = false;  // of the choices of one request (n > 1)
   std::string session;             // for a router's session policy; "" for none
+  TraceContext trace{};            // the span of this request; not valid: nobody traces
 };
 
 struct GeneratedToken {

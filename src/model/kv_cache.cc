@@ -1,6 +1,9 @@
 #include "src/model/kv_cache.h"
 
+#include <algorithm>
+
 #include "src/base/check.h"
+#include "src/kernels/convert.h"
 
 namespace tandem::model {
 
@@ -23,6 +26,24 @@ std::byte* KvCache::block_address(int64_t layer, BlockId block) const {
   CHECK_GE(block.value, 0);
   CHECK_LT(block.value, num_blocks_);
   return base() + layer * layer_stride_bytes() + block.value * layout_.block_bytes();
+}
+
+void KvCache::fill(BlockId block, float value) {
+  for (int64_t layer = 0; layer < layout_.num_layers; ++layer) {
+    std::byte* const begin = block_address(layer, block);
+    std::byte* const end = begin + layout_.block_bytes();
+    switch (layout_.dtype) {
+      case kernels::DType::kF32:
+        std::fill(reinterpret_cast<float*>(begin), reinterpret_cast<float*>(end), value);
+        break;
+      case kernels::DType::kBf16:
+        std::fill(reinterpret_cast<uint16_t*>(begin), reinterpret_cast<uint16_t*>(end),
+                  kernels::bf16_from_float(value));
+        break;
+      default:
+        std::fill(begin, end, std::byte{0});
+    }
+  }
 }
 
 kernels::KvLayerView KvCache::layer(int64_t index) const {

@@ -73,6 +73,7 @@ api::ClientRequest RemoteWorker::make_request(const LegRequest& leg, std::string
   // One choice of several has a suffix; workers take no longer ids than the front end does.
   request.headers.emplace_back("X-Request-Id", leg.request.external_id.substr(0, kMaxRequestIdBytes));
   request.headers.emplace_back("X-Request-Timeout-Ms", std::to_string(leg.remaining_ms));
+  if (!leg.traceparent.empty()) request.headers.emplace_back("traceparent", leg.traceparent);
   if (!api_key_.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key_);
   const std::chrono::milliseconds remaining(leg.remaining_ms);
   request.connect_timeout = std::min(kConnectTimeout, remaining);

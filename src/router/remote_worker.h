@@ -15,6 +15,7 @@ namespace tandem::router {
 struct LegRequest {
   const engine::TokenRequest& request;  // used during the call only
   std::string transfer;                 // kv_transfer_params as JSON text, "" for none
+  std::string traceparent;              // "" for none
   int64_t remaining_ms = 0;             // until the request's deadline; > 0
 };
 

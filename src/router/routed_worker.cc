@@ -139,50 +139,73 @@ void RoutedWorker::arm_timer() {
 // ---- Legs ----------------------------------------------------------------------------------------------------------
 
 void RoutedWorker::open_leg(const LegOrder& order) {
+  Leg& leg = legs_[order.id];
   // Rounded up, so that a leg never believes that time is left which is not.
   const int64_t remaining_ms = std::max<int64_t>(1, (order.deadline_us - now_us() + 999) / 1000);
-  const LegRequest leg{order.request, order.transfer, remaining_ms};
-  order.role == Role::kDecode ? open_decode(order, leg) : open_prefill(order, leg);
+  LegRequest request{order.request, order.transfer, "", remaining_ms};
+  if (options_.spans != nullptr && order.request.trace.sampled) {
+    leg.span.context = child_of(order.request.trace);
+    leg.span.parent = order.request.trace.span_id;
+    leg.span.name = role_name(order.role);
+    leg.span.is_client = true;
+    leg.span.start_us = wall_us(now_us(), now_us());
+    leg.span.attributes = {{"server.address", workers().worker(order.worker).url},
+                           {"gen_ai.request.id", order.request.external_id}};
+    request.traceparent = leg.span.context.traceparent();
+  } else if (order.request.trace.is_valid()) {
+    request.traceparent = order.request.trace.traceparent();
+  }
+  RemoteWorker& remote = *remotes_[static_cast<size_t>(order.worker.value)];
+  leg.call =
+      order.role == Role::kDecode ? open_decode(order.id, remote, request) : open_prefill(order.id, remote, request);
 }
 
-void RoutedWorker::open_decode(const LegOrder& order, const LegRequest& leg) {
+api::CallId RoutedWorker::open_decode(LegId id, RemoteWorker& remote, const LegRequest& leg) {
   DecodeHandlers handlers;
-  handlers.on_reserved = [this, id = order.id](std::string transfer) {
+  handlers.on_reserved = [this, id](std::string transfer) {
     core_.leg_reserved(id, std::move(transfer), now_us());
     settle();
   };
-  handlers.on_event = [this, id = order.id](engine::TokenEvent&& event) {
-    if (event.finish) calls_.erase(id);
+  handlers.on_event = [this, id](engine::TokenEvent&& event) {
+    if (event.finish) end_leg(id, "");
     core_.leg_event(id, std::move(event), now_us());
     settle();
   };
-  handlers.on_failed = [this, id = order.id](LegFault fault) {
-    const auto call = calls_.extract(id);
-    if (!call.empty()) client_.cancel(call.mapped());  // an error inside the stream does not end the connection
+  handlers.on_failed = [this, id](LegFault fault) {
+    client_.cancel(end_leg(id, fault.error.message));  // an error inside the stream does not end the connection
     core_.leg_failed(id, std::move(fault), now_us());
     settle();
   };
-  calls_[order.id] = remotes_[static_cast<size_t>(order.worker.value)]->start_decode(leg, std::move(handlers));
+  return remote.start_decode(leg, std::move(handlers));
 }
 
-void RoutedWorker::open_prefill(const LegOrder& order, const LegRequest& leg) {
+api::CallId RoutedWorker::open_prefill(LegId id, RemoteWorker& remote, const LegRequest& leg) {
   PrefillHandlers handlers;
-  handlers.on_done = [this, id = order.id](std::string transfer) {
-    calls_.erase(id);
+  handlers.on_done = [this, id](std::string transfer) {
+    end_leg(id, "");
     core_.leg_done(id, std::move(transfer), now_us());
     settle();
   };
-  handlers.on_failed = [this, id = order.id](LegFault fault) {
-    calls_.erase(id);
+  handlers.on_failed = [this, id](LegFault fault) {
+    end_leg(id, fault.error.message);
     core_.leg_failed(id, std::move(fault), now_us());
     settle();
   };
-  calls_[order.id] = remotes_[static_cast<size_t>(order.worker.value)]->start_prefill(leg, std::move(handlers));
+  return remote.start_prefill(leg, std::move(handlers));
 }
 
-void RoutedWorker::cancel_leg(LegId id) {
-  const auto call = calls_.extract(id);
-  if (!call.empty()) client_.cancel(call.mapped());
+api::CallId RoutedWorker::end_leg(LegId id, std::string error) {
+  auto leg = legs_.extract(id);
+  if (leg.empty()) return {};
+  Span& span = leg.mapped().span;
+  if (span.context.is_valid()) {
+    span.end_us = wall_us(now_us(), now_us());
+    span.error = std::move(error);
+    options_.spans->add(std::move(span));
+  }
+  return leg.mapped().call;
 }
+
+void RoutedWorker::cancel_leg(LegId id) { client_.cancel(end_leg(id, "cancelled")); }
 
 }  // namespace tandem::router

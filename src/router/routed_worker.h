@@ -13,6 +13,7 @@
 #include "src/api/http_client.h"
 #include "src/base/clock.h"
 #include "src/base/metrics.h"
+#include "src/base/trace.h"
 #include "src/engine/worker.h"
 #include "src/router/health_prober.h"
 #include "src/router/remote_worker.h"
@@ -34,6 +35,7 @@ struct RouterOptions {
   CoreOptions core{};
   std::chrono::milliseconds probe_interval{1'000};
   std::string worker_api_key{};
+  SpanSink* spans = nullptr;  // null: legs are not traced
 };
 
 class RoutedWorker final : public engine::Worker, private LegPort {
@@ -61,8 +63,10 @@ class RoutedWorker final : public engine::Worker, private LegPort {
 
   void open_leg(const LegOrder& order) override;
   void cancel_leg(LegId id) override;
-  void open_decode(const LegOrder& order, const LegRequest& leg);
-  void open_prefill(const LegOrder& order, const LegRequest& leg);
+  api::CallId open_decode(LegId id, RemoteWorker& remote, const LegRequest& leg);
+  api::CallId open_prefill(LegId id, RemoteWorker& remote, const LegRequest& leg);
+  // The call of a leg, which is over.
+  api::CallId end_leg(LegId id, std::string error);
   // After everything that was told to the core.
   void settle();
   void arm_timer();
@@ -75,7 +79,11 @@ class RoutedWorker final : public engine::Worker, private LegPort {
   RouterCore core_;
   HealthProber prober_;
   std::vector<std::unique_ptr<RemoteWorker>> remotes_;  // by worker id
-  std::unordered_map<LegId, api::CallId> calls_;
+  struct Leg {
+    api::CallId call;
+    Span span;
+  };
+  std::unordered_map<LegId, Leg> legs_;
   struct Timer;
   std::unique_ptr<Timer> timer_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // false once destroyed; posted work checks it
