@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "src/model/memory_needs.h"
+#include "src/model/quantize_checkpoint.h"
 #include "src/model/test_support.h"
 
 namespace tandem::model {
@@ -83,27 +84,39 @@ TEST_F(LoadTest, ForetellsItsMemory) {
 TEST_F(LoadTest, TellsFormatsAndWhatIsNotUsed) {
   const std::unique_ptr<kernels::Ops> ops = must_make_ops("auto");
   Folder folder("qwen_base");
-  const auto told = [&](const QuantizationRequest& request) {
-    folder.write();
-    LoadOptions options = golden_options(folder.dir.path(), ComputeType::kBf16);
+  folder.write();
+  const auto told = [&](const QuantizationRequest& request, const std::string& path) {
+    LoadOptions options = golden_options(path, ComputeType::kBf16);
     options.quantization = request;
     testing::internal::CaptureStderr();
-    const bool is_loaded = load_model(*ops, options).ok();
+    const Result<std::unique_ptr<Model>> model = load_model(*ops, options);
     const std::string text = testing::internal::GetCapturedStderr();
-    EXPECT_TRUE(is_loaded);
+    EXPECT_TRUE(model.ok()) << model.error().message;
     return text;
   };
   const auto has = [](const std::string& text) { return testing::HasSubstr(text); };
-  EXPECT_THAT(told({"auto", 0}), testing::AllOf(testing::Not(has("scales")), testing::Not(has("kv_cache_scheme"))));
-  EXPECT_THAT(told({"w8a8", 0}), testing::AllOf(has("lm_head int8 a8"), has(" MiB, scales f32, KV")));
-  EXPECT_THAT(told({"w4a8", 32, "int4"}), testing::AllOf(has("lm_head int4 g32 a8"), has(" MiB, scales f16, KV"),
-                                                         testing::Not(has("the head has 8 bits"))));
-  EXPECT_THAT(told({"w4a8", 32}),
+  EXPECT_THAT(told({"auto", 0}, folder.dir.path()),
+              testing::AllOf(testing::Not(has("scales")), testing::Not(has("kv_cache_scheme"))));
+  EXPECT_THAT(told({"w8a8", 0}, folder.dir.path()),
+              testing::AllOf(has("lm_head int8 a8"), has(" MiB, scales f32, KV")));
+  EXPECT_THAT(told({"w4a8", 32, "int4"}, folder.dir.path()),
+              testing::AllOf(has("lm_head int4 g32 a8"), has(" MiB, scales f16, KV"),
+                             testing::Not(has("the head has 8 bits"))));
+  EXPECT_THAT(told({"w4a8", 32}, folder.dir.path()),
               testing::AllOf(has("lm_head int8 a8; the head has 8 bits unless"), has("scales f16 (1 of")));
-  EXPECT_THAT(told({"auto", 0, "int8"}), has("lm_head int8 a16"));
-  folder.config = replaced(folder.config, "{", R"({"quantization_config": {"quant_method": "compressed-tensors",
-    "format": "int-quantized", "config_groups": {}, "ignore": [], "kv_cache_scheme": {"num_bits": 8, "type": "float"}},)");
-  EXPECT_THAT(told({"auto", 0}), has("the checkpoint's scales of keys and values (kv_cache_scheme) are not used"));
+  EXPECT_THAT(told({"auto", 0, "int8"}, folder.dir.path()), has("lm_head int8 a16"));
+
+  QuantizeOptions quantize;
+  quantize.source = folder.dir.path();
+  quantize.target = folder.dir.path() + "/quantised";
+  quantize.quantization.name = "w8a8";
+  ASSERT_TRUE(quantize_checkpoint(*ops, quantize).ok());
+  EXPECT_THAT(told({"auto", 0}, quantize.target), testing::Not(has("kv_cache_scheme")));
+  const std::string config = read_text(quantize.target + "/config.json");
+  std::ofstream(quantize.target + "/config.json")
+      << replaced(config, R"("kv_cache_scheme": null)", R"("kv_cache_scheme": {"num_bits": 8, "type": "float"})");
+  EXPECT_THAT(told({"auto", 0}, quantize.target),
+              has("the checkpoint's scales of keys and values (kv_cache_scheme) are not used"));
 }
 
 TEST_F(LoadTest, ATiedHeadTakesNoFormat) {
