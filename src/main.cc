@@ -24,6 +24,7 @@ constexpr Row kRows[] = {
     {Subcommand::kBenchKernels, tandem::commands::run_bench_kernels},
     {Subcommand::kBenchThroughput, tandem::commands::run_bench_throughput},
     {Subcommand::kBenchLatency, tandem::commands::run_bench_latency},
+    {Subcommand::kBenchRouter, tandem::commands::run_bench_router},
     {Subcommand::kQuantize, tandem::commands::run_quantize},
     {Subcommand::kEplb, tandem::commands::run_eplb},
     {Subcommand::kSim, tandem::commands::run_sim},

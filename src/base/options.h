@@ -29,6 +29,7 @@ enum class Subcommand : uint32_t {
   kQuantize = 512,
   kSim = 1024,
   kEplb = 2048,
+  kBenchRouter = 4096,
 };
 
 struct SubcommandInfo {

@@ -13,6 +13,7 @@ constexpr uint32_t kChat = static_cast<uint32_t>(Subcommand::kChat);
 constexpr uint32_t kBench = static_cast<uint32_t>(Subcommand::kBenchServe);
 constexpr uint32_t kBenchKernels = static_cast<uint32_t>(Subcommand::kBenchKernels);
 constexpr uint32_t kThroughput = static_cast<uint32_t>(Subcommand::kBenchThroughput);
+constexpr uint32_t kBenchRouter = static_cast<uint32_t>(Subcommand::kBenchRouter);
 constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
 // All that run an engine in this process.
 constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
@@ -32,6 +33,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchServe, "bench serve", "Measure a server: latencies and throughput under a chosen load."},
     {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
+    {Subcommand::kBenchRouter, "bench router", "Measure the router by itself, on one core, between instant mock workers and a load."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
     {Subcommand::kEplb, "eplb", "Compute which rank shall hold which expert, from recorded loads."},
@@ -314,8 +316,32 @@ constexpr OptionSpec kTable[] = {
      .help = "Batches before the measurement.", .min = 0, .max = 10000},
     {.name = "num-iters", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "5",
      .help = "Batches measured.", .min = 1, .max = 10000},
-    {.name = "output-json", .commands = kThroughput | kLatency, .group = "Result", .type = kText, .default_text = "",
-     .help = "File for the result as JSON, under vLLM's names."},
+    {.name = "output-json", .commands = kThroughput | kLatency | kBenchRouter, .group = "Result", .type = kText,
+     .default_text = "", .help = "File for the result as JSON; of engines under vLLM's names."},
+
+    // bench router
+    {.name = "model", .commands = kBenchRouter, .group = "Router", .type = kText, .default_text = "",
+     .help = "Directory with config.json and the tokenizer that the router uses.", .positional = true},
+    {.name = "pairs", .commands = kBenchRouter, .group = "Router", .type = kFlag, .default_text = "false",
+     .help = "Prefill and decode workers (push) instead of decode workers alone."},
+    {.name = "num-workers", .commands = kBenchRouter, .group = "Router", .type = kInteger, .default_text = "2",
+     .help = "Mock workers of each role.", .min = 1, .max = 256},
+    {.name = "input-len", .commands = kBenchRouter, .group = "Load", .type = kInteger, .default_text = "32",
+     .help = "Words of a prompt.", .min = 1, .max = 1048576},
+    {.name = "output-len", .commands = kBenchRouter, .group = "Load", .type = kInteger, .default_text = "16",
+     .help = "Tokens of an answer.", .min = 1, .max = 65536},
+    {.name = "token-gap-ms", .commands = kBenchRouter, .group = "Load", .type = kNumber, .default_text = "0",
+     .help = "Time between two tokens of a mock; with 0 it sends whole answers.", .min = 0, .max = 1000},
+    {.name = "duration-s", .commands = kBenchRouter, .group = "Load", .type = kNumber, .default_text = "10",
+     .help = "Seconds of the closed loop, of the routed and of the direct Poisson load.", .min = 0.1, .max = 3600},
+    {.name = "max-concurrency", .commands = kBenchRouter, .group = "Load", .type = kInteger, .default_text = "64",
+     .help = "Connections of the closed loop.", .min = 1, .max = 4096},
+    {.name = "request-rate", .commands = kBenchRouter, .group = "Load", .type = kNumber, .default_text = "2500",
+     .help = "Requests per second of the Poisson load.", .min = 1, .max = 1000000},
+    {.name = "memory-s", .commands = kBenchRouter, .group = "Load", .type = kNumber, .default_text = "0",
+     .help = "Seconds of further Poisson load during which the router's memory is watched.", .min = 0, .max = 86400},
+    {.name = "seed", .commands = kBenchRouter, .group = "Load", .type = kInteger, .default_text = "0",
+     .help = "Seed of prompts and arrival times.", .min = 0, .max = kMaxInt},
 
     // bench kernels
     {.name = "cpu-isa", .commands = kBenchKernels, .group = "Device", .type = kText, .default_text = "all",

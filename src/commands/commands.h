@@ -14,6 +14,7 @@ int run_bench_serve(const Options& options);
 int run_bench_kernels(const Options& options);
 int run_bench_throughput(const Options& options);
 int run_bench_latency(const Options& options);
+int run_bench_router(const Options& options);
 int run_quantize(const Options& options);
 int run_eplb(const Options& options);
 int run_sim(const Options& options);
