@@ -395,6 +395,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
   const FrontendOptions options;
   const Clock& clock;
   Registry& registry;
+  HttpMetrics http_metrics{registry};
   const ApiKeys keys;
   const std::shared_ptr<Mailbox> mailbox;
   asio::steady_timer deadline_timer;
@@ -418,7 +419,7 @@ Frontend::~Frontend() {
 HttpServerOptions Frontend::http_options() const {
   HttpServerOptions http;
   http.authorize = [impl = impl_](const HttpRequest& request) { return impl->keys.check(request); };
-  http.on_complete = [impl = impl_](const HttpRecord& record) { count_http_request(impl->registry, record); };
+  http.on_complete = [impl = impl_](const HttpRecord& record) { impl->http_metrics.count(record); };
   return http;
 }
 

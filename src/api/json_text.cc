@@ -1,7 +1,9 @@
 #include "src/api/json_text.h"
 
+#include <fmt/compile.h>
 #include <fmt/format.h>
 
+#include <charconv>
 #include <cmath>
 #include <iterator>
 
@@ -37,58 +39,60 @@ size_t utf8_sequence_length(std::string_view text) {
 
 void append_json_string(std::string& out, std::string_view text) {
   out += '"';
+  size_t run = 0;  // where the characters begin that are copied as they are
   size_t i = 0;
-  while (i < text.size()) {
+  const auto replace = [&](std::string_view replacement) {
+    out.append(text, run, i - run);
+    out += replacement;
+    run = i + 1;
+  };
+  for (; i < text.size(); ++i) {
     const char c = text[i];
     const unsigned char byte = static_cast<unsigned char>(c);
     if (byte >= 0x80) {
       const size_t length = utf8_sequence_length(text.substr(i));
       if (length == 0) {
-        out += "\xEF\xBF\xBD";
-        ++i;
+        replace("\xEF\xBF\xBD");
       } else {
-        out += text.substr(i, length);
-        i += length;
+        i += length - 1;
       }
-      continue;
-    }
-    ++i;
-    switch (c) {
-      case '"':
-        out += "\\\"";
-        break;
-      case '\\':
-        out += "\\\\";
-        break;
-      case '\n':
-        out += "\\n";
-        break;
-      case '\r':
-        out += "\\r";
-        break;
-      case '\t':
-        out += "\\t";
-        break;
-      default:
-        if (byte < 0x20 || byte == 0x7f) {
-          fmt::format_to(std::back_inserter(out), "\\u{:04x}", byte);
-        } else {
-          out += c;
-        }
+    } else if (c == '"') {
+      replace("\\\"");
+    } else if (c == '\\') {
+      replace("\\\\");
+    } else if (c == '\n') {
+      replace("\\n");
+    } else if (c == '\r') {
+      replace("\\r");
+    } else if (c == '\t') {
+      replace("\\t");
+    } else if (byte < 0x20 || byte == 0x7f) {
+      replace(fmt::format("\\u{:04x}", byte));
     }
   }
+  out.append(text, run);
   out += '"';
 }
 
-void append_json_number(std::string& out, float value) {
+namespace {
+template <typename T>
+void append_real(std::string& out, T value) {
   CHECK(std::isfinite(value));
   const size_t start = out.size();
-  fmt::format_to(std::back_inserter(out), "{}", value);
+  fmt::format_to(std::back_inserter(out), FMT_COMPILE("{}"), value);
   // A reader that tells integers from floats must see a float.
   if (out.find_first_of(".e", start) == std::string::npos) out += ".0";
 }
+}  // namespace
 
-void append_json_number(std::string& out, int64_t value) { fmt::format_to(std::back_inserter(out), "{}", value); }
+void append_json_number(std::string& out, float value) { append_real(out, value); }
+void append_json_number(std::string& out, double value) { append_real(out, value); }
+
+void append_json_number(std::string& out, int64_t value) {
+  char digits[24];
+  const std::to_chars_result end = std::to_chars(digits, digits + sizeof digits, value);
+  out.append(digits, end.ptr);
+}
 
 int64_t count_code_points(std::string_view text) {
   int64_t count = 0;

@@ -56,21 +56,32 @@ void RequestMetrics::ended(std::string_view reason, double seconds, double decod
   if (tokens > 1) token_seconds_.observe(decode_seconds / static_cast<double>(tokens - 1));
 }
 
-void count_http_request(Registry& registry, const HttpRecord& record) {
+void HttpMetrics::count(const HttpRecord& record) {
   static constexpr std::array<std::string_view, 5> kPolled = {"/metrics", "/health", "/load", "/ping", "/version"};
   if (std::find(kPolled.begin(), kPolled.end(), record.route) != kPolled.end()) return;
+  Series& series = find(record);
+  series.requests->add();
+  series.seconds->observe(record.seconds);
+}
+
+HttpMetrics::Series& HttpMetrics::find(const HttpRecord& record) {
+  const int status_kind = record.status / 100;
+  for (Series& series : series_) {
+    if (series.status_kind == status_kind && series.route == record.route && series.method == record.method) {
+      return series;
+    }
+  }
   static constexpr std::array kSeconds = {0.1, 0.5, 1.0};
   const std::string handler(record.route);
   const std::string method(record.method);
   // Grouped as "2xx", as the instrumentation of vLLM's server does.
-  registry
-      .counter("http_requests_total", "HTTP requests by route, method and kind of status.",
-               {{"handler", handler}, {"method", method}, {"status", fmt::format("{}xx", record.status / 100)}})
-      .add();
-  registry
-      .histogram("http_request_duration_seconds", "From a request's head to the end of its answer.", kSeconds,
-                 {{"handler", handler}, {"method", method}})
-      .observe(record.seconds);
+  Counter& requests =
+      registry_.counter("http_requests_total", "HTTP requests by route, method and kind of status.",
+                        {{"handler", handler}, {"method", method}, {"status", fmt::format("{}xx", status_kind)}});
+  Histogram& seconds =
+      registry_.histogram("http_request_duration_seconds", "From a request's head to the end of its answer.", kSeconds,
+                          {{"handler", handler}, {"method", method}});
+  return series_.emplace_back(Series{handler, method, status_kind, &requests, &seconds});
 }
 
 }  // namespace tandem::api

@@ -1,6 +1,16 @@
 #include "src/api/sse.h"
 
 namespace tandem::api {
+namespace {
+
+// The first CR or LF. Two searches for one character each are many times faster than one for either.
+size_t find_line_end(std::string_view bytes) {
+  const size_t lf = bytes.find('\n');
+  const size_t cr = bytes.substr(0, lf).find('\r');
+  return cr != std::string_view::npos ? cr : lf;
+}
+
+}  // namespace
 
 Status SseParser::feed(std::string_view bytes, const std::function<void(const SseEvent&)>& on_event) {
   while (!bytes.empty()) {
@@ -10,7 +20,7 @@ Status SseParser::feed(std::string_view bytes, const std::function<void(const Ss
       continue;
     }
     last_was_cr_ = false;
-    const size_t end = bytes.find_first_of("\r\n");
+    const size_t end = find_line_end(bytes);
     const std::string_view piece = bytes.substr(0, end);
     if (partial_line_.size() + piece.size() + current_.data.size() > kMaxEventBytes) {
       return make_error(ErrorKind::kDataLoss, "a server-sent event is longer than the limit of {} bytes",
@@ -36,7 +46,8 @@ Status SseParser::feed(std::string_view bytes, const std::function<void(const Ss
 void SseParser::take_line(std::string_view line, const std::function<void(const SseEvent&)>& on_event) {
   if (line.empty()) {
     if (has_data_) on_event(current_);
-    current_ = {};
+    current_.event.clear();
+    current_.data.clear();
     has_data_ = false;
     return;
   }

@@ -2,8 +2,10 @@
 
 #include <sys/random.h>
 
+#include <array>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "src/base/check.h"
 
@@ -19,11 +21,18 @@ int64_t unix_time_s() {
   return std::chrono::duration_cast<std::chrono::seconds>(since_1970).count();
 }
 
+// A system call for many numbers at once: a request needs several. A forked child would draw its parent's numbers
+// again, but every child of ours becomes another program at once.
 uint64_t random_u64() {
-  uint64_t value = 0;
-  const ssize_t got = getrandom(&value, sizeof value, 0);
-  CHECK_EQ(got, static_cast<ssize_t>(sizeof value));
-  return value;
+  constexpr size_t kNumbers = 32;  // 256 bytes: the kernel gives them whole, whatever signals come
+  thread_local std::array<uint64_t, kNumbers> numbers;
+  thread_local size_t num_left = 0;
+  if (num_left == 0) {
+    const ssize_t got = getrandom(numbers.data(), sizeof numbers, 0);
+    CHECK_EQ(got, static_cast<ssize_t>(sizeof numbers));
+    num_left = kNumbers;
+  }
+  return std::exchange(numbers[--num_left], 0);  // nobody may find a number that was given away
 }
 
 std::string random_hex(size_t bytes) {

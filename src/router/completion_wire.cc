@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "src/api/api_error.h"
+#include "src/api/json_text.h"
 
 namespace tandem::router {
 namespace {
@@ -13,51 +14,76 @@ using nlohmann::json;
 
 constexpr std::string_view kTokenIdPrefix = "token_id:";  // return_tokens_as_token_ids
 
-// {"prompt":[1,2,3] — by hand: a prompt has up to 10^5 ids, and a DOM of them costs more than all the rest.
-std::string open_body(const engine::TokenRequest& request) {
-  std::string body = "{\"prompt\":[";
-  body.reserve(request.prompt.size() * 7 + 512);
+void append_ids(std::string& out, const std::vector<TokenId>& ids) {
+  out += '[';
   char digits[16];
-  for (size_t i = 0; i < request.prompt.size(); ++i) {
-    if (i > 0) body += ',';
-    const std::to_chars_result end = std::to_chars(digits, digits + sizeof digits, request.prompt[i]);
-    body.append(digits, end.ptr);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (i > 0) out += ',';
+    const std::to_chars_result end = std::to_chars(digits, digits + sizeof digits, ids[i]);
+    out.append(digits, end.ptr);
   }
-  return body + "]";
+  out += ']';
 }
 
-json sampling_fields(const engine::SamplingParams& sampling) {
-  json fields = {
-      {"n", 1},
-      {"temperature", sampling.temperature},
-      {"top_k", sampling.top_k},
-      {"top_p", sampling.top_p},
-      {"min_p", sampling.min_p},
-      {"repetition_penalty", sampling.repetition_penalty},
-      {"presence_penalty", sampling.presence_penalty},
-      {"frequency_penalty", sampling.frequency_penalty},
-      {"seed", static_cast<int64_t>(sampling.seed)},  // the API's seed is a signed 64-bit number; bits are kept
-      {"ignore_eos", sampling.ignore_eos},
-      {"return_tokens_as_token_ids", true},
-      {"detokenize", false},
-  };
-  if (!sampling.stop_token_ids.empty()) fields["stop_token_ids"] = sampling.stop_token_ids;
-  if (sampling.num_logprobs >= 0) fields["logprobs"] = sampling.num_logprobs;
-  for (const auto& [token, bias] : sampling.logit_bias) fields["logit_bias"][std::to_string(token)] = bias;
-  return fields;
+// {"prompt":[1,2,3] — by hand, like all of the body: a prompt has up to 10^5 ids, and a DOM costs more than the rest.
+std::string open_body(const engine::TokenRequest& request) {
+  std::string body = "{\"prompt\":";
+  body.reserve(request.prompt.size() * 7 + 768);
+  append_ids(body, request.prompt);
+  return body;
 }
 
-std::string close_body(std::string body, const engine::TokenRequest& request, json fields, std::string_view transfer) {
-  if (!request.cache_salt.empty()) fields["cache_salt"] = request.cache_salt;
-  body += ',';
-  body += std::string_view(fields.dump()).substr(1);  // without its opening brace
+void append(std::string& body, std::string_view name, int64_t value) {
+  body += name;
+  api::append_json_number(body, value);
+}
+
+void append(std::string& body, std::string_view name, double value) {
+  body += name;
+  api::append_json_number(body, value);
+}
+
+void append(std::string& body, std::string_view name, bool value) {
+  body += name;
+  body += value ? "true" : "false";
+}
+
+void append_sampling(std::string& body, const engine::SamplingParams& sampling) {
+  append(body, ",\"n\":1,\"temperature\":", sampling.temperature);
+  append(body, ",\"top_k\":", sampling.top_k);
+  append(body, ",\"top_p\":", sampling.top_p);
+  append(body, ",\"min_p\":", sampling.min_p);
+  append(body, ",\"repetition_penalty\":", sampling.repetition_penalty);
+  append(body, ",\"presence_penalty\":", sampling.presence_penalty);
+  append(body, ",\"frequency_penalty\":", sampling.frequency_penalty);
+  // The API's seed is a signed 64-bit number; bits are kept.
+  append(body, ",\"seed\":", static_cast<int64_t>(sampling.seed));
+  append(body, ",\"ignore_eos\":", sampling.ignore_eos);
+  body += ",\"return_tokens_as_token_ids\":true,\"detokenize\":false";
+  if (!sampling.stop_token_ids.empty()) {
+    body += ",\"stop_token_ids\":";
+    append_ids(body, sampling.stop_token_ids);
+  }
+  if (sampling.num_logprobs >= 0) append(body, ",\"logprobs\":", sampling.num_logprobs);
+  std::string_view separator = ",\"logit_bias\":{\"";
+  for (const auto& [token, bias] : sampling.logit_bias) {
+    append(body, separator, static_cast<int64_t>(token));
+    append(body, "\":", static_cast<double>(bias));
+    separator = ",\"";
+  }
+  if (!sampling.logit_bias.empty()) body += '}';
+}
+
+std::string close_body(std::string body, const engine::TokenRequest& request, std::string_view transfer) {
+  if (!request.cache_salt.empty()) {
+    body += ",\"cache_salt\":";
+    api::append_json_string(body, request.cache_salt);
+  }
   if (!transfer.empty()) {
-    body.pop_back();
     body += ",\"kv_transfer_params\":";
     body += transfer;
-    body += '}';
   }
-  return body;
+  return body + "}";
 }
 
 std::string text_of(const json& object, const char* field) {
@@ -140,39 +166,58 @@ Status read_tokens(const json& choice, int64_t num_logprobs, std::vector<engine:
   return {};
 }
 
-std::optional<engine::FinishReason> finish_of(const json& choice) {
-  const std::string reason = text_of(choice, "finish_reason");
-  if (reason.empty()) return std::nullopt;
-  if (reason == "stop") return engine::FinishReason::kStop;
-  if (reason == "length") return engine::FinishReason::kLength;
-  if (reason == "abort") return engine::FinishReason::kAbort;
-  return engine::FinishReason::kError;
-}
-
 std::string transfer_of(const json& chunk) {
   const auto found = chunk.find("kv_transfer_params");
   return found != chunk.end() && found->is_object() ? found->dump() : "";
 }
 
+std::optional<int64_t> find_integer(const json& object, const char* field) {
+  const auto found = object.find(field);
+  if (found == object.end() || !found->is_number_integer()) return std::nullopt;
+  return found->get<int64_t>();
+}
+
+Result<ChunkFields> fields_of(const json& chunk, int64_t num_logprobs) {
+  ChunkFields out;
+  if (const auto usage = chunk.find("usage"); usage != chunk.end() && usage->is_object()) {
+    out.has_usage = true;
+    out.prompt_tokens = find_integer(*usage, "prompt_tokens");
+    if (const auto details = usage->find("prompt_tokens_details"); details != usage->end() && details->is_object()) {
+      out.cached_tokens = find_integer(*details, "cached_tokens");
+    }
+  }
+  const auto choices = chunk.find("choices");
+  if (choices == chunk.end() || !choices->is_array() || choices->empty() || !choices->front().is_object()) return out;
+  const json& choice = choices->front();
+  out.has_choice = true;
+  TANDEM_TRY(read_tokens(choice, num_logprobs, out.tokens));
+  out.finish = finish_of_name(text_of(choice, "finish_reason"));
+  out.stop_reason = find_integer(choice, "stop_reason");
+  return out;
+}
+
 }  // namespace
 
 std::string decode_body(const engine::TokenRequest& request, std::string_view transfer) {
-  json fields = sampling_fields(request.sampling);
-  if (!request.resumed.empty()) fields["resume_token_ids"] = request.resumed;
-  fields["max_tokens"] = request.sampling.max_tokens;
-  fields["min_tokens"] = request.sampling.min_tokens;
-  fields["return_token_ids"] = true;
-  fields["stream"] = true;
-  fields["stream_options"] = {{"include_usage", true}, {"continuous_usage_stats", true}};
-  return close_body(open_body(request), request, std::move(fields), transfer);
+  std::string body = open_body(request);
+  if (!request.resumed.empty()) {
+    body += ",\"resume_token_ids\":";
+    append_ids(body, request.resumed);
+  }
+  append_sampling(body, request.sampling);
+  append(body, ",\"max_tokens\":", request.sampling.max_tokens);
+  append(body, ",\"min_tokens\":", request.sampling.min_tokens);
+  body += R"(,"return_token_ids":true,"stream":true)"
+          R"(,"stream_options":{"include_usage":true,"continuous_usage_stats":true})";
+  return close_body(std::move(body), request, transfer);
 }
 
 std::string prefill_body(const engine::TokenRequest& request, std::string_view transfer) {
-  json fields = sampling_fields(request.sampling);
-  fields["max_tokens"] = 1;
-  fields["min_tokens"] = std::min<int64_t>(request.sampling.min_tokens, 1);
-  fields["stream"] = false;
-  return close_body(open_body(request), request, std::move(fields), transfer);
+  std::string body = open_body(request);
+  append_sampling(body, request.sampling);
+  append(body, ",\"max_tokens\":1,\"min_tokens\":", std::min<int64_t>(request.sampling.min_tokens, 1));
+  body += ",\"stream\":false";
+  return close_body(std::move(body), request, transfer);
 }
 
 Error error_of_response(int status, std::string_view body) {
@@ -200,6 +245,12 @@ CompletionReader::Update CompletionReader::read(std::string_view data) {
 
 CompletionReader::Update CompletionReader::read_chunk(std::string_view data) {
   Update update;
+  if (num_logprobs_ < 0) {
+    if (std::optional<ChunkFields> fields = scan_chunk(data)) {
+      update.event = take(std::move(*fields));
+      return update;
+    }
+  }
   const json chunk = json::parse(data, nullptr, /*allow_exceptions=*/false);
   if (!chunk.is_object()) {
     update.error = bad_answer("an event that is not a JSON object");
@@ -210,47 +261,44 @@ CompletionReader::Update CompletionReader::read_chunk(std::string_view data) {
     return update;
   }
   update.transfer = transfer_of(chunk);
+  Result<ChunkFields> fields = fields_of(chunk, num_logprobs_);
+  if (fields.ok()) {
+    update.event = take(std::move(*fields));
+  } else {
+    update.error = fields.error();
+  }
+  return update;
+}
 
-  bool has_usage = false;
-  if (const auto usage = chunk.find("usage"); usage != chunk.end() && usage->is_object()) {
-    has_usage = true;
-    usage_.prompt_tokens = integer_of(*usage, "prompt_tokens", prompt_tokens_);
-    if (const auto details = usage->find("prompt_tokens_details"); details != usage->end() && details->is_object()) {
-      usage_.cached_tokens = integer_of(*details, "cached_tokens", usage_.cached_tokens);
-    }
+std::optional<engine::TokenEvent> CompletionReader::take(ChunkFields fields) {
+  if (fields.has_usage) {
+    usage_.prompt_tokens = fields.prompt_tokens.value_or(prompt_tokens_);
+    usage_.cached_tokens = fields.cached_tokens.value_or(usage_.cached_tokens);
   }
   if (usage_.prompt_tokens == 0) usage_.prompt_tokens = prompt_tokens_;
-  if (has_usage && waiting_finish_) {
-    update.event = std::move(waiting_finish_);
+  if (fields.has_usage && waiting_finish_) {
+    std::optional<engine::TokenEvent> event = std::move(waiting_finish_);
     waiting_finish_.reset();
-    update.event->usage = usage_;
-    return update;
+    event->usage = usage_;
+    return event;
   }
-
-  const auto choices = chunk.find("choices");
-  if (choices == chunk.end() || !choices->is_array() || choices->empty() || !choices->front().is_object())
-    return update;
-  const json& choice = choices->front();
+  if (!fields.has_choice) return std::nullopt;
   engine::TokenEvent event;
   event.usage = usage_;
-  if (const Status status = read_tokens(choice, num_logprobs_, event.tokens); !status.ok()) {
-    update.error = status.error();
-    return update;
-  }
+  event.tokens = std::move(fields.tokens);
   if (!event.tokens.empty()) last_token_ = event.tokens.back().token;
-  event.finish = finish_of(choice);
+  event.finish = fields.finish;
   if (event.finish == engine::FinishReason::kStop) {
     // Workers get no stop strings, so a token ended it: the one named, or the model's own end, which is the last.
-    const int64_t named = integer_of(choice, "stop_reason", last_token_);
+    const int64_t named = fields.stop_reason.value_or(last_token_);
     if (named >= 0) event.stop_token = static_cast<TokenId>(named);
   }
-  if (event.tokens.empty() && !event.finish) return update;
-  if (event.finish && !has_usage) {
+  if (event.tokens.empty() && !event.finish) return std::nullopt;
+  if (event.finish && !fields.has_usage) {
     waiting_finish_ = std::move(event);
-    return update;
+    return std::nullopt;
   }
-  update.event = std::move(event);
-  return update;
+  return event;
 }
 
 }  // namespace tandem::router

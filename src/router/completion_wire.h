@@ -9,6 +9,7 @@
 
 #include "src/base/result.h"
 #include "src/engine/worker.h"
+#include "src/router/chunk_scan.h"
 
 namespace tandem::router {
 
@@ -39,6 +40,7 @@ class CompletionReader {
 
  private:
   Update read_chunk(std::string_view data);
+  std::optional<engine::TokenEvent> take(ChunkFields fields);
 
   int64_t prompt_tokens_;
   int64_t num_logprobs_;
