@@ -1,5 +1,6 @@
 #include "src/api/http_client.h"
 
+#include <algorithm>
 #include <array>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/awaitable.hpp>
@@ -10,7 +11,9 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/asio/write.hpp>
+#include <cstring>
 #include <deque>
+#include <memory>
 #include <optional>
 
 #include "src/api/http_parser.h"
@@ -58,6 +61,34 @@ bool is_quiet(tcp::socket& socket) {
   return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
 }
 
+// Bytes read and not yet used. A std::string would clear its room before each read, which for a token costs more than
+// the reading.
+class InputBuffer {
+ public:
+  // Room for kReadBytes more.
+  char* room() {
+    if (size_ + kReadBytes > capacity_) {
+      const size_t capacity = std::max(size_ + kReadBytes, 2 * capacity_);
+      auto larger = std::make_unique_for_overwrite<char[]>(capacity);
+      if (size_ > 0) std::memcpy(larger.get(), bytes_.get(), size_);
+      bytes_ = std::move(larger);
+      capacity_ = capacity;
+    }
+    return bytes_.get() + size_;
+  }
+  void grow(size_t n) { size_ += n; }
+  std::string_view view() const { return {bytes_.get(), size_}; }
+  void keep_last(size_t n) {
+    if (n > 0 && n < size_) std::memmove(bytes_.get(), bytes_.get() + (size_ - n), n);
+    size_ = n;
+  }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  size_t capacity_ = 0;
+  size_t size_ = 0;
+};
+
 struct Call {
   CallId id;
   HttpUrl url;
@@ -104,7 +135,8 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
   HttpClientOptions options;
   uint64_t next_id = 1;
   std::unordered_map<CallId, std::shared_ptr<Call>> calls;
-  std::unordered_map<std::string, std::deque<IdleConnection>> idle;
+  std::unordered_map<std::string, std::deque<IdleConnection>> idle;  // by origin, oldest first
+  SteadyTime last_sweep = std::chrono::steady_clock::now();
 
   static asio::awaitable<void> watch_deadline(std::shared_ptr<Call> call) {
     while (!call->cancelled && call->deadline != SteadyTime{}) {
@@ -172,6 +204,17 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
     }
     if (options.max_idle_per_host > 0) kept.push_back({std::move(*call.socket), now});
     call.socket.reset();
+    if (now - last_sweep > options.idle_keep) sweep(now);
+  }
+
+  // A host that is not asked any more, as a worker that was removed, must not hold connections for ever.
+  void sweep(SteadyTime now) {
+    last_sweep = now;
+    for (auto host = idle.begin(); host != idle.end();) {
+      std::deque<IdleConnection>& kept = host->second;
+      while (!kept.empty() && now - kept.front().since > options.idle_keep) kept.pop_front();
+      host = kept.empty() ? idle.erase(host) : std::next(host);
+    }
   }
 
   Error explain(const Call& call, std::string_view doing, const error_code& ec) const {
@@ -224,13 +267,11 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
     auto [write_ec, written] = co_await asio::async_write(*call->socket, output, kToken);
 
     HttpParser parser = HttpParser::for_response(kMaxHeadBytes, call->request.method != "HEAD");
-    std::string input;
+    InputBuffer input;
     while (!parser.done()) {
-      const size_t old_size = input.size();
-      if (old_size > kMaxUnparsedBytes) co_return malformed(*call);
-      input.resize(old_size + kReadBytes);
-      auto [ec, n] = co_await call->socket->async_read_some(asio::buffer(input.data() + old_size, kReadBytes), kToken);
-      input.resize(old_size + n);
+      if (input.view().size() > kMaxUnparsedBytes) co_return malformed(*call);
+      auto [ec, n] = co_await call->socket->async_read_some(asio::buffer(input.room(), kReadBytes), kToken);
+      input.grow(n);
       if (call->cancelled) co_return Status();
       if (ec) {
         const bool closed = ec == asio::error::eof && parser.put_eof().ok();
@@ -242,7 +283,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
       Status fed = feed(*call, parser, input);
       if (call->cancelled || !fed.ok()) co_return fed;
     }
-    if (parser.head().keep_alive && input.empty() && !write_ec) keep(*call);
+    if (parser.head().keep_alive && input.view().empty() && !write_ec) keep(*call);
     co_return Status();
   }
 
@@ -251,8 +292,8 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
   }
 
   // Parses as much of `input` as possible and removes it.
-  Status feed(Call& call, HttpParser& parser, std::string& input) {
-    std::string_view rest = input;
+  Status feed(Call& call, HttpParser& parser, InputBuffer& input) {
+    std::string_view rest = input.view();
     while (!rest.empty() && !parser.done()) {
       const bool had_head = parser.head_done();
       const Result<size_t> used = parser.put(rest);
@@ -271,7 +312,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
         break;
       }
     }
-    input.erase(0, input.size() - rest.size());
+    input.keep_last(rest.size());
     return {};
   }
 

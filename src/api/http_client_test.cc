@@ -233,6 +233,45 @@ TEST(HttpClient, ReadsEveryFraming) {
   EXPECT_EQ(fetch_from("HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")->status, 503);
 }
 
+TEST(HttpClient, ReadsAHeadLongerThanOneRead) {
+  std::string head = "HTTP/1.1 200 OK\r\nContent-Length: 40000\r\n";
+  for (int i = 0; i < 300; ++i) head += fmt::format("X-{}: {}\r\n", i, std::string(100, 'v'));
+  const std::string body = std::string(20'000, 'a') + std::string(20'000, 'b');
+  const Result<ClientResponse> response = fetch_from(head + "\r\n" + body);
+  ASSERT_TRUE(response.ok()) << response.error().message;
+  EXPECT_EQ(response->headers.size(), 301U);
+  EXPECT_EQ(response->body, body);
+}
+
+TEST(HttpClient, LetsGoOfAHostThatIsNotAskedAnyMore) {
+  boost::asio::io_context io;
+  std::vector<std::unique_ptr<HttpServer>> servers;
+  for (int i = 0; i < 2; ++i) {
+    servers.push_back(HttpServer::listen(io, "127.0.0.1", 0, {}).value());
+    servers.back()->add_route({"GET", "/", false, [](std::shared_ptr<HttpExchange> exchange) {
+                                 exchange->respond({200, {}, "", "x"});
+                               }});
+    servers.back()->start();
+  }
+  HttpClient client(io, {.idle_keep = milliseconds(50)});
+  const auto ask = [&](size_t server) {
+    bool ok = false;
+    client.start(url_of(servers[server]->port()), {},
+                 {.on_done = [&ok](Result<ClientResponse> response) { ok = response.ok() && response->is_success(); }});
+    io.restart();
+    for (int i = 0; i < 1000 && !ok; ++i) io.run_for(milliseconds(5));
+    EXPECT_TRUE(ok);
+  };
+  ask(0);
+  EXPECT_EQ(servers[0]->num_connections(), 1U);
+  for (int i = 0; i < 1000 && servers[0]->num_connections() > 0; ++i) {
+    io.run_for(milliseconds(20));
+    ask(1);
+  }
+  EXPECT_EQ(servers[0]->num_connections(), 0U);
+  EXPECT_LE(servers[1]->num_connections(), 1U);
+}
+
 TEST(HttpClient, ReportsBrokenResponses) {
   EXPECT_EQ(fetch_from("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab").error().kind, ErrorKind::kUnavailable);
   EXPECT_EQ(fetch_from("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab").error().kind,

@@ -1,5 +1,6 @@
 #include "src/api/strict_json.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <unordered_set>
@@ -23,7 +24,7 @@ class Builder final : public nlohmann::json_sax<Json> {
   bool binary(Json::binary_t&) override { return false; }
   bool start_object(size_t) override { return open(Json::object()); }
   bool key(std::string& name) override {
-    if (!open_.back().keys.insert(name).second) {
+    if (!is_new_key(open_.back(), name)) {
       fault = "has a key twice in one object";
       return false;
     }
@@ -38,8 +39,21 @@ class Builder final : public nlohmann::json_sax<Json> {
  private:
   struct Level {
     Json* value;
-    std::unordered_set<std::string> keys;
+    std::unordered_set<std::string> keys;  // of an object with many members
   };
+
+  // Few members are searched one by one, which costs less than keeping a set of them.
+  static bool is_new_key(Level& level, const std::string& name) {
+    constexpr size_t kFewMembers = 32;
+    const auto& members = level.value->get_ref<const Json::object_t&>();
+    if (members.size() < kFewMembers) {
+      return std::none_of(members.begin(), members.end(), [&](const auto& member) { return member.first == name; });
+    }
+    if (level.keys.empty()) {
+      for (const auto& member : members) level.keys.insert(member.first);
+    }
+    return level.keys.insert(name).second;
+  }
 
   bool add(Json value) { return place(std::move(value)) != nullptr; }
 

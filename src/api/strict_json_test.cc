@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <cstring>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +33,8 @@ TEST(StrictJson, KeepsValuesAndOrder) {
 }
 
 TEST(StrictJson, RefusesWhatParsersReadDifferently) {
+  std::string forty_keys;
+  for (int i = 1; i <= 39; ++i) forty_keys += fmt::format("\"k{}\":0,", i);
   const std::vector<std::pair<const char*, std::string>> cases = {
       {"empty", ""},
       {"space", "  "},
@@ -66,6 +71,9 @@ TEST(StrictJson, RefusesWhatParsersReadDifferently) {
       {"equal keys", "{\"a\":1,\"a\":1}"},
       {"equal keys, escaped", "{\"a\":1,\"\\u0061\":1}"},
       {"equal keys, deep", "[{\"a\":{\"b\":1,\"c\":2,\"b\":3}}]"},
+      {"equal keys, the 3rd of 39 again", "{" + forty_keys + "\"k3\":1}"},
+      {"equal keys, the 36th of 39 again", "{" + forty_keys + "\"k36\":1}"},
+      {"equal keys, the 40th twice", "{" + forty_keys + "\"k40\":1,\"k40\":2}"},
       {"depth 65", repeat("[", 65) + repeat("]", 65)},
       {"100000 arrays", repeat("[", 100'000)},
       {"100000 objects", repeat("{\"a\":", 100'000)},
@@ -99,6 +107,34 @@ TEST(JsonText, WritesValidJson) {
     const Json json = parse_strict_json(text, "x").value();
     EXPECT_TRUE(json.is_number_float()) << text;
     EXPECT_EQ(json.get<float>(), value) << text;
+  }
+}
+
+TEST(JsonText, RandomTextAndNumbersReadBack) {
+  const uint64_t seed = std::random_device()();
+  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  std::mt19937_64 random(seed);
+  const std::vector<std::string> pieces = {"a",    "word", "\"", "\\", "\n", "\r", "\t", "\x01", "\x1f",
+                                           "\x7f", "/",    "ä",  "€",  "😀",  "\b", " ",  "{",    "\xc2\x80"};
+  for (int run = 0; run < 20'000; ++run) {
+    std::string text, json;
+    for (uint64_t n = random() % 12; n > 0; --n) text += pieces[random() % pieces.size()];
+    append_json_string(json, text);
+    const Result<Json> read = parse_strict_json(json, "x");
+    ASSERT_TRUE(read.ok()) << "seed " << seed << ": " << json;
+    ASSERT_EQ(read->get<std::string>(), text) << "seed " << seed;
+
+    double real = 0;
+    const uint64_t bits = random();
+    std::memcpy(&real, &bits, sizeof real);
+    if (std::isfinite(real)) {
+      json.clear();
+      append_json_number(json, real);
+      ASSERT_EQ(parse_strict_json(json, "x")->get<double>(), real) << "seed " << seed << ": " << json;
+    }
+    json.clear();
+    append_json_number(json, static_cast<int64_t>(bits));
+    ASSERT_EQ(json, std::to_string(static_cast<int64_t>(bits)));
   }
 }
 

@@ -1,5 +1,10 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <set>
+#include <thread>
+#include <vector>
+
 #include "src/base/check.h"
 #include "src/base/clock.h"
 #include "src/base/hash.h"
@@ -40,6 +45,17 @@ TEST(Hash, MatchesKnownSha256) {
 TEST(RandomHex, HasTheAskedLengthAndDiffers) {
   EXPECT_EQ(random_hex(16).size(), 32U);
   EXPECT_NE(random_hex(16), random_hex(16));
+}
+
+TEST(RandomU64, NeverRepeatsNeitherHereNorInAnotherThread) {
+  constexpr size_t kEach = 1'000;  // many of the batches that the numbers are drawn in
+  std::vector<uint64_t> here(kEach), there(kEach);
+  std::thread other([&there] { std::generate(there.begin(), there.end(), random_u64); });
+  std::generate(here.begin(), here.end(), random_u64);
+  other.join();
+  std::set<uint64_t> all(here.begin(), here.end());
+  all.insert(there.begin(), there.end());
+  EXPECT_EQ(all.size(), 2 * kEach);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <random>
 
 namespace tandem::router {
 namespace {
@@ -62,6 +63,65 @@ std::string chunk(const json& choice, const json& usage = nullptr) {
   json out = {{"id", "cmpl-1"}, {"object", "text_completion"}, {"choices", json::array({choice})}};
   if (!usage.is_null()) out["usage"] = usage;
   return out.dump();
+}
+
+// The body is written by hand; whatever the parameters, a JSON reader must find exactly them and nothing else.
+TEST(Body, IsWhatADocumentWouldBe) {
+  const uint64_t seed = std::random_device()();
+  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  std::mt19937_64 random(seed);
+  const auto real = [&random] { return std::uniform_real_distribution<double>(-2, 2)(random); };
+  for (int run = 0; run < 2'000; ++run) {
+    engine::TokenRequest request;
+    for (uint64_t n = 1 + random() % 5; n > 0; --n) request.prompt.push_back(static_cast<TokenId>(random() % 200'000));
+    engine::SamplingParams& s = request.sampling;
+    s.max_tokens = static_cast<int64_t>(random() % 1000) + 1;
+    s.min_tokens = static_cast<int64_t>(random() % 3);
+    s.temperature = random() % 2 == 0 ? 0 : real();
+    s.top_k = static_cast<int64_t>(random() % 100);
+    s.top_p = real();
+    s.min_p = random() % 2 == 0 ? 0 : 1e-7;
+    s.repetition_penalty = random() % 2 == 0 ? 1 : 1e6;
+    s.presence_penalty = real();
+    s.frequency_penalty = real();
+    s.seed = random();
+    s.ignore_eos = random() % 2 == 0;
+    s.num_logprobs = static_cast<int64_t>(random() % 4) - 1;
+    for (uint64_t n = random() % 3; n > 0; --n) s.stop_token_ids.push_back(static_cast<TokenId>(random() % 1000));
+    for (uint64_t n = random() % 3; n > 0; --n)
+      s.logit_bias.emplace_back(static_cast<TokenId>(n), static_cast<float>(real()));
+    if (random() % 2 == 0) request.cache_salt = "\"\\\n\xc3\xa4";
+    json expected = {{"prompt", request.prompt},
+                     {"n", 1},
+                     {"max_tokens", s.max_tokens},
+                     {"min_tokens", s.min_tokens},
+                     {"temperature", s.temperature},
+                     {"top_k", s.top_k},
+                     {"top_p", s.top_p},
+                     {"min_p", s.min_p},
+                     {"repetition_penalty", s.repetition_penalty},
+                     {"presence_penalty", s.presence_penalty},
+                     {"frequency_penalty", s.frequency_penalty},
+                     {"seed", static_cast<int64_t>(s.seed)},
+                     {"ignore_eos", s.ignore_eos},
+                     {"return_tokens_as_token_ids", true},
+                     {"detokenize", false},
+                     {"return_token_ids", true},
+                     {"stream", true},
+                     {"stream_options", {{"include_usage", true}, {"continuous_usage_stats", true}}}};
+    if (!s.stop_token_ids.empty()) expected["stop_token_ids"] = s.stop_token_ids;
+    if (s.num_logprobs >= 0) expected["logprobs"] = s.num_logprobs;
+    for (const auto& [token, bias] : s.logit_bias) expected["logit_bias"][std::to_string(token)] = bias;
+    if (!request.cache_salt.empty()) expected["cache_salt"] = request.cache_salt;
+    ASSERT_EQ(json::parse(decode_body(request, "")), expected) << "seed " << seed;
+
+    for (const char* field : {"return_token_ids", "stream_options"}) expected.erase(field);
+    expected["max_tokens"] = 1;
+    expected["min_tokens"] = std::min<int64_t>(s.min_tokens, 1);
+    expected["stream"] = false;
+    expected["kv_transfer_params"] = {{"a", 1}};
+    ASSERT_EQ(json::parse(prefill_body(request, R"({"a":1})")), expected) << "seed " << seed;
+  }
 }
 
 TEST(Reader, ReadsTokensLogprobsUsageAndFinish) {
