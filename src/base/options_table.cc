@@ -339,7 +339,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "request-rate", .commands = kBenchRouter, .group = "Load", .type = kNumber, .default_text = "2500",
      .help = "Requests per second of the Poisson load.", .min = 1, .max = 1000000},
     {.name = "memory-s", .commands = kBenchRouter, .group = "Load", .type = kNumber, .default_text = "0",
-     .help = "Seconds of further Poisson load during which the router's memory is watched.", .min = 0, .max = 86400},
+     .help = "Seconds of further closed-loop load during which the router's memory is watched.", .min = 0, .max = 86400},
     {.name = "seed", .commands = kBenchRouter, .group = "Load", .type = kInteger, .default_text = "0",
      .help = "Seed of prompts and arrival times.", .min = 0, .max = kMaxInt},
 

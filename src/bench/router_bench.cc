@@ -243,7 +243,8 @@ class RouterBench {
   Status watch_memory() {
     const auto begin = std::chrono::steady_clock::now();
     std::vector<double> times, sizes;
-    StreamLoadOptions load = routed(options_.rate);
+    // A closed loop: more requests, and never more of them at once, so that what grows is not the number of connections.
+    StreamLoadOptions load = routed(0);
     load.on_second = [&] {
       const double at = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       if (at < options_.slope_seconds * kSlopeWarmupShare) return;

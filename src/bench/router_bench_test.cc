@@ -5,6 +5,9 @@
 #include <gmock/gmock.h>
 
 #include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/write.hpp>
+#include <memory>
 
 #include "src/bench/mock_fleet.h"
 #include "src/bench/pinned_process.h"
@@ -61,6 +64,34 @@ TEST(StreamLoad, EachRequestGetsItsOwnAnswer) {
       }
     }
   }
+}
+
+// Answers the first request of each connection and then closes it.
+void answer_once(boost::asio::ip::tcp::acceptor& acceptor, int& num_accepted) {
+  acceptor.async_accept([&](boost::system::error_code ec, boost::asio::ip::tcp::socket socket) {
+    if (ec) return;
+    ++num_accepted;
+    const auto kept = std::make_shared<boost::asio::ip::tcp::socket>(std::move(socket));
+    const auto scratch = std::make_shared<std::string>(4096, '\0');
+    kept->async_read_some(boost::asio::buffer(*scratch), [kept, scratch](boost::system::error_code read_ec, size_t) {
+      static const std::string kAnswer = "HTTP/1.1 200 OK\r\n\r\ndata: [DONE]\n\n\r\n0\r\n\r\n";
+      if (!read_ec) boost::asio::write(*kept, boost::asio::buffer(kAnswer), read_ec);
+    });
+    answer_once(acceptor, num_accepted);
+  });
+}
+
+TEST(StreamLoad, AKeptConnectionThatWasClosedIsNoFault) {
+  boost::asio::io_context io;
+  boost::asio::ip::tcp::acceptor acceptor(io, {boost::asio::ip::address_v4::loopback(), 0});
+  int num_accepted = 0;
+  answer_once(acceptor, num_accepted);
+  StreamLoadOptions load = ids_load(acceptor.local_endpoint().port());
+  load.connections = 1;
+  const StreamLoadResult result = run_stream_load(io, {request_for("{}", "")}, load);
+  EXPECT_EQ(result.failed, 0) << result.first_fault;
+  EXPECT_GT(result.completed, 1);
+  EXPECT_GE(num_accepted, result.completed);
 }
 
 TEST(StreamLoad, AnAnswerOfAnotherPromptIsAFault) {

@@ -43,7 +43,9 @@ class Lane {
   }
 
  private:
+  void transmit();
   void read();
+  bool try_again();
   void end(const std::string& fault);
 
   Load& load_;
@@ -51,6 +53,7 @@ class Lane {
   std::string scratch_;
   std::string answer_;
   size_t index_ = 0;
+  bool is_kept_ = false;  // the connection had a request before this one
   SteadyTime due_;
   SteadyTime first_token_;
 };
@@ -193,8 +196,13 @@ void Lane::send(size_t index, SteadyTime due) {
   first_token_ = {};
   answer_.clear();
   ++load_.in_flight;
+  transmit();
+}
+
+void Lane::transmit() {
   error_code ec;
-  if (!socket_.is_open()) {
+  is_kept_ = socket_.is_open();
+  if (!is_kept_) {
     // Blocking, but on loopback a connection is there at once, whether accepted yet or not.
     socket_.connect(tcp::endpoint(asio::ip::address_v4::loopback(), load_.options.port), ec);
     if (ec) return end("connecting failed: " + ec.message());
@@ -202,12 +210,14 @@ void Lane::send(size_t index, SteadyTime due) {
   }
   asio::async_write(socket_, asio::buffer(load_.requests[index_].bytes),
                     load_.handler([this](error_code write_ec, size_t) {
-                      write_ec ? end("sending failed: " + write_ec.message()) : read();
+                      if (!write_ec) return read();
+                      if (!try_again()) end("sending failed: " + write_ec.message());
                     }));
 }
 
 void Lane::read() {
   socket_.async_read_some(asio::buffer(scratch_), load_.handler([this](error_code ec, size_t n) {
+    if (ec && try_again()) return;
     if (ec) return end("the connection ended inside an answer: " + ec.message());
     answer_.append(scratch_.data(), n);
     if (first_token_ == SteadyTime() && answer_.find(load_.options.key) != std::string::npos) first_token_ = now();
@@ -215,6 +225,14 @@ void Lane::read() {
     if (is_stream && !answer_.ends_with(kEnd)) return read();
     end(fault_of_answer(answer_, load_.requests[index_], load_.options));
   }));
+}
+
+// A server may close a kept connection at any time; what was sent on it then was not read.
+bool Lane::try_again() {
+  if (!is_kept_ || !answer_.empty()) return false;
+  close();
+  transmit();
+  return true;
 }
 
 void Lane::end(const std::string& fault) {
