@@ -290,6 +290,19 @@ TEST_F(RouterCoreTest, DecodeComputesThePromptWhereThatIsBetter) {
   expect_rest();
 }
 
+TEST_F(RouterCoreTest, AWorkerDoesNotSendBlocksToItself) {
+  start(0, 0);
+  for (const Role role : {Role::kPrefill, Role::kDecode}) {
+    core->probe_result(core->add_worker(role, "both").value(), true, now);
+  }
+  submit();
+  EXPECT_EQ(leg(0).role, Role::kDecode);
+  EXPECT_EQ(leg(0).transfer, "");
+  EXPECT_EQ(count("tandem:router_local_prompts_total{reason=\"same_worker\"}"), 1);
+  token(leg(0).id, 1, true);
+  expect_rest();
+}
+
 TEST_F(RouterCoreTest, UncachedTokensAreWhatCountsAsShort) {
   start(1, 1, {.local_prompt_tokens = 8});
   engine::TokenRequest request;

@@ -45,6 +45,11 @@ Result<Attempt> RouterCore::plan_attempt(const Routed& routed, bool resumes, int
     return Attempt{.mode = LegMode::kPlain, .decode = decode};
   }
   TANDEM_ASSIGN(const WorkerId prefill, registry_.pick(Role::kPrefill, context));
+  if (registry_.worker(prefill).url == registry_.worker(decode).url) {
+    // Its decode leg would hold the blocks that its prefill leg waits for.
+    metrics_->local("same_worker");
+    return Attempt{.mode = LegMode::kPlain, .decode = decode};
+  }
   return Attempt{.mode = options_.pull ? LegMode::kPull : LegMode::kPush, .decode = decode, .prefill = prefill};
 }
 

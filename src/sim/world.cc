@@ -92,6 +92,7 @@ void World::draw_front(Legs& legs, bool all_alike) {
     options.max_requests = random_.range(1, 8);
     options.queue_size = random_.range(0, 8);
   }
+  options.queue_timeout_us = 200'000'000;  // beyond every deadline
   options.rescue_us = random_.range(0, 10'000'000);
   options.unresponsive_us = slow_ ? 10'000'000 : random_.range(1'000'000, 10'000'000);
   front_ = std::make_unique<RoutedFront>(
