@@ -140,7 +140,7 @@ constexpr OptionSpec kTable[] = {
      .choices = "auto|avx2|avx512|avx512-vnni|avx512-bf16"},
     {.name = "threads", .commands = kEngine | kBenchKernels | kQuantize, .group = "Device", .type = kInteger,
      .default_text = "0",
-     .help = "Compute threads; 0 is one per core that affinity and control group leave to this process.", .min = 0, .max = 1024},
+     .help = "Compute threads; 0 is one per core that affinity and control group leave to this process.", .min = 0, .max = 256},
     {.name = "nice", .commands = kServe, .group = "Device", .type = kInteger, .default_text = "0",
      .help = "Niceness of this process: one that is higher than another's leaves more of the cores they share to the other, "
              "as a prefill worker should to a decode worker beside it.", .min = 0, .max = 19},

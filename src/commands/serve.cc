@@ -92,6 +92,12 @@ class Server {
     if (facts.names.empty()) facts.names.push_back(default_model_name(path));
     facts.root = path;
     facts.max_model_len = config.load.max_model_len == 0 ? config.model.max_positions : config.load.max_model_len;
+    if (facts.max_model_len < 2) {
+      return invalid_argument("max-model-len",
+                              "--max-model-len is {}, but a prompt and its answer have at least one token each; raise it "
+                              "to 2 or more, or leave it out to take config.json's {}",
+                              facts.max_model_len, config.model.max_positions);
+    }
     facts.vocab_size = config.model.vocab_size;
     TANDEM_ASSIGN(served_, api::make_served_text(std::move(facts), std::move(bundle)));
     if (served_.tokenizer->vocab_size() > config.model.vocab_size) {

@@ -18,11 +18,13 @@ int64_t blocks_for_tokens(const model::KvLayout& kv, int64_t tokens) {
 
 Error too_few_blocks(const model::MemoryNeeds& needs, const char* option, int64_t num_blocks, int64_t needed) {
   const int64_t block_bytes = needs.kv.total_block_bytes();
+  const int64_t tokens = num_blocks * needs.kv.block_size;
   return invalid_argument(option,
                           "{} KV blocks ({}) cannot hold one request of --max-model-len {}, which needs {} ({}); raise "
-                          "--{} or lower --max-model-len to {}",
+                          "--{}{}",
                           num_blocks, size_text(num_blocks * block_bytes), needs.max_model_len, needed,
-                          size_text(needed * block_bytes), option, num_blocks * needs.kv.block_size);
+                          size_text(needed * block_bytes), option,
+                          tokens < 2 ? "" : fmt::format(" or lower --max-model-len to {}", tokens));
 }
 
 // Says which part is too large, by how much, and what would help.
@@ -32,6 +34,9 @@ Error too_little_memory(const model::MemoryNeeds& needs, const MemoryRequest& re
   const bool is_given = request.num_blocks > 0 || request.kv_bytes > 0;
   const int64_t room = std::max<int64_t>(0, limit_bytes - needs.weight_bytes - needs.workspace_bytes) / block_bytes;
   std::string remedy = "use a --quantization of fewer bits or a machine with more memory";
+  if (needs.workspace_bytes > std::max(needs.weight_bytes, limit_bytes / 2)) {
+    remedy = "lower --max-num-batched-tokens or --max-num-seqs, which the workspace grows with";
+  }
   if (room > 0 && is_given) {
     remedy = fmt::format("lower {}", request.num_blocks > 0
                                          ? fmt::format("--num-gpu-blocks-override to {}", room)
