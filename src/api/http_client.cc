@@ -102,6 +102,7 @@ struct Call {
   bool timed_out = false;
   bool cancelled = false;
   bool got_bytes = false;
+  bool ended_in_order = false;  // the connection ended, and not by a reset
   ClientResponse response;
   SseParser sse;
   std::optional<Error> body_error;
@@ -173,8 +174,10 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
       if (!connected.ok()) co_return connected;
     }
     Status status = co_await exchange(call);
-    if (!status.ok() && reused && !call->got_bytes && !call->cancelled && !call->timed_out) {
-      // The server closed the kept connection at the moment we used it, so it did not read the request.
+    // A reset says that the server closed the kept connection before it read the request. After an orderly end it may
+    // have read it, and even have died of it.
+    const bool is_unread = reused && !call->got_bytes && !call->ended_in_order;
+    if (!status.ok() && is_unread && !call->cancelled && !call->timed_out) {
       co_return co_await attempt(call, /*may_reuse=*/false);
     }
     co_return status;
@@ -274,7 +277,8 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
       input.grow(n);
       if (call->cancelled) co_return Status();
       if (ec) {
-        const bool closed = ec == asio::error::eof && parser.put_eof().ok();
+        call->ended_in_order = ec == asio::error::eof;
+        const bool closed = call->ended_in_order && parser.put_eof().ok();
         if (!closed) co_return explain(*call, write_ec ? "sending the request" : "reading the response", ec);
         break;
       }

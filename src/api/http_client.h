@@ -81,8 +81,8 @@ class HttpClient {
   HttpClient(const HttpClient&) = delete;
   HttpClient& operator=(const HttpClient&) = delete;
 
-  // No handler is called before this returns. A request on a kept connection that the server closed before any
-  // response byte is sent once more on a fresh connection.
+  // No handler is called before this returns. A request on a kept connection that the server closed without reading it
+  // is sent once more on a fresh connection.
   CallId start(const HttpUrl& url, ClientRequest request, ClientHandlers handlers);
   // No handler is called afterwards. Unknown or finished ids are ignored.
   void cancel(CallId id);

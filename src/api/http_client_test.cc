@@ -223,6 +223,52 @@ TEST(HttpClient, RetriesOnceOnAKeptConnectionThatWasClosed) {
   loop.stop();
 }
 
+// A server that closes without a word after it has read a request may have begun it, or died of it: only the caller may
+// send it again.
+TEST(HttpClient, NeverSendsAgainWhatTheServerHasRead) {
+  LoopThread loop;
+  HttpClient client(loop.io, {});
+  int num_requests = 0;
+  std::vector<std::shared_ptr<HttpExchange>> kept;
+  std::unique_ptr<HttpServer> server;
+  const auto listen = [&](uint16_t port) {
+    server = HttpServer::listen(loop.io, "127.0.0.1", port, {}).value();
+    server->add_route({"POST", "/", false, [&](std::shared_ptr<HttpExchange> exchange) {
+                         kept.push_back(exchange);
+                         if (++num_requests == 1) exchange->respond({200, {}, "text/plain", "x"});
+                       }});
+    server->start();
+    return server->port();
+  };
+  const HttpUrl url = url_of(loop.run([&] { return listen(0); }));
+  std::optional<Result<ClientResponse>> response;
+  const auto ask = [&] {
+    loop.run([&] {
+      response.reset();
+      client.start(url, json_request("/", "{}"),
+                   {.on_done = [&](Result<ClientResponse> r) { response.emplace(std::move(r)); }});
+    });
+  };
+  ask();
+  ASSERT_TRUE(eventually([&] { return loop.run([&] { return response.has_value(); }); }));
+  ASSERT_TRUE(response->ok());
+  ask();  // on the kept connection
+  ASSERT_TRUE(eventually([&] { return loop.run([&] { return num_requests == 2; }); }));
+  loop.run([&] {  // it dies with the request in its hands and is back at once
+    server.reset();
+    listen(url.port);
+  });
+  ASSERT_TRUE(eventually([&] { return loop.run([&] { return response.has_value(); }); }));
+  EXPECT_EQ(response->error().kind, ErrorKind::kUnavailable);
+  EXPECT_EQ(response->error().code, "");  // not kConnectFailed: it was reached
+  EXPECT_EQ(num_requests, 2);
+  loop.run([&] {
+    kept.clear();
+    server.reset();
+  });
+  loop.stop();
+}
+
 TEST(HttpClient, ReadsEveryFraming) {
   EXPECT_EQ(fetch_from("HTTP/1.1 200 OK\r\n\r\nuntil close")->body, "until close");
   EXPECT_EQ(fetch_from("HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nab")->body, "ab");
