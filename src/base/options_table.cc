@@ -61,13 +61,13 @@ constexpr OptionSpec kTable[] = {
      .choices = "auto|wint8|wint4|w8a8|w4a8|fp8|awq|gptq|compressed-tensors|ascend"},
     {.name = "quantization-group-size", .commands = kEngine | kQuantize, .group = "Model", .type = kInteger,
      .default_text = "0",
-     .help = "Columns per scale of wint4 and w4a8; 0 is their own (wint4: the whole row, w4a8: 128), -1 the whole row.",
+     .help = "Columns per scale of wint4 and w4a8; a multiple of 32, 0 for their own (wint4: the whole row, w4a8: 128), -1 for the whole row.",
      .min = -1, .max = 1024},
     {.name = "lm-head-quantization", .commands = kEngine | kQuantize, .group = "Model", .type = kChoice,
      .default_text = "auto",
      .help = "Format of the output head: auto is int8 where --quantization quantises at load (at 4 bits, too: the head "
-             "decides between neighbouring tokens), else the checkpoint's; int4 has groups of 128 columns or of "
-             "--quantization-group-size.",
+             "decides between neighbouring tokens), else the checkpoint's; int4 has groups of 128 columns or, "
+             "beside wint4 and w4a8, of --quantization-group-size.",
      .choices = "auto|int8|int4"},
     {.name = "load-format", .commands = kEngine, .group = "Model", .type = kChoice, .default_text = "auto",
      .help = "dummy makes deterministic random weights from config.json alone.", .choices = "auto|safetensors|dummy"},
@@ -95,7 +95,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "block-size", .commands = kEngine, .group = "KV cache", .type = kInteger, .default_text = "16",
      .help = "Tokens per KV block.", .min = 1, .max = 256},
     {.name = "kv-cache-dtype", .commands = kEngine, .group = "KV cache", .type = kChoice, .default_text = "auto",
-     .help = "Type of cached keys and values. fp8 (also fp8_e4m3) halves their memory, with a scale for every token and "
+     .help = "Type of cached keys and values. fp8 (also fp8_e4m3) takes half of their memory (MLA: 0.6 of it), with a scale for every token and "
              "head; auto is that of --dtype.",
      .choices = "auto|bfloat16|fp8|fp8_e4m3"},
     {.name = "kv-cache-memory-bytes", .commands = kEngine, .group = "KV cache", .type = kBytes, .default_text = "0",
@@ -354,7 +354,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "quantization", .commands = kQuantize, .group = "Model", .type = kChoice, .default_text = "w8a8",
      .help = "Format of the linear layers.", .choices = "wint8|wint4|w8a8|w4a8"},
     {.name = "force", .commands = kQuantize, .group = "Model", .type = kFlag, .default_text = "false",
-     .help = "Replace the directory if it is a model's."},
+     .help = "Replace the directory, with everything in it, if it is a model's."},
 
     // eplb
     {.name = "load", .commands = kEplb, .group = "Load", .type = kText, .default_text = "",

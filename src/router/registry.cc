@@ -6,6 +6,10 @@
 
 namespace tandem::router {
 
+Error worker_unavailable(std::string message) {
+  return {ErrorKind::kUnavailable, std::move(message), "", kWorkerUnavailable};
+}
+
 const char* role_name(Role role) { return role == Role::kPrefill ? "prefill" : "decode"; }
 
 bool HealthTracker::record(bool success) {
@@ -130,8 +134,8 @@ Result<WorkerId> WorkerRegistry::pick(Role role, const PickContext& context) {
     }
   }
   if (candidates.empty()) {
-    return make_error(ErrorKind::kUnavailable, "no {} worker is available ({} known); try again later", role_name(role),
-                      known);
+    return worker_unavailable(
+        fmt::format("no {} worker is available ({} known); try again later", role_name(role), known));
   }
   const WorkerId picked = policy.pick(candidates, context.session);
   RegisteredWorker& chosen = worker(picked);

@@ -21,6 +21,10 @@ namespace tandem::router {
 enum class Role : uint8_t { kPrefill, kDecode };
 const char* role_name(Role role);  // "prefill", "decode"
 
+// Error::code of what befalls a request because a worker is away. The kind is kUnavailable: try again.
+inline constexpr const char* kWorkerUnavailable = "worker_unavailable";
+Error worker_unavailable(std::string message);
+
 enum class Health : uint8_t { kUnknown, kUp, kDown };
 
 // Two failures in a row take a worker out, two successes bring it back. A worker never heard of needs one success.

@@ -19,14 +19,14 @@ constexpr int64_t kDeadlineSlackUs = 20'000;  // timers fire a little early or l
 // What the client may know of a transport fault; addresses go to the log only.
 LegFault transport_fault(const Error& error, const char* role, int64_t deadline_us) {
   log_warning("router", "{} worker {}", role, error.message);  // begins with the address
-  LegFault fault{.error = make_error(ErrorKind::kUnavailable, "the {} worker went away; try again", role),
+  LegFault fault{.error = worker_unavailable(fmt::format("the {} worker went away; try again", role)),
                  .reached = false};
   if (error.kind == ErrorKind::kDeadlineExceeded && SteadyClock().now_us() + kDeadlineSlackUs >= deadline_us) {
     fault.error = make_error(ErrorKind::kDeadlineExceeded, "the request's deadline passed");
   } else if (error.kind == ErrorKind::kDataLoss) {
     fault.error = make_error(ErrorKind::kDataLoss, "the {} worker's answer cannot be read", role);
   } else if (error.code == api::kConnectFailed) {
-    fault.error = make_error(ErrorKind::kUnavailable, "the {} worker cannot be reached; try again", role);
+    fault.error = worker_unavailable(fmt::format("the {} worker cannot be reached; try again", role));
   } else {
     fault.died = error.kind == ErrorKind::kUnavailable;
   }
@@ -59,7 +59,7 @@ struct DecodeStream {
     if (!response.ok()) return fail(transport_fault(response.error(), "decode", deadline_us));
     if (!response->is_success()) return fail({error_of_response(response->status, response->body)});
     log_warning("router", "worker {}: its stream ended without a finish reason", url.origin());
-    fail({make_error(ErrorKind::kUnavailable, "the decode worker ended its stream early")});
+    fail({worker_unavailable("the decode worker ended its stream early; try again")});
   }
 };
 

@@ -188,8 +188,8 @@ void RouterCore::give_up_legs(WorkerId id, int64_t now_us) {
     if (!legs_.contains(leg)) continue;
     port_.cancel_leg(leg);
     leg_failed(leg,
-               {.error = make_error(ErrorKind::kUnavailable, "a worker has not answered its health probes for {} s",
-                                    options_.unresponsive_us / 1'000'000),
+               {.error = worker_unavailable(fmt::format("a worker has not answered its health probes for {} s",
+                                                     options_.unresponsive_us / 1'000'000)),
                 .reached = false,
                 .died = true},
                now_us);
