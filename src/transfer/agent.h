@@ -16,6 +16,7 @@
 #include "src/base/ids.h"
 #include "src/base/kv_transfer_config.h"
 #include "src/base/result.h"
+#include "src/comm/messenger.h"
 #include "src/model/kv_cache.h"
 #include "src/transfer/params.h"
 
@@ -104,8 +105,13 @@ class Agent {
   virtual int64_t num_open() const = 0;
 };
 
+// What connects an agent with its peers; the handler outlives it. A test may put something in between.
+using MakeMessenger =
+    std::function<Result<std::unique_ptr<comm::Messenger>>(const comm::MessengerOptions&, comm::MessageHandler&)>;
+
 // Binds to the KV memory (registered with the transport) and starts the thread. The cache must outlive the agent.
 Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const AgentOptions& options,
-                                              std::function<void()> wake);
+                                              std::function<void()> wake,
+                                              const MakeMessenger& make_messenger = comm::make_ucx_messenger);
 
 }  // namespace tandem::transfer

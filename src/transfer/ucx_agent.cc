@@ -31,12 +31,12 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
     thread_.join();
   }
 
-  Status start(const AgentOptions& options) {
+  Status start(const AgentOptions& options, const MakeMessenger& make_messenger) {
     comm::MessengerOptions messenger_options;
     messenger_options.listen_host = options.listen_host;
     messenger_options.listen_port = options.listen_port;
     messenger_options.shared_memory = options.shared_memory;
-    TANDEM_ASSIGN(messenger_, comm::make_ucx_messenger(messenger_options, *this));
+    TANDEM_ASSIGN(messenger_, make_messenger(messenger_options, *this));
     core_.set_messenger(messenger_.get());
     port_ = messenger_->port();
     thread_ = std::thread([this] { run(); });
@@ -168,7 +168,7 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
 }  // namespace
 
 Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const AgentOptions& options,
-                                              std::function<void()> wake) {
+                                              std::function<void()> wake, const MakeMessenger& make_messenger) {
   if (options.engine_id.empty() || options.engine_id.size() > kMaxNameBytes / 2) {
     return invalid_argument("engine_id", "the engine id has {} characters, allowed are 1 … {}",
                             options.engine_id.size(), kMaxNameBytes / 2);
@@ -178,7 +178,7 @@ Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const Agent
                             options.model_fingerprint.size(), kMaxNameBytes);
   }
   std::unique_ptr<UcxAgent> agent = std::make_unique<UcxAgent>(cache, options, std::move(wake));
-  TANDEM_TRY(agent->start(options));
+  TANDEM_TRY(agent->start(options, make_messenger));
   log_info("transfer", "agent {} listens on {}:{}; {}; checksum {}", agent->engine_id(), options.listen_host,
            agent->port(), options.shared_memory ? "shared memory on this host, TCP between hosts" : "TCP everywhere",
            options.checksum ? "on" : "off");
