@@ -25,6 +25,8 @@ class CircuitBreaker {
   void begin(int64_t now_us) {
     if (!is_closed()) next_us_ = std::max(next_us_, now_us + limits_.trial_us);
   }
+  // It was away and is there again, perhaps as another process: a request may try it at once.
+  void came_back(int64_t now_us) { next_us_ = std::min(next_us_, now_us); }
   // True if it has just opened or closed.
   bool record(bool success, int64_t now_us) {
     const bool was_closed = is_closed();

@@ -330,6 +330,24 @@ TEST_F(RoutedWorkerTest, AKilledWorkerGoesOutAndComesBack) {
   EXPECT_GT(loop.run([&] { return decodes[0]->num_requests; }), before);
 }
 
+// Its breaker has opened, but what failed was the process before.
+TEST_F(RoutedWorkerTest, AWorkerThatIsBackIsTriedAtOnce) {
+  CoreOptions core{.registry = {PolicyKind::kRoundRobin, PolicyKind::kRoundRobin}};
+  core.registry.breaker = {.failures_to_open = 1, .open_us = 60'000'000};
+  start(0, 2, {.core = core, .probe_interval = milliseconds(50)});
+  loop.run([&] { decodes[0]->fault = MockFault::kCut; });
+  EXPECT_TRUE(ask(make_request()).finish.has_value());
+  loop.run([&] { decodes[0]->kill(); });
+  wait_for_up(1);
+  EXPECT_EQ(loop.run([&] { return sum_of("tandem:router_worker_left_out"); }), 1);
+  loop.run([&] { decodes[0]->fault = MockFault::kNone, decodes[0]->revive(); });
+  wait_for_up(2);
+  const int before = loop.run([&] { return decodes[0]->num_requests; });
+  for (int i = 0; i < 4; ++i) EXPECT_TRUE(ask(make_request()).finish.has_value());
+  EXPECT_GT(loop.run([&] { return decodes[0]->num_requests; }), before + 1);
+  EXPECT_EQ(loop.run([&] { return sum_of("tandem:router_worker_left_out"); }), 0);
+}
+
 TEST_F(RoutedWorkerTest, RefusesWrongWorkers) {
   const auto error_of = [&](RouterOptions options) {
     return loop.run([&] { return RoutedWorker::create(loop.io, options, *metrics).error().message; });

@@ -42,7 +42,10 @@ void RouterMetrics::add_worker(const RegisteredWorker& worker) {
   CHECK_EQ(std::ssize(workers_), worker.id.value);
   const MetricLabels labels = labels_of(worker);
   workers_.push_back(
-      {.up = &registry_.gauge("tandem:router_worker_up", "1 if the worker takes requests.", labels),
+      {.up = &registry_.gauge("tandem:router_worker_up", "1 if the worker answers its probes and is not removed.", labels),
+       .left_out = &registry_.gauge("tandem:router_worker_left_out",
+                                    "1 after failures in a row: others are preferred until a request succeeds there.",
+                                    labels),
        .requests = &registry_.gauge("tandem:router_worker_requests", "Requests in flight at a worker.", labels),
        .tokens = &registry_.gauge("tandem:router_worker_tokens", "Tokens in flight at a worker.", labels)});
 }
@@ -50,7 +53,8 @@ void RouterMetrics::add_worker(const RegisteredWorker& worker) {
 void RouterMetrics::show(const RegisteredWorker& worker) {
   const WorkerGauges& gauges = workers_.at(static_cast<size_t>(worker.id.value));
   const bool is_up = worker.membership == Membership::kServing && worker.tracker.health() == Health::kUp;
-  gauges.up->set(is_up && worker.breaker.is_closed() ? 1 : 0);
+  gauges.up->set(is_up ? 1 : 0);
+  gauges.left_out->set(worker.breaker.is_closed() ? 0 : 1);
   gauges.requests->set(static_cast<double>(worker.load->requests));
   gauges.tokens->set(static_cast<double>(worker.load->tokens));
 }

@@ -35,6 +35,7 @@ class RouterMetrics {
  private:
   struct WorkerGauges {
     Gauge* up;
+    Gauge* left_out;
     Gauge* requests;
     Gauge* tokens;
   };

@@ -128,6 +128,7 @@ void RouterCore::record_health(WorkerId id, bool success, int64_t now_us) {
   const bool is_up = worker.tracker.health() == Health::kUp;
   log_info("router", "{} worker {} is {}", role_name(worker.role), worker.url, is_up ? "up" : "down");
   if (!is_up) worker.prefixes.clear();  // a process that comes back has an empty cache
+  if (is_up) worker.breaker.came_back(now_us);
   metrics_->show(worker);
   if (is_up) retry_parked(now_us);
 }
