@@ -176,7 +176,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "retry-budget", .commands = kRoute, .group = "Workers", .type = kNumber, .default_text = "0.2",
      .help = "Share of the requests that may be repeated or moved; 100 more at once.", .min = 0, .max = 10},
     {.name = "rescue-timeout-s", .commands = kRoute, .group = "Workers", .type = kNumber, .default_text = "10",
-     .help = "Seconds that a request whose worker failed waits for another one to come up.", .min = 0, .max = 3600},
+     .help = "Seconds that requests wait for a worker to come back when the last one has gone.", .min = 0, .max = 3600},
     {.name = "unresponsive-timeout-s", .commands = kRoute, .group = "Workers", .type = kNumber, .default_text = "10",
      .help = "Seconds without an answer to a probe after which a worker's requests are given up or moved.", .min = 0.1,
      .max = 3600},

@@ -81,6 +81,7 @@ struct RegisteredWorker {
   CircuitBreaker breaker;
   PrefixIndex prefixes;
   std::shared_ptr<WorkerLoad> load = std::make_shared<WorkerLoad>();
+  int64_t down_since_us = 0;     // 0: it is up, or never was
   int64_t failing_since_us = 0;  // first of the present run of failed probes; 0: the last one succeeded
 };
 

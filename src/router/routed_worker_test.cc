@@ -171,10 +171,30 @@ TEST_F(RoutedWorkerTest, RefusesTransferFieldsFromOutside) {
 }
 
 TEST_F(RoutedWorkerTest, WithoutWorkersIsUnavailable) {
-  start(0, 1, {.probe_interval = milliseconds(50)});
+  start(0, 1, {.core = {.rescue_us = 200'000}, .probe_interval = milliseconds(50)});
   loop.run([&] { decodes[0]->healthy = false; });
   EXPECT_TRUE(eventually([&] { return !router->is_ready(); }, milliseconds(6'000)));
-  EXPECT_EQ(ask(make_request()).error->kind, ErrorKind::kUnavailable);
+  for (int i = 0; i < 2; ++i) {  // the first waits for it to come back, the second knows better
+    const int64_t begin_us = SteadyClock().now_us();
+    EXPECT_EQ(ask(make_request()).error->kind, ErrorKind::kUnavailable);
+    EXPECT_LT(SteadyClock().now_us() - begin_us, i == 0 ? 1'000'000 : 100'000);
+  }
+  expect_rest_within(milliseconds(1'000));
+}
+
+TEST_F(RoutedWorkerTest, NewRequestsWaitForAWorkerThatWasThereAMomentAgo) {
+  start(0, 1, {.probe_interval = milliseconds(50)});
+  loop.run([&] { decodes[0]->kill(); });
+  EXPECT_TRUE(eventually([&] { return !router->is_ready(); }));
+  const auto seen = std::make_shared<Seen>();
+  const engine::TokenRequest request = make_request();
+  submit(request, seen);
+  std::this_thread::sleep_for(milliseconds(300));
+  EXPECT_EQ(loop.run([&] { return seen->terminal_events; }), 0);
+  loop.run([&] { decodes[0]->revive(); });
+  EXPECT_TRUE(eventually([&] { return loop.run([&] { return seen->terminal_events > 0; }); }));
+  EXPECT_EQ(seen->tokens, expected_tokens(request));
+  expect_rest_within(milliseconds(1'000));
 }
 
 // Fault x leg: what the client sees when no further attempt is made, and that the other leg is closed.

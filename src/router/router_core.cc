@@ -117,12 +117,13 @@ LegActions RouterCore::pick_workers(Routed& routed, bool resumes, int64_t now_us
   return routed.legs.picked(*plan);
 }
 
-// A new request fails at once. One that has been tried waits, since a worker is often back within seconds.
+// The request waits, since a worker is often back within seconds. A new one does so only if somebody was there lately;
+// one that has been tried takes its next attempt from the budget.
 LegActions RouterCore::nobody_there(Routed& routed, Error error, int64_t now_us) {
-  if (routed.legs.attempts() == 0) return routed.legs.none_available(std::move(error));
   if (routed.park_until_us == 0) {
-    if (!budget_.take()) return routed.legs.none_available(std::move(error));
-    routed.is_repeat_paid = true;
+    const bool is_new = routed.legs.attempts() == 0;
+    if (is_new ? !may_be_back(now_us) : !budget_.take()) return routed.legs.none_available(std::move(error));
+    routed.is_repeat_paid = !is_new;
     routed.park_until_us = std::min(now_us + options_.rescue_us, routed.deadline_us);
   }
   if (now_us >= routed.park_until_us) {

@@ -57,7 +57,7 @@ struct CoreOptions {
   int64_t max_requests = 4096;      // at workers
   int64_t queue_size = 4096;        // waiting for a place there; more are kResourceExhausted
   int64_t queue_timeout_us = 60'000'000;
-  // A request that has been tried waits this long for a worker to come (back); a new one fails at once.
+  // A request waits this long for a worker to come back; a new one fails at once if nobody was there for as long.
   int64_t rescue_us = 10'000'000;
   int64_t request_timeout_us = 600'000'000;  // for requests that carry no earlier deadline
   // A killed process breaks its connections at once; a frozen or unreachable one does not. After this long without an
@@ -150,6 +150,8 @@ class RouterCore {
   void record_success(WorkerId id, int64_t now_us);
   void record_failure(const Leg& leg, Routed& routed, const LegFault& fault, int64_t now_us);
   void record_health(WorkerId id, bool success, int64_t now_us);
+  // One of the role that nobody has now was up a moment ago.
+  bool may_be_back(int64_t now_us) const;
   void retry_parked(int64_t now_us);
   void give_up_legs(WorkerId id, int64_t now_us);
 
@@ -160,7 +162,7 @@ class RouterCore {
   std::unique_ptr<RouterMetrics> metrics_;
   std::unordered_map<RequestId, std::unique_ptr<Routed>> requests_;
   std::set<RequestId> queue_;   // wait for a place among the started ones, oldest first
-  std::set<RequestId> parked_;  // were tried, and now nobody is there
+  std::set<RequestId> parked_;  // wait for a worker to come back
   std::unordered_map<LegId, Leg> legs_;
   std::set<std::pair<int64_t, RequestId>> timers_;  // at most one for each request
   int64_t num_started_ = 0;

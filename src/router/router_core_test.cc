@@ -318,7 +318,7 @@ TEST_F(RouterCoreTest, UncachedTokensAreWhatCountsAsShort) {
 }
 
 TEST_F(RouterCoreTest, EnforcedDisaggregationHasNoExceptions) {
-  start(1, 1, {.enforce_disagg = true, .local_prompt_tokens = 100});
+  start(1, 1, {.enforce_disagg = true, .local_prompt_tokens = 100, .rescue_us = 0});
   submit(1);
   EXPECT_FALSE(port.opened.back().transfer.empty());
   core->cancel(last_id, now);

@@ -128,9 +128,18 @@ void RouterCore::record_health(WorkerId id, bool success, int64_t now_us) {
   const bool is_up = worker.tracker.health() == Health::kUp;
   log_info("router", "{} worker {} is {}", role_name(worker.role), worker.url, is_up ? "up" : "down");
   if (!is_up) worker.prefixes.clear();  // a process that comes back has an empty cache
+  worker.down_since_us = is_up ? 0 : now_us;
   if (is_up) worker.breaker.came_back(now_us);
   metrics_->show(worker);
   if (is_up) retry_parked(now_us);
+}
+
+bool RouterCore::may_be_back(int64_t now_us) const {
+  const Role missing = registry_.has_healthy(Role::kDecode) ? Role::kPrefill : Role::kDecode;
+  return std::any_of(registry_.workers().begin(), registry_.workers().end(), [&](const RegisteredWorker& worker) {
+    return worker.role == missing && worker.membership == Membership::kServing && worker.down_since_us != 0 &&
+           now_us < worker.down_since_us + options_.rescue_us;
+  });
 }
 
 void RouterCore::retry_parked(int64_t now_us) {

@@ -83,6 +83,7 @@ LegActions TwoLegs::decode_event(engine::TokenEvent event) {
                 {make_error(ErrorKind::kInternal, "the decode worker sent tokens before it reserved KV blocks")});
   }
   has_emitted_ = true;
+  if (!event.tokens.empty()) deaths_ = 0;  // what got further than before did not kill
   if (event.finish) {
     // Prefill has handed everything over; its own answer is on the way and may come later.
     is_answered_ = true;
@@ -156,7 +157,7 @@ LegActions TwoLegs::fail(Role role, LegFault fault) {
     is_answered_ = true;
     if (deaths_ >= kMaxDeaths) {
       error.message =
-          fmt::format("{} workers went away with this request in their hands; it is not tried again", deaths_);
+          fmt::format("{} workers in a row went away with this request in their hands; it is not tried again", deaths_);
     }
     actions.emplace_back(EmitEvent{error_event(std::move(error))});
     return actions;

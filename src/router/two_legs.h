@@ -10,7 +10,8 @@
 //  - exactly one terminal event (finish or error) is emitted, unless cancelled, and none after it;
 //  - when one leg fails the other is cancelled in the same step, and the failed leg's error is the answer;
 //  - an attempt is repeated with new handles and only when the worker is at fault; a caller's fault, a full queue or a
-//    passed deadline is never repeated, nor a request during which two workers died (it may have killed them);
+//    passed deadline is never repeated, nor a request during which two workers died without a token in between (it may
+//    have killed them);
 //  - once something has been emitted, decode alone goes on behind it (migration): nothing is emitted twice.
 #pragma once
 
@@ -106,7 +107,7 @@ class TwoLegs {
   Repeats repeats_;  // left
   Attempt attempt_;
   int attempts_ = 0;
-  int deaths_ = 0;
+  int deaths_ = 0;  // since the last token
   bool decode_active_ = false;
   bool prefill_active_ = false;
   bool prefill_started_ = false;  // in this attempt

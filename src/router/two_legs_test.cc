@@ -253,7 +253,22 @@ TEST(TwoLegs, DoesNotTryARequestAgainThatTwoWorkersDiedOf) {
   const LegActions actions = legs.decode_failed(death);
   EXPECT_EQ(describe(actions), "error:unavailable");
   EXPECT_EQ(std::get<EmitEvent>(actions.back()).event.error->message,
-            "2 workers went away with this request in their hands; it is not tried again");
+            "2 workers in a row went away with this request in their hands; it is not tried again");
+}
+
+TEST(TwoLegs, DoesNotBlameARequestThatGetsFurtherEachTime) {
+  const LegFault death{make_error(ErrorKind::kUnavailable, "connection lost"), false, true};
+  TwoLegs legs({.retries = 5, .migrations = 5});
+  legs.start();
+  legs.picked({kPlain, kDecode0});
+  EXPECT_EQ(describe(legs.decode_failed(death)), "pick");
+  for (int i = 0; i < 3; ++i) {
+    legs.picked({kPlain, kDecode1});
+    EXPECT_EQ(describe(legs.decode_event(tokens_event())), "tokens");
+    EXPECT_EQ(describe(legs.decode_failed(death)), "resume");
+  }
+  legs.picked({kPlain, kDecode0});
+  EXPECT_EQ(describe(legs.decode_failed(death)), "error:unavailable");
 }
 
 TEST(TwoLegs, EndsWhatIsLeftWhenTheDeadlineHasPassed) {
