@@ -1,0 +1,43 @@
+// Lockstep: before a step, every rank tells every other what it brings, and all see the same list.
+//
+// A round begins when some rank has work: it calls agree(), which rings the others; those without work see is_called()
+// and join with zero rows. While nobody has work nothing is exchanged and every rank sleeps.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "src/base/result.h"
+#include "src/group/fabric.h"
+
+namespace tandem::group {
+
+// What one rank brings to a step.
+struct StepIntent {
+  int64_t rows = 0;         // of its batch; 0: it only computes for others
+  int64_t ready_moves = 0;  // expert weights received for how many placements (balancing)
+  int64_t stopping = 0;     // 1: this rank ends after this step
+  int64_t reserved[5] = {};
+};
+
+class StepAgreement {
+ public:
+  // Bytes at the begin of every window that belong to this class.
+  static int64_t window_bytes(int32_t size);
+
+  explicit StepAgreement(Fabric& fabric) : fabric_(fabric) {}
+
+  // Another rank has begun the next round already.
+  bool is_called() const;
+  // Enters the next round and waits for all ranks: their intents in rank order. Fails as Fabric::wait.
+  Result<std::vector<StepIntent>> agree(const StepIntent& mine);
+
+  // Rounds so far.
+  uint64_t rounds() const { return rounds_; }
+
+ private:
+  Fabric& fabric_;
+  uint64_t rounds_ = 0;
+};
+
+}  // namespace tandem::group

@@ -1,0 +1,71 @@
+// Where the experts of a model are, when they are spread over the ranks of a group: what MlpLayers needs to know of it.
+// src/ep implements it.
+//
+// One MoE layer of one step, on every rank of the group, also on those without rows:
+//
+//   dispatch(hidden, ids)                  rows travel to the ranks that hold their experts
+//   while (receive() has rows) {           what this rank's experts have to compute, its own rows included
+//     ... expert MLP of the slots with an id >= 0 ...
+//     give_back(expert_out)
+//   }
+//   collect()                              the outputs of this rank's rows, slot by slot
+//
+// A token's outputs come back one by one and are summed by the rank that owns the token, in the order of its slots. So
+// the sum has one order, whatever the placement, and the bits are those of one rank that has all experts.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "src/base/result.h"
+#include "src/kernels/ops.h"
+#include "src/kernels/tensor.h"
+
+namespace tandem::model {
+
+// Which experts this rank holds: local index i is expert slots[i] of the layer. The same in all layers at start.
+struct ExpertShard {
+  int32_t rank = 0;
+  int32_t num_ranks = 1;
+  std::vector<int32_t> slots;  // ascending unless moved; 1 … num_experts of them
+};
+
+// Rows that have arrived.
+struct ReceivedRows {
+  kernels::Tensor hidden;  // activation dtype [n, H]; n = 0: none are left
+  kernels::Tensor ids;     // I32 [n, k]: the local index of a slot's expert, -1 where another rank computes it
+};
+
+struct ExchangeShape {
+  int64_t max_rows = 0;  // of a step of one rank; the same on all ranks
+  int64_t hidden = 0;
+  int64_t top_k = 0;
+  int64_t num_experts = 0;
+  int64_t num_layers = 0;  // with routed experts
+  // How hidden rows may travel without a loss: what expert_mlp rounds them to anyway (Ops::expert_input_dtype).
+  kernels::DType exact_dtype = kernels::DType::kF32;
+};
+
+class ExpertExchange {
+ public:
+  virtual ~ExpertExchange() = default;
+
+  virtual const ExpertShard& shard() const = 0;
+  // Most rows of one receive(); fixed for life.
+  virtual int64_t max_received_rows() const = 0;
+  // Allocates; once, before the first dispatch.
+  virtual void prepare(kernels::Ops& ops, kernels::Stream& stream, const ExchangeShape& shape) = 0;
+
+  // Errors of the calls below are those of a lost group: kUnavailable, naming the rank. The step is void then.
+
+  // hidden [T, H] and ids I32 [T, k] of the `layer`-th MoE layer, T >= 0; ids are experts of the model.
+  virtual Status dispatch(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& ids) = 0;
+  // Valid until the next call. The caller has to give_back() each before it asks for more.
+  virtual Result<ReceivedRows> receive() = 0;
+  // out [n * k, H] of the rows of the last receive(), in activation dtype; slots with id -1 are not read.
+  virtual Status give_back(const kernels::Tensor& out) = 0;
+  // [T * k, H] in the order of the dispatched slots.
+  virtual Result<kernels::Tensor> collect() = 0;
+};
+
+}  // namespace tandem::model
