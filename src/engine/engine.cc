@@ -1,7 +1,7 @@
 #include "src/engine/engine.h"
 
 #include <algorithm>
-#include <chrono>
+#include <utility>
 
 #include "src/base/check.h"
 #include "src/base/log.h"
@@ -13,6 +13,8 @@ namespace {
 constexpr const char* kTag = "engine";
 // While requests wait for something outside (a transfer, a deadline) the loop looks at its clock this often.
 constexpr int64_t kIdleTickUs = 20'000;
+// Without any request it sleeps until the bell rings; this only bounds one sleep.
+constexpr int64_t kLongSleepUs = 3'600'000'000;
 // How often a peer is told that a request still waits here for the KV it published; far below its lease of 30 s.
 constexpr int64_t kRenewLeasesUs = 5'000'000;
 
@@ -25,6 +27,12 @@ EngineFacts make_facts(const model::KvCache& cache, const EngineOptions& options
 Hash256 prompt_hash(const Sequence& sequence) {
   const std::span<const TokenId> prompt(sequence.tokens.data(), static_cast<size_t>(sequence.prompt_length));
   return Sha256().add("prompt:").add(std::as_bytes(prompt)).finish();
+}
+
+int64_t rows_of(const StepPlan& plan) {
+  int64_t rows = 0;
+  for (const ScheduledRows& scheduled : plan.rows) rows += scheduled.num_tokens;
+  return rows;
 }
 
 bool is_sender(TransferRole role) { return role == TransferRole::kPushSend || role == TransferRole::kPullPublish; }
@@ -68,33 +76,46 @@ void Engine::start() {
   thread_ = std::thread([this] { run(); });
 }
 
+void Engine::attach(Lockstep* lockstep) {
+  CHECK(!thread_.joinable());
+  lockstep_ = lockstep;
+  bell_ = lockstep == nullptr ? &own_bell_ : &lockstep->bell();
+}
+
 void Engine::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
-    work_.notify_one();
   }
+  bell_->ring();
   if (thread_.joinable()) thread_.join();
 }
 
 void Engine::wake() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  woken_ = true;
-  work_.notify_one();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    woken_ = true;
+  }
+  bell_->ring();
 }
 
 RequestId Engine::submit(TokenRequest request, EventSink sink) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const RequestId id(next_request_++);
-  commands_.push_back(Submit{id, std::move(request), std::move(sink)});
-  work_.notify_one();
+  RequestId id;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    id = RequestId(next_request_++);
+    commands_.push_back(Submit{id, std::move(request), std::move(sink)});
+  }
+  bell_->ring();
   return id;
 }
 
 void Engine::cancel(RequestId id) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  commands_.push_back(Cancel{id});
-  work_.notify_one();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    commands_.push_back(Cancel{id});
+  }
+  bell_->ring();
 }
 
 // The step loop.
@@ -109,14 +130,24 @@ Engine::Turn Engine::run_once() {
   collect_transfers();
   expire_deadlines();
   renew_leases();
+  if (lockstep_ != nullptr && !lockstep_->is_standing()) {
+    fail_all(lockstep_->status().ok() ? make_error(ErrorKind::kUnavailable, "the rank group forms again; retry")
+                                      : lockstep_->status().error());
+    return Turn::kIdle;
+  }
   const StepPlan plan = scheduler_.plan();
-  if (plan.empty()) return Turn::kIdle;
+  if (plan.empty() && (lockstep_ == nullptr || !lockstep_->is_called())) return Turn::kIdle;
+  if (lockstep_ != nullptr && !join_round(plan)) return Turn::kWorked;
   scheduler_.commit(plan);
   begin_transfers(plan);
   // From here the blocks of every planned row are held by its sequence.
-  const int64_t step_us = compute(plan);
+  const Result<int64_t> step_us = compute(plan);
+  if (!step_us.ok()) {
+    lose_group(step_us.error());
+    return Turn::kWorked;
+  }
   scheduler_.advance(plan);
-  scheduler_.learn(plan, step_us);
+  scheduler_.learn(plan, *step_us);
   take_results(plan);
   update_gauges();
   return Turn::kWorked;
@@ -139,25 +170,58 @@ bool Engine::receive_commands() {
     }
   }
   if (!stopping) return true;
+  fail_all(make_error(ErrorKind::kUnavailable, "the server is shutting down; try another one"));
+  return false;
+}
+
+void Engine::fail_all(const Error& why) {
   std::vector<RequestId> open;
   for (const auto& entry : scheduler_.sequences()) open.push_back(entry.first);
-  for (RequestId id : open) {
-    fail(*scheduler_.find(id), make_error(ErrorKind::kUnavailable, "the server is shutting down; try another one"));
+  for (RequestId id : open) fail(*scheduler_.find(id), why);
+}
+
+// Rows are computed by all ranks of the group together. False: a rank is lost, and with it what ran.
+bool Engine::join_round(const StepPlan& plan) {
+  const bool has_streams = !plan.rows.empty() && plan.rows.front().is_stream;
+  round_rows_ = 0;
+  if (plan.rows.empty() && !lockstep_->is_called()) return true;  // only transfers begin
+  const Result<AgreedStep> agreed = lockstep_->agree(rows_of(plan), has_streams);
+  if (!agreed.ok()) {
+    lose_group(agreed.error());
+    return false;
   }
-  return false;
+  scheduler_.set_streams_elsewhere(agreed->streams_elsewhere);
+  round_rows_ = agreed->total_rows;
+  return true;
+}
+
+// What this step was to write is void, and what ran before cannot go on: every request ends with an error that says so.
+void Engine::lose_group(const Error& why) {
+  log_warning(kTag, "{}", why.message);
+  lockstep_->abandon(why);
+  fail_all(why);
 }
 
 void Engine::wait_for_work() {
   update_gauges();
-  std::unique_lock<std::mutex> lock(mutex_);
-  const auto has_news = [this] { return !commands_.empty() || woken_ || stopping_; };
-  if (scheduler_.num_sequences() == 0) {
-    pool_.check_integrity();
-    work_.wait(lock, has_news);
-  } else {
-    work_.wait_for(lock, std::chrono::microseconds(kIdleTickUs), has_news);
+  const bool has_work = scheduler_.num_sequences() > 0;
+  if (!has_work) pool_.check_integrity();
+  const int64_t end_us = clock_.now_us() + (has_work ? kIdleTickUs : kLongSleepUs);
+  while (true) {
+    const uint32_t rung = bell_->count();
+    if (has_news()) return;
+    const int64_t left_us = end_us - clock_.now_us();
+    if (left_us <= 0) return;
+    bell_->wait(rung, left_us);
   }
-  woken_ = false;
+}
+
+// Something to look at, from this process or from a rank that has begun a round.
+bool Engine::has_news() {
+  if (lockstep_ != nullptr && lockstep_->has_news()) return true;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool woken = std::exchange(woken_, false);
+  return woken || !commands_.empty() || stopping_;
 }
 
 void Engine::update_gauges() {
@@ -369,8 +433,8 @@ void Engine::trace_stages(const Sequence& sequence, const std::string& error) co
 // ---- A step ----------------------------------------------------------------------------------------------------
 
 // Returns how long it took.
-int64_t Engine::compute(const StepPlan& plan) {
-  if (plan.rows.empty()) return 0;
+Result<int64_t> Engine::compute(const StepPlan& plan) {
+  if (plan.rows.empty() && round_rows_ == 0) return 0;
   batch_.tokens.clear();
   batch_.chunks.clear();
   batch_.logit_rows.clear();
@@ -392,7 +456,8 @@ int64_t Engine::compute(const StepPlan& plan) {
     return scheduler_.find(rows.id)->role == TransferRole::kPushSend;
   });
   const int64_t begin_us = clock_.now_us();
-  model_.forward(batch_, cache_, pushes ? model::LayerDone([&](int layer) { push_layer(plan, layer); }) : nullptr);
+  TANDEM_TRY(model_.forward(batch_, cache_,
+                            pushes ? model::LayerDone([&](int layer) { push_layer(plan, layer); }) : nullptr));
   const int64_t step_us = clock_.now_us() - begin_us;
   if (expert_load_ != nullptr) expert_load_->add_step(batch_, model_);
   probe_.step(static_cast<int64_t>(batch_.tokens.size()), step_us);

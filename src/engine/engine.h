@@ -2,7 +2,8 @@
 // README.md in this folder is the contract (ownership, invariants, life of a request).
 #pragma once
 
-#include <condition_variable>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -14,7 +15,9 @@
 
 #include "src/base/clock.h"
 #include "src/base/kv_transfer_config.h"
+#include "src/comm/bell.h"
 #include "src/engine/expert_load.h"
+#include "src/engine/lockstep.h"
 #include "src/engine/probe.h"
 #include "src/engine/scheduler.h"
 #include "src/engine/worker.h"
@@ -46,6 +49,8 @@ class Engine final : public Worker {
   void attach(transfer::Agent* agent) { agent_ = agent; }
   // Gets every step's routing; set before start(). The model must keep it (model::LoadOptions::keep_routing).
   void attach(ExpertLoadRecorder* recorder) { expert_load_ = recorder; }
+  // This engine is one rank of a group and steps together with the others; set before start().
+  void attach(Lockstep* lockstep);
   void wake();
 
   void start();
@@ -83,12 +88,16 @@ class Engine final : public Worker {
 
   void run();
   bool receive_commands();
+  void fail_all(const Error& why);
+  bool join_round(const StepPlan& plan);
+  void lose_group(const Error& why);
   void wait_for_work();
+  bool has_news();
   void collect_transfers();
   void expire_deadlines();
   void renew_leases();
   void begin_transfers(const StepPlan& plan);
-  int64_t compute(const StepPlan& plan);
+  Result<int64_t> compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);
   void take_results(const StepPlan& plan);
 
@@ -118,10 +127,13 @@ class Engine final : public Worker {
   Probe probe_;
   transfer::Agent* agent_ = nullptr;
   ExpertLoadRecorder* expert_load_ = nullptr;
+  Lockstep* lockstep_ = nullptr;
 
   // Shared with other threads.
+  alignas(comm::Bell::kBytes) std::array<std::byte, comm::Bell::kBytes> bell_memory_{};
+  comm::Bell own_bell_{bell_memory_.data()};
+  comm::Bell* bell_ = &own_bell_;  // rung when there is news; that of the group, if there is one
   std::mutex mutex_;
-  std::condition_variable work_;
   std::vector<Command> commands_;
   bool woken_ = false;
   bool stopping_ = false;
@@ -131,6 +143,7 @@ class Engine final : public Worker {
   kv::BlockPool pool_;
   Scheduler scheduler_;
   model::Batch batch_;
+  int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
   std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;
   uint64_t next_transfer_ = 1;
   int64_t leases_renewed_us_ = 0;

@@ -16,7 +16,10 @@ class RoutedModel final : public model::Model {
     info_.experts_per_token = 2;
   }
   const model::ModelInfo& info() const override { return info_; }
-  void forward(const model::Batch& batch, model::KvCache&, const model::LayerDone&) override { route(batch); }
+  Status forward(const model::Batch& batch, model::KvCache&, const model::LayerDone&) override {
+    route(batch);
+    return {};
+  }
   void route(const model::Batch& batch) {
     for (int32_t l = 0; l < 2; ++l) {
       std::vector<int32_t>& ids = ids_[static_cast<size_t>(l)];

@@ -52,7 +52,7 @@ class FakeModel final : public model::Model {
     return output;
   }
 
-  void forward(const model::Batch& batch, model::KvCache& cache, const model::LayerDone& on_layer_done) override {
+  Status forward(const model::Batch& batch, model::KvCache& cache, const model::LayerDone& on_layer_done) override {
     if (before_forward) before_forward(batch);
     if (delay_us.load() > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_us.load()));
     for (int layer = 0; layer < kLayers; ++layer) {
@@ -87,6 +87,7 @@ class FakeModel final : public model::Model {
         logits_.push_back(std::move(row));
       }
     }
+    return {};
   }
 
   std::span<const float> logits(size_t index) const override { return logits_.at(index); }

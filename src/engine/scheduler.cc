@@ -71,7 +71,7 @@ void Scheduler::plan_running(Draft& draft) const {
       const Sequence& sequence = get(id);
       if (is_stream(sequence) == streams && !draft.preempted.contains(id)) plan_rows(draft, sequence);
     }
-    if (streams && !draft.plan.rows.empty()) draft.prompt_us_left = budget_.prompt_us();
+    if (streams && (!draft.plan.rows.empty() || streams_elsewhere_)) draft.prompt_us_left = budget_.prompt_us();
   }
 }
 
@@ -245,7 +245,8 @@ void Scheduler::advance(const StepPlan& plan) {
 }
 
 void Scheduler::learn(const StepPlan& plan, int64_t step_us) {
-  if (plan.rows.empty() || !plan.rows.front().is_stream) return;  // streams come first
+  if (plan.rows.empty()) return;
+  if (!plan.rows.front().is_stream && !streams_elsewhere_) return;  // streams come first
   std::vector<ChunkRows> chunks;
   for (const ScheduledRows& rows : plan.rows) {
     if (!rows.is_stream) chunks.push_back({rows.first_position, rows.num_tokens});

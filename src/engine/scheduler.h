@@ -72,6 +72,9 @@ class Scheduler {
   void commit(const StepPlan& plan);
   // After the step: the rows are computed; full blocks are offered to the prefix cache.
   void advance(const StepPlan& plan);
+  // Other ranks of the group generate answers, whose next tokens wait for this rank's steps as well: they are limited as
+  // if the streams were here.
+  void set_streams_elsewhere(bool streams) { streams_elsewhere_ = streams; }
   // How long the planned step took: later plans reckon with it.
   void learn(const StepPlan& plan, int64_t step_us);
   // A receiver has its prompt's KV up to `num_computed` tokens and starts running.
@@ -110,6 +113,7 @@ class Scheduler {
   SchedulerLimits limits_;
   kv::BlockPool& pool_;
   StepBudget budget_;
+  bool streams_elsewhere_ = false;
   std::unordered_map<RequestId, std::unique_ptr<Sequence>> sequences_;
   std::deque<RequestId> waiting_;
   std::vector<RequestId> running_;  // in order of arrival: kRunning only

@@ -19,8 +19,8 @@ class RankGroup {
   // The fabric of the epoch that stands, or null. A new epoch has a new one; the old one lives until the next call,
   // which belongs to the engine thread.
   virtual Fabric* fabric() = 0;
-  // This rank's step failed: the epoch ends for all.
-  virtual void report(const Error& why) = 0;
+  // This rank's step failed in `epoch`, which ends for all; ignored if it has ended already.
+  virtual void report(Epoch epoch, const Error& why) = 0;
   // Why the group does not stand, for users; ok while it does. From any thread.
   virtual Status status() const = 0;
 };

@@ -16,7 +16,7 @@ namespace tandem::group {
 struct StepIntent {
   int64_t rows = 0;         // of its batch; 0: it only computes for others
   int64_t ready_moves = 0;  // expert weights received for how many placements (balancing)
-  int64_t stopping = 0;     // 1: this rank ends after this step
+  int64_t streams = 0;      // 1: answers are being generated here, so their next token waits for this step
   int64_t reserved[5] = {};
 };
 

@@ -58,6 +58,7 @@ void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dt
   const StepLimits limits{capacity.rows, capacity.chunks, capacity.positions, config_.vocab_size, block_size};
   uploader_ = std::make_unique<StepUploader>(ops_, *stream_, limits);
   attention_->allocate(capacity);
+  if (exchange_ != nullptr) exchange_->prepare(ops_, *stream_, exchange_shape(capacity));
   mlp_.allocate(capacity.rows);
   const DType dtype = ops_.activation_dtype();
   for (DeviceTensor* tensor : {&residual_, &hidden_, &delta_}) {
@@ -69,19 +70,39 @@ void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dt
   logits_device_ = DeviceTensor(ops_, DType::kF32, capacity.chunks, config_.vocab_size);
 }
 
-void Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) {
+ExchangeShape Decoder::exchange_shape(const Capacity& capacity) const {
+  ExchangeShape shape;
+  shape.max_rows = capacity.rows;
+  shape.hidden = config_.hidden_size;
+  shape.top_k = config_.moe.router.top_k;
+  shape.num_experts = config_.moe.num_experts;
+  shape.num_layers = std::ssize(info_.moe_layers);
+  return shape;
+}
+
+Status Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) {
   CHECK(cache.layout() == info_.kv);
   num_logits_ = 0;
-  if (batch.tokens.empty()) return;
+  if (batch.tokens.empty()) return forward_without_rows();
   const Step& step = uploader_->upload(batch, cache);
   mlp_.begin_step(batch);
-  forward_layers(step, cache, on_layer_done);
+  TANDEM_TRY(forward_layers(step, cache, on_layer_done));
   if (!batch.logit_rows.empty()) compute_logits(step);
   ops_.synchronize(*stream_);
   mlp_.read_routing(step.rows);
+  return {};
 }
 
-void Decoder::forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done) {
+// The other ranks have rows: their experts are here.
+Status Decoder::forward_without_rows() {
+  mlp_.read_routing(0);
+  if (exchange_ == nullptr) return {};
+  for (const int64_t layer : info_.moe_layers) TANDEM_TRY(mlp_.forward(layer, hidden_.rows(0), delta_.rows(0)));
+  ops_.synchronize(*stream_);
+  return {};
+}
+
+Status Decoder::forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done) {
   const float eps = config_.rms_norm_eps;
   const Tensor residual = residual_.rows(step.rows);
   const Tensor hidden = hidden_.rows(step.rows);
@@ -101,8 +122,9 @@ void Decoder::forward_layers(const Step& step, const KvCache& cache, const Layer
     }
     attention_->attend(step, layer, cache.layer(layer), delta);
     ops_.add_rms_norm(*stream_, residual, delta, norms.mlp.all(), eps, hidden);
-    mlp_.forward(layer, hidden, delta);
+    TANDEM_TRY(mlp_.forward(layer, hidden, delta));
   }
+  return {};
 }
 
 // The last sum and norm, and the head, for the wanted rows alone.

@@ -18,18 +18,20 @@ class Decoder final : public Model {
   Decoder(kernels::Ops& ops, ModelConfig config);
 
   const ModelConfig& config() const { return config_; }
+  // Before list_weights().
+  void set_exchange(ExpertExchange* exchange) { exchange_ = exchange, mlp_.set_exchange(exchange); }
   // Lists every tensor of the model; `plan` must be made for stream().
   void list_weights(WeightPlan& plan);
-  // Allocates all scratch memory, once the weights are there.
   // What the cache must look like.
   KvLayout make_kv_layout(int64_t block_size, kernels::DType kv_dtype) const;
   // Before allocate().
   void set_routing(bool is_kept, const RoutingSimulation& simulation) { mlp_.set_routing(is_kept, simulation); }
+  // Allocates all scratch memory, once the weights are there.
   void allocate(const Capacity& capacity, int64_t block_size, kernels::DType kv_dtype, ModelInfo info);
   kernels::Stream& stream() { return *stream_; }
 
   const ModelInfo& info() const override { return info_; }
-  void forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) override;
+  Status forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) override;
   std::span<const float> logits(size_t index) const override;
   std::span<const int32_t> routed_experts(int64_t index) const override { return mlp_.routed_experts(index); }
 
@@ -38,7 +40,9 @@ class Decoder final : public Model {
     DeviceTensor attention;
     DeviceTensor mlp;
   };
-  void forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done);
+  Status forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done);
+  Status forward_without_rows();
+  ExchangeShape exchange_shape(const Capacity& capacity) const;
   void compute_logits(const Step& step);
 
   kernels::Ops& ops_;
@@ -47,6 +51,7 @@ class Decoder final : public Model {
   ModelInfo info_;
   std::unique_ptr<Attention> attention_;
   MlpLayers mlp_;
+  ExpertExchange* exchange_ = nullptr;
   std::unique_ptr<kernels::Weight> embedding_;  // [V, H]
   std::unique_ptr<kernels::Weight> head_;       // [V, H]; null: the embedding
   std::vector<Norms> norms_;

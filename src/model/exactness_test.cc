@@ -171,10 +171,11 @@ TEST_P(ExactnessTest, LayerDoneAndWantedRows) {
   batch.logit_rows = {2, 40, work_.prompt[longest] - 1};
   std::vector<int> layers;
   std::vector<std::vector<std::byte>> seen;
-  model_->forward(batch, cache, [&](int layer) {
+  const Status done = model_->forward(batch, cache, [&](int layer) {
     layers.push_back(layer);
     seen.push_back(read_layer(layer));
   });
+  ASSERT_TRUE(done.ok());
   std::vector<int> all(static_cast<size_t>(model_->info().kv.num_layers));
   std::iota(all.begin(), all.end(), 0);
   EXPECT_EQ(layers, all);
@@ -210,7 +211,7 @@ TEST(StepDeathTest, RefusesBatchesThatBreakTheContract) {
     batch.chunks.push_back({0, 3, 0, true, {BlockId(2)}});
     batch.logit_rows = {2};
     change(batch);
-    model->forward(batch, cache, {});
+    ASSERT_TRUE(model->forward(batch, cache, {}).ok());
   };
   run([](Batch&) {});
   EXPECT_EQ(model->logits(0).size(), static_cast<size_t>(model->info().vocab_size));

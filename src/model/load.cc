@@ -127,6 +127,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
                 choose_formats(options.quantization, config.quant, options.format == LoadFormat::kDummy,
                                !config.tied_embeddings, is_f32 ? kF32Weights : kBf16Weights));
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
+  decoder->set_exchange(options.exchange);
   WeightPlan plan(ops, decoder->stream(), *source, std::move(formats));
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());

@@ -56,8 +56,14 @@ void MlpLayers::list_experts(WeightPlan& plan, Layer& layer, const std::string& 
       down.push_back({expert + ".down_proj.weight", hidden, width});
     }
   }
-  plan.batched(layer.expert_gate_up, std::move(gate_up), is_stacked ? 1 : 2);
-  plan.batched(layer.expert_down, std::move(down), 1);
+  if (exchange_ == nullptr) {
+    plan.batched(layer.expert_gate_up, std::move(gate_up), is_stacked ? 1 : 2);
+    plan.batched(layer.expert_down, std::move(down), 1);
+    return;
+  }
+  const std::vector<int32_t>& slots = exchange_->shard().slots;
+  plan.batched_subset(layer.expert_gate_up, std::move(gate_up), is_stacked ? 1 : 2, slots);
+  plan.batched_subset(layer.expert_down, std::move(down), 1, slots);
 }
 
 void MlpLayers::allocate(int64_t max_rows) {
@@ -74,9 +80,10 @@ void MlpLayers::allocate(int64_t max_rows) {
   router_logits_ = DeviceTensor(ops_, DType::kF32, max_rows, experts);
   expert_ids_ = DeviceTensor(ops_, DType::kI32, max_rows * (keeps_routing_ ? num_moe_layers_ : 1), top_k);
   expert_weights_ = DeviceTensor(ops_, DType::kF32, max_rows, top_k);
-  order_ = DeviceTensor(ops_, DType::kI32, max_rows * top_k, 1);
-  offsets_ = DeviceTensor(ops_, DType::kI32, experts + 1, 1);
-  expert_out_ = DeviceTensor(ops_, dtype, max_rows * top_k, hidden);
+  const int64_t expert_rows = exchange_ == nullptr ? max_rows : exchange_->max_received_rows();
+  order_ = DeviceTensor(ops_, DType::kI32, expert_rows * top_k, 1);
+  offsets_ = DeviceTensor(ops_, DType::kI32, num_local_experts() + 1, 1);
+  expert_out_ = DeviceTensor(ops_, dtype, expert_rows * top_k, hidden);
   shared_out_ = DeviceTensor(ops_, dtype, max_rows, hidden);
 }
 
@@ -140,17 +147,18 @@ void MlpLayers::simulate_routing(const Layer& layer, const Tensor& ids, const Te
   ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_)));
 }
 
-void MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
+Status MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
   if (layer.router == nullptr) {
-    forward_dense(layer.dense, hidden, out);
-    return;
+    if (hidden.rows > 0) forward_dense(layer.dense, hidden, out);
+    return {};
   }
-  forward_experts(layer, hidden, out);
-  if (layer.dense.width == 0) return;
+  TANDEM_TRY(forward_experts(layer, hidden, out));
+  if (layer.dense.width == 0 || hidden.rows == 0) return {};
   const Tensor shared_out = shared_out_.rows(hidden.rows);
   forward_dense(layer.dense, hidden, shared_out);
   ops_.add(stream_, out, shared_out);
+  return {};
 }
 
 void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Tensor& out) {
@@ -161,19 +169,51 @@ void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Te
   ops_.linear(stream_, activated, *dense.down, out);
 }
 
-void MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, const Tensor& out) {
+Status MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, const Tensor& out) {
   const int64_t rows = hidden.rows;
-  const int64_t top_k = config_.moe.router.top_k;
   const Tensor ids = expert_ids(layer, rows);
   const Tensor weights = expert_weights_.rows(rows);
-  const Tensor order = order_.rows(rows * top_k);
-  const Tensor expert_out = expert_out_.rows(rows * top_k);
-  ops_.linear(stream_, hidden, *layer.router, router_logits_.rows(rows));
-  ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
-  if (simulated_) simulate_routing(layer, ids, weights);
-  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
-  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), top_k, *layer.expert_gate_up, *layer.expert_down, expert_out);
-  ops_.combine(stream_, expert_out, weights, out);
+  if (rows > 0) {
+    ops_.linear(stream_, hidden, *layer.router, router_logits_.rows(rows));
+    ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
+    if (simulated_) simulate_routing(layer, ids, weights);
+  }
+  TANDEM_ASSIGN(const Tensor expert_out,
+                exchange_ == nullptr ? compute_experts(layer, hidden, ids) : exchange_experts(layer, hidden, ids));
+  if (rows > 0) ops_.combine(stream_, expert_out, weights, out);
+  return {};
+}
+
+// All experts are here.
+Result<Tensor> MlpLayers::compute_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
+  const Tensor expert_out = expert_out_.rows(hidden.rows * ids.cols);
+  run_experts(layer, hidden, ids, expert_out);
+  return expert_out;
+}
+
+// Rows go to the ranks that hold their experts, the rows of others are computed here.
+Result<Tensor> MlpLayers::exchange_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
+  TANDEM_TRY(exchange_->dispatch(layer.moe_index, hidden, ids));
+  while (true) {
+    TANDEM_ASSIGN(const ReceivedRows received, exchange_->receive());
+    if (received.hidden.rows == 0) break;
+    const Tensor expert_out = expert_out_.rows(received.hidden.rows * ids.cols);
+    run_experts(layer, received.hidden, received.ids, expert_out);
+    TANDEM_TRY(exchange_->give_back(expert_out));
+  }
+  return exchange_->collect();
+}
+
+// expert_out [T k, H]: of every slot of `ids` [T, k] whose expert is here, which ids name by its place in the weights.
+void MlpLayers::run_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids, const Tensor& expert_out) {
+  const Tensor order = order_.rows(ids.rows * ids.cols);
+  ops_.sort_by_expert(stream_, ids, num_local_experts(), order, offsets_.all());
+  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
+                  expert_out);
+}
+
+int64_t MlpLayers::num_local_experts() const {
+  return exchange_ == nullptr ? config_.moe.num_experts : std::ssize(exchange_->shard().slots);
 }
 
 }  // namespace tandem::model

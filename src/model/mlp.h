@@ -12,6 +12,7 @@
 #include "src/model/batch.h"
 #include "src/model/config.h"
 #include "src/model/device_tensor.h"
+#include "src/model/expert_exchange.h"
 #include "src/model/routing_simulation.h"
 #include "src/model/weights.h"
 
@@ -21,6 +22,8 @@ class MlpLayers {
  public:
   MlpLayers(kernels::Ops& ops, kernels::Stream& stream, const ModelConfig& config);
 
+  // Before list_weights: only the experts of the exchange's shard are loaded, and rows travel through it.
+  void set_exchange(ExpertExchange* exchange) { exchange_ = exchange; }
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
   void allocate(int64_t max_rows);
@@ -28,8 +31,9 @@ class MlpLayers {
   void set_routing(bool is_kept, const RoutingSimulation& simulation);
   // Before the first layer of a step.
   void begin_step(const Batch& batch);
-  // out [T, H] = MLP of layer `layer` of hidden [T, H].
-  void forward(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  // out [T, H] = MLP of layer `layer` of hidden [T, H]. T = 0 only with an exchange: this rank then computes what
+  // others send. Faults are those of the exchange.
+  Status forward(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
   // After the last layer, once the stream is done: fetches the kept routing of the step's rows.
   void read_routing(int64_t rows);
   // Of the `index`-th MoE layer, [rows, top_k].
@@ -52,22 +56,31 @@ class MlpLayers {
   void list_dense(WeightPlan& plan, Dense& dense, int64_t width, const std::string& prefix);
   void list_experts(WeightPlan& plan, Layer& layer, const std::string& prefix);
   void forward_dense(const Dense& dense, const kernels::Tensor& hidden, const kernels::Tensor& out);
-  void forward_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  Status forward_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  Result<kernels::Tensor> compute_experts(const Layer& layer, const kernels::Tensor& hidden,
+                                          const kernels::Tensor& ids);
+  Result<kernels::Tensor> exchange_experts(const Layer& layer, const kernels::Tensor& hidden,
+                                           const kernels::Tensor& ids);
+  void run_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& ids,
+                   const kernels::Tensor& expert_out);
+  int64_t num_local_experts() const;
   kernels::Tensor expert_ids(const Layer& layer, int64_t rows) const;
   void simulate_routing(const Layer& layer, const kernels::Tensor& ids, const kernels::Tensor& weights);
 
   kernels::Ops& ops_;
   kernels::Stream& stream_;
   const ModelConfig& config_;
+  ExpertExchange* exchange_ = nullptr;
   std::vector<Layer> layers_;
   DeviceTensor gate_up_;         // [T, 2 width]
   DeviceTensor activated_;       // [T, width]
   DeviceTensor router_logits_;   // [T, E]
   DeviceTensor expert_ids_;      // [T, k]; of each MoE layer if routing is kept
   DeviceTensor expert_weights_;  // [T, k]
-  DeviceTensor order_;           // [T k, 1]
-  DeviceTensor offsets_;         // [E + 1, 1]
-  DeviceTensor expert_out_;      // [T k, H]
+  // Of the rows whose experts are computed here: T of them, or what the exchange hands over at once.
+  DeviceTensor order_;           // [rows k, 1]
+  DeviceTensor offsets_;         // [experts here + 1, 1]
+  DeviceTensor expert_out_;      // [rows k, H]
   DeviceTensor shared_out_;      // [T, H]
 
   int64_t num_moe_layers_ = 0;

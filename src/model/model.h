@@ -12,6 +12,7 @@
 #include "src/base/result.h"
 #include "src/kernels/ops.h"
 #include "src/model/batch.h"
+#include "src/model/expert_exchange.h"
 #include "src/model/kv_cache.h"
 #include "src/model/quantization.h"
 #include "src/model/routing_simulation.h"
@@ -35,6 +36,8 @@ struct LoadOptions {
   int64_t max_model_len = 0;           // 0: the config's max_position_embeddings
   int64_t block_size = 16;
   uint64_t dummy_seed = 0;
+  // Null: this rank has all experts. Else those of its shard are loaded; must outlive the model.
+  ExpertExchange* exchange = nullptr;
   bool keep_routing = false;     // for Model::routed_experts
   RoutingSimulation simulation;  // instead of the routers' choices
   // Called before any weight is read; an error ends the load. May be empty.
@@ -68,7 +71,9 @@ class Model {
   virtual const ModelInfo& info() const = 0;
 
   // Computes every row of `batch`; afterwards logits(i) is row i of batch.logit_rows. `on_layer_done` may be empty.
-  virtual void forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) = 0;
+  // With an ExpertExchange all ranks call it together, those without rows too; a fault is that of the lost group, and
+  // what the step wrote to the cache is void then.
+  virtual Status forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) = 0;
 
   // f32 logits [vocab_size] of the i-th wanted row of the last forward, in host memory; valid until the next.
   virtual std::span<const float> logits(size_t index) const = 0;

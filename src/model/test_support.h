@@ -160,7 +160,7 @@ class Sequences {
         batch.tokens.push_back(tokens[static_cast<size_t>(first + i)]);
       }
     }
-    model_.forward(batch, *cache_, on_layer_done);
+    CHECK(model_.forward(batch, *cache_, on_layer_done).ok());
     size_t row = 0;
     for (const Piece& piece : pieces) {
       for (int32_t i = 0; i < piece.num_rows; ++i) {

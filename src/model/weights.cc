@@ -71,6 +71,20 @@ void WeightPlan::batched(std::unique_ptr<Weight>& out, std::vector<MatrixRef> re
   add_matrices(is_one ? "linear" : "experts", std::move(refs), parts, formats_.linear, out);
 }
 
+void WeightPlan::batched_subset(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts,
+                                std::span<const int32_t> chosen) {
+  batched(out, std::move(refs), parts);
+  Task& task = tasks_.back();
+  task.identity = std::move(task.refs);
+  task.refs.clear();
+  for (const int32_t matrix : chosen) {
+    CHECK_LT(matrix * parts, std::ssize(task.identity));
+    const auto first = task.identity.begin() + matrix * parts;
+    task.refs.insert(task.refs.end(), first, first + parts);
+  }
+  CHECK(!task.refs.empty());
+}
+
 void WeightPlan::note_format(std::string_view kind, const WeightFormat& format) {
   auto it = std::find_if(kinds_.begin(), kinds_.end(), [&](const auto& entry) { return entry.first == kind; });
   if (it == kinds_.end()) it = kinds_.insert(it, {std::string(kind), {}});
@@ -221,7 +235,7 @@ Result<LoadedWeights> WeightPlan::load(Sha256& fingerprint, const std::function<
       load_vector(task);
       source_.add_fingerprint(task.tensor, fingerprint);
     } else {
-      for (const MatrixRef& ref : task.refs) {
+      for (const MatrixRef& ref : task.identity.empty() ? task.refs : task.identity) {
         if (ref.slice == 0) source_.add_fingerprint(ref.tensor, fingerprint);
       }
       TANDEM_TRY(load_matrices(task));

@@ -82,6 +82,7 @@ class WeightPlan {
   // One packed weight, or one vector.
   struct Task {
     std::vector<MatrixRef> refs;
+    std::vector<MatrixRef> identity;  // what enters the fingerprint instead, if only a part is loaded
     int64_t parts = 1;
     bool must_be_dense = false;
     kernels::WeightFormat format = kernels::kBf16Weights;
@@ -112,6 +113,9 @@ class WeightPlan {
   void head(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // `batch` matrices, each the rows of `parts` consecutive refs on top of each other; all refs have the same n and k.
   void batched(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts);
+  // Of such a batch only the matrices `chosen`, in that order; the others are checked and enter the fingerprint.
+  void batched_subset(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts,
+                      std::span<const int32_t> chosen);
   // A vector of n values, as f32 [1, n].
   void vector(DeviceTensor& out, const std::string& tensor, int64_t n);
   // Hands "<module>.weight" [n, k], dequantised and dense (bf16 or f32, row_stride 0), to `use`, which packs what it

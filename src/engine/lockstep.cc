@@ -1,0 +1,56 @@
+#include "src/engine/lockstep.h"
+
+#include <vector>
+
+#include "src/base/log.h"
+
+namespace tandem::engine {
+
+Lockstep::~Lockstep() { leave(); }
+
+bool Lockstep::is_standing() {
+  if (fabric_ != nullptr && fabric_->status().ok()) return true;
+  leave();  // before group_.fabric(), which may destroy the fabric of the ended epoch
+  group::Fabric* const now = group_.fabric();
+  if (now == nullptr || !now->status().ok()) return false;
+  fabric_ = now;
+  agreement_.emplace(*now);
+  if (user_ != nullptr) user_->attach(*now);
+  ++num_epochs_;
+  log_info("group", "rank {} of {} stands in epoch {}", now->rank(), now->size(), now->epoch());
+  return true;
+}
+
+bool Lockstep::has_news() const {
+  if (fabric_ == nullptr) return group_.status().ok();
+  return !fabric_->status().ok() || is_called();
+}
+
+bool Lockstep::is_called() const { return agreement_ && agreement_->is_called(); }
+
+Result<AgreedStep> Lockstep::agree(int64_t rows, bool has_streams) {
+  CHECK(agreement_.has_value());
+  const group::StepIntent mine{.rows = rows, .streams = has_streams ? 1 : 0};
+  TANDEM_ASSIGN(const std::vector<group::StepIntent> intents, agreement_->agree(mine));
+  ++num_rounds_;
+  if (rows == 0) ++num_empty_rounds_;
+  AgreedStep step;
+  for (size_t r = 0; r < intents.size(); ++r) {
+    step.total_rows += intents[r].rows;
+    if (static_cast<int32_t>(r) != fabric_->rank().value && intents[r].streams != 0) step.streams_elsewhere = true;
+  }
+  return step;
+}
+
+void Lockstep::abandon(const Error& why) {
+  if (fabric_ != nullptr) group_.report(fabric_->epoch(), why);
+  leave();
+}
+
+void Lockstep::leave() {
+  if (user_ != nullptr && fabric_ != nullptr) user_->detach();
+  agreement_.reset();
+  fabric_ = nullptr;
+}
+
+}  // namespace tandem::engine

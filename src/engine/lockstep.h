@@ -1,0 +1,66 @@
+// The engine's part in its rank group: which epoch it computes in, and when a step begins.
+//
+// With experts on all ranks no rank computes a step alone. A rank with rows enters the next round; the others are rung,
+// see is_called() and join, if need be with no rows. All enter a round with the same list of intents, so all agree on
+// what the step is. Belongs to the engine thread.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "src/group/rank_group.h"
+#include "src/group/step_agreement.h"
+#include "src/model/expert_exchange.h"
+
+namespace tandem::engine {
+
+// What holds an exchange to the fabric of the epoch; src/ep implements it.
+class FabricUser {
+ public:
+  virtual ~FabricUser() = default;
+  virtual void attach(group::Fabric& fabric) = 0;
+  virtual void detach() = 0;
+};
+
+struct AgreedStep {
+  int64_t total_rows = 0;
+  bool streams_elsewhere = false;  // another rank generates answers: its next token waits for this step
+};
+
+class Lockstep {
+ public:
+  // Both outlive this. `user` may be null (a test without experts).
+  Lockstep(group::RankGroup& group, FabricUser* user) : group_(group), user_(user) {}
+  ~Lockstep();
+
+  comm::Bell& bell() { return group_.bell(); }
+  // Takes up the epoch that stands now. False while none does: nothing can be computed.
+  bool is_standing();
+  // Why none stands.
+  Status status() const { return group_.status(); }
+  // is_standing() or is_called() may have changed since they were called.
+  bool has_news() const;
+  // Another rank waits for this one to begin a step.
+  bool is_called() const;
+  // Enters the next round and waits for all.
+  Result<AgreedStep> agree(int64_t rows, bool has_streams);
+  // This rank's part of a step failed; the epoch is over for all.
+  void abandon(const Error& why);
+
+  uint64_t num_epochs() const { return num_epochs_; }
+  int64_t num_rounds() const { return num_rounds_; }
+  int64_t num_empty_rounds() const { return num_empty_rounds_; }  // joined without rows
+
+ private:
+  void leave();
+
+  group::RankGroup& group_;
+  FabricUser* const user_;
+  group::Fabric* fabric_ = nullptr;  // of the epoch taken up
+  std::optional<group::StepAgreement> agreement_;
+  uint64_t num_epochs_ = 0;
+  int64_t num_rounds_ = 0;
+  int64_t num_empty_rounds_ = 0;
+};
+
+}  // namespace tandem::engine
