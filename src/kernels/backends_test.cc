@@ -69,6 +69,9 @@ TEST_P(EmptyTest, ZeroRowsAreHarmless) {
   ops.route(stream, x, Tensor{}, RouterParams{}, column, empty(DType::kF32, 1));
   ops.sort_by_expert(stream, column, 1, column, offsets);
   ops.expert_mlp(stream, x, column, offsets, 1, *gate_up, *square, x);
+  const EncodedRows rows{empty(DType::kU8, ops.expert_row_bytes(RowFormat::kExact, kF32Weights, 8))};
+  ops.encode_expert_rows(stream, x, kF32Weights, rows);
+  ops.expert_mlp_encoded(stream, rows, column, offsets, 1, *gate_up, *square, nullptr, empty(DType::kI64, 1));
   ops.combine(stream, x, empty(DType::kF32, 1), x);
   ops.gather_rows(stream, x, column, x);
   ops.synchronize(stream);

@@ -1,6 +1,9 @@
 // Router and experts of every backend.
 #include <gmock/gmock.h>
 
+#include <bit>
+
+#include "src/kernels/integer.h"
 #include "src/kernels/test_support.h"
 
 namespace tandem::kernels {
@@ -142,6 +145,122 @@ TEST_P(MoeTest, ASlotDoesNotDependOnItsCompanions) {
     const Matrix<float> result = experts.run(device, x.rows_slice(0, 1), swapped, format);
     EXPECT_TRUE(same_bits(result.rows_slice(0, 1), together.rows_slice(2, 1)));
     EXPECT_TRUE(same_bits(result.rows_slice(2, 1), together.rows_slice(0, 1)));
+  }
+}
+
+TEST_P(MoeTest, SortSkipsSlotsOfNobody) {
+  Device device(name());
+  const Matrix<int32_t> ids(3, 2, {1, -1, 0, 1, -1, -1});
+  const Tensor order = device.make(DType::kI32, 6, 1);
+  const Tensor offsets = device.make(DType::kI32, 4, 1);
+  device.ops().sort_by_expert(device.stream(), device.put(ids), 3, order, offsets);
+  EXPECT_THAT(device.get<int32_t>(offsets).values, testing::ElementsAre(0, 1, 3, 3));
+  EXPECT_THAT(device.get<int32_t>(order.row_slice(0, 3)).values, testing::ElementsAre(2, 0, 3));
+}
+
+// Gives some slots to nobody.
+Matrix<int32_t> drop_slots(Random& random, Matrix<int32_t> ids) {
+  for (int32_t& id : ids.values) id = random.integer(0, 2) == 0 ? id : -1;
+  return ids;
+}
+
+TEST_P(MoeTest, SlotsOfNobodyAreNotTouched) {
+  Random random(34);
+  for (const WeightFormat format : kTestedFormats) {
+    const Experts experts(random, 4, 70, 50);
+    const Matrix<float> x = random.matrix(40, experts.hidden);
+    const Matrix<int32_t> ids = random_ids(random, x.rows, 3, experts.count);
+    const Matrix<int32_t> some = drop_slots(random, ids);
+    Device device(name(), 2);
+    const Matrix<float> all = experts.run(device, x, ids, format);
+    const Matrix<float> result = experts.run(device, x, some, format);
+    const std::vector<float> filling(static_cast<size_t>(experts.hidden), std::bit_cast<float>(0xFFFFFFFFU));
+    const Matrix<float> untouched(1, experts.hidden, filling);
+    for (int64_t slot = 0; slot < result.rows; ++slot) {
+      const bool is_computed = some.values[static_cast<size_t>(slot)] >= 0;
+      EXPECT_TRUE(same_bits(result.rows_slice(slot, 1), is_computed ? all.rows_slice(slot, 1) : untouched)) << slot;
+    }
+  }
+}
+
+// expert_mlp_encoded of `ids`; the output of slot s goes to row places[s] of the result.
+Matrix<float> run_encoded(const Experts& experts, Device& device, const Matrix<float>& x, const Matrix<int32_t>& ids,
+                          WeightFormat format, RowFormat row_format, const std::vector<int32_t>& places) {
+  const std::unique_ptr<Weight> gate_up = device.pack(experts.gate_up, format, experts.count);
+  const std::unique_ptr<Weight> down = device.pack(experts.down, format, experts.count);
+  Ops& ops = device.ops();
+  const int64_t row_bytes = ops.expert_row_bytes(row_format, format, experts.hidden);
+  EXPECT_EQ(row_bytes % 64, 0);
+  const EncodedRows rows{device.make(DType::kU8, x.rows, row_bytes, 36), row_format};
+  ops.encode_expert_rows(device.stream(), device.put(x, 1), format, rows);
+  const Tensor order = device.make(DType::kI32, ids.rows * ids.cols, 1);
+  const Tensor offsets = device.make(DType::kI32, experts.count + 1, 1);
+  ops.sort_by_expert(device.stream(), device.put(ids), experts.count, order, offsets);
+  const Tensor out = device.make_f32(ids.rows * ids.cols, experts.hidden, 2);
+  const int64_t count = device.get<int32_t>(offsets).at(experts.count, 0);
+  const Matrix<int32_t> slots = device.get<int32_t>(order.row_slice(0, count));
+  // From the middle of the rows, so that some targets lie before it.
+  const int64_t middle = out.rows / 2 * out.stride;
+  std::vector<int64_t> targets;
+  for (const int32_t slot : slots.values) targets.push_back(places[static_cast<size_t>(slot)] * out.stride - middle);
+  ops.expert_mlp_encoded(device.stream(), rows, order.row_slice(0, count), offsets, ids.cols, *gate_up, *down,
+                         reinterpret_cast<float*>(out.address) + middle, device.put_column(targets));
+  return device.get_f32(out);
+}
+
+TEST_P(MoeTest, ExactRowsLoseNothing) {
+  Random random(35);
+  for (const WeightFormat format : kTestedFormats) {
+    for (const Experts& experts : {Experts(random, 4, 96, 50), Experts(random, 3, 33, 17), Experts(random, 2, 1, 1)}) {
+      const Matrix<float> x = random.matrix(40, experts.hidden);
+      const Matrix<int32_t> ids = drop_slots(random, random_ids(random, x.rows, 2, experts.count));
+      const std::vector<int32_t> places = random.permutation(x.rows * 2);
+      Device device(name(), 2);
+      const Matrix<float> expected = experts.run(device, x, ids, format);
+      const Matrix<float> result = run_encoded(experts, device, x, ids, format, RowFormat::kExact, places);
+      for (int64_t slot = 0; slot < expected.rows; ++slot) {
+        EXPECT_TRUE(same_bits(result.rows_slice(places[static_cast<size_t>(slot)], 1), expected.rows_slice(slot, 1)))
+            << weight_format_name(format) << " slot " << slot;
+      }
+    }
+  }
+}
+
+// What a row is behind a lossy journey, by the definitions of the formats.
+Matrix<float> round_rows(const Matrix<float>& x, RowFormat format) {
+  Matrix<float> rounded(x.rows, x.cols);
+  for (int64_t r = 0; r < x.rows; ++r) {
+    const float* row = x.row(r);
+    float* out = rounded.row(r);
+    std::vector<uint8_t> codes(static_cast<size_t>(x.cols));
+    IntegerActivationRow integers;
+    if (format == RowFormat::kInt8) encode_activation_row(row, x.cols, {WeightType::kInt8, 0, 8}, &integers);
+    const float scale = format == RowFormat::kF8E4M3 ? quantize_f8e4m3(row, x.cols, codes.data()) : 0.0F;
+    for (int64_t i = 0; i < x.cols; ++i) {
+      const size_t at = static_cast<size_t>(i);
+      if (format == RowFormat::kBf16) out[i] = float_from_bf16(bf16_from_float(row[i]));
+      if (format == RowFormat::kInt8) out[i] = static_cast<float>(integers.codes[at]) * integers.scales[0];
+      if (format == RowFormat::kF8E4M3) out[i] = float_from_f8e4m3(codes[at]) * scale;
+    }
+  }
+  return rounded;
+}
+
+TEST_P(MoeTest, LossyRowsAreRoundedOnceAndNoMore) {
+  Random random(36);
+  for (const WeightFormat format : kTestedFormats) {
+    for (const RowFormat row_format : {RowFormat::kBf16, RowFormat::kInt8, RowFormat::kF8E4M3}) {
+      for (const Experts& experts : {Experts(random, 4, 96, 50), Experts(random, 3, 33, 17)}) {
+        const Matrix<float> x = random.matrix(20, experts.hidden);
+        const Matrix<int32_t> ids = random_ids(random, x.rows, 2, experts.count);
+        std::vector<int32_t> places(static_cast<size_t>(x.rows * 2));
+        std::iota(places.begin(), places.end(), 0);
+        Device device(name(), 2);
+        EXPECT_TRUE(same_bits(run_encoded(experts, device, x, ids, format, row_format, places),
+                              experts.run(device, round_rows(x, row_format), ids, format)))
+            << weight_format_name(format) << " rows as " << row_format_name(row_format);
+      }
+    }
   }
 }
 

@@ -97,6 +97,21 @@ class Weight {
   virtual DType scale_dtype() const = 0;
 };
 
+// How an activation row travels to experts that another rank holds.
+enum class RowFormat : uint8_t {
+  kExact,   // as the experts' first product takes rows anyway, so that nothing is lost: f32, bf16 or integers
+  kBf16,    // rounded to nearest even
+  kInt8,    // codes -127 … 127 and one f32 scale, as IntegerActivationRow of one group
+  kF8E4M3,  // codes and one f32 scale, as quantize_f8e4m3
+};
+const char* row_format_name(RowFormat format);  // "exact", "bf16", "int8", "fp8"
+
+// Rows that Ops::encode_expert_rows has written: kU8 [T, Ops::expert_row_bytes].
+struct EncodedRows {
+  Tensor rows;
+  RowFormat format = RowFormat::kExact;
+};
+
 enum class RouterScoring : uint8_t { kSoftmax, kSigmoid };
 
 // Top-k expert choice (DeepSeek-V3 "noaux_tc" and softmax routers). All in f32:
@@ -231,13 +246,27 @@ class Ops {
   virtual void route(Stream& stream, const Tensor& logits, const Tensor& bias, const RouterParams& params,
                      const Tensor& ids, const Tensor& weights) = 0;
   // Groups the T * top_k slots by expert: order I32 [T * top_k, 1] lists slots (t * top_k + j) by expert, ascending
-  // inside one; offsets I32 [experts + 1, 1] says where each expert begins.
+  // inside one; offsets I32 [experts + 1, 1] says where each expert begins. A slot with the id -1 is nobody's: `order`
+  // has offsets[experts] entries, what stands behind them has no meaning.
   virtual void sort_by_expert(Stream& stream, const Tensor& ids, int64_t experts, const Tensor& order,
                               const Tensor& offsets) = 0;
   // out[slot] = down_e( silu(gate_e(x)) * up_e(x) ) for every slot in `order`, x = row slot / top_k of x [T, H].
-  // gate_up: batch E, n = 2 I (gate rows first), k = H; down: batch E, n = H, k = I; out [T * top_k, H].
+  // gate_up: batch E, n = 2 I (gate rows first), k = H; down: batch E, n = H, k = I; out [T * top_k, H]. Rows of x and
+  // out that no slot in `order` names are not touched.
   virtual void expert_mlp(Stream& stream, const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k,
                           const Weight& gate_up, const Weight& down, const Tensor& out) = 0;
+  // Bytes of a row of `k` columns on its way to experts whose gate_up has `weights`; a multiple of 64. Ranks that send
+  // each other rows must run the same backend: kExact is its own.
+  virtual int64_t expert_row_bytes(RowFormat format, const WeightFormat& weights, int64_t k) const = 0;
+  // x [T, k] to out.rows, kU8 [T, expert_row_bytes], address and stride multiples of 4.
+  virtual void encode_expert_rows(Stream& stream, const Tensor& x, const WeightFormat& weights,
+                                  const EncodedRows& out) = 0;
+  // expert_mlp of encoded rows. With kExact it has the bits of expert_mlp of the rows before they were encoded. The
+  // output of the place p in `order` goes to the H floats at out + targets[p], a count of floats that may be negative:
+  // outputs go wherever the device reaches. order and targets: [places, 1], I32 and I64, places >= offsets[E].
+  virtual void expert_mlp_encoded(Stream& stream, const EncodedRows& x, const Tensor& order, const Tensor& offsets,
+                                  int64_t top_k, const Weight& gate_up, const Weight& down, float* out,
+                                  const Tensor& targets) = 0;
   // out[t] = Σ_j weights[t, j] * expert_out[t * top_k + j], f32, in the order of j. out [T, H].
   virtual void combine(Stream& stream, const Tensor& expert_out, const Tensor& weights, const Tensor& out) = 0;
 

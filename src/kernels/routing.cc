@@ -54,6 +54,7 @@ void sort_slots(const Tensor& ids, int64_t experts, const Tensor& order, const T
   for (int64_t t = 0; t < ids.rows; ++t) {
     for (int64_t j = 0; j < ids.cols; ++j) {
       const int64_t expert = row_of<int32_t>(ids, t)[j];
+      if (expert == -1) continue;
       check_index("expert id", expert, experts);
       ++next[static_cast<size_t>(expert) + 1];
     }
@@ -62,8 +63,9 @@ void sort_slots(const Tensor& ids, int64_t experts, const Tensor& order, const T
   for (int64_t e = 0; e <= experts; ++e) *row_of<int32_t>(offsets, e) = next[static_cast<size_t>(e)];
   for (int64_t t = 0; t < ids.rows; ++t) {
     for (int64_t j = 0; j < ids.cols; ++j) {
-      const size_t expert = static_cast<size_t>(row_of<int32_t>(ids, t)[j]);
-      *row_of<int32_t>(order, next[expert]++) = static_cast<int32_t>(t * ids.cols + j);
+      const int32_t expert = row_of<int32_t>(ids, t)[j];
+      if (expert == -1) continue;
+      *row_of<int32_t>(order, next[static_cast<size_t>(expert)]++) = static_cast<int32_t>(t * ids.cols + j);
     }
   }
 }

@@ -206,16 +206,47 @@ void check_sort_by_expert(const Tensor& ids, int64_t experts, const Tensor& orde
   check_tensor(offsets, DType::kI32, experts + 1, 1);
 }
 
-void check_expert_mlp(const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k, const Weight& gate_up,
-                      const Weight& down, const Tensor& out) {
-  check_f32(x, x.rows, gate_up.k());
+namespace {
+
+void check_experts(const Tensor& offsets, int64_t top_k, const Weight& gate_up, const Weight& down) {
   CHECK_GT(top_k, 0);
-  check_tensor(order, DType::kI32, x.rows * top_k, 1);
   check_tensor(offsets, DType::kI32, gate_up.batch() + 1, 1);
   CHECK_EQ(down.batch(), gate_up.batch());
   CHECK_EQ(2 * down.k(), gate_up.n());
   CHECK_EQ(down.n(), gate_up.k());
+}
+
+void check_encoded_rows(const Tensor& rows, int64_t row_bytes) {
+  check_tensor(rows, DType::kU8, rows.rows, row_bytes);
+  CHECK_EQ(reinterpret_cast<uintptr_t>(rows.address) % sizeof(float), 0U);
+  CHECK_EQ(rows.stride % static_cast<int64_t>(sizeof(float)), 0);
+}
+
+}  // namespace
+
+void check_expert_mlp(const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k, const Weight& gate_up,
+                      const Weight& down, const Tensor& out) {
+  check_experts(offsets, top_k, gate_up, down);
+  check_f32(x, x.rows, gate_up.k());
+  check_tensor(order, DType::kI32, x.rows * top_k, 1);
   check_f32(out, x.rows * top_k, down.n());
+}
+
+void check_encode_expert_rows(const Tensor& x, const Tensor& out, int64_t row_bytes) {
+  check_f32(x, x.rows, x.cols);
+  CHECK_EQ(out.rows, x.rows);
+  check_encoded_rows(out, row_bytes);
+}
+
+void check_expert_mlp_encoded(const Tensor& rows, int64_t row_bytes, const Tensor& order, const Tensor& offsets,
+                              int64_t top_k, const Weight& gate_up, const Weight& down, const float* out,
+                              const Tensor& targets) {
+  check_experts(offsets, top_k, gate_up, down);
+  check_encoded_rows(rows, row_bytes);
+  check_tensor(order, DType::kI32, order.rows, 1);
+  check_tensor(targets, DType::kI64, order.rows, 1);
+  CHECK_LE(element_of<int32_t>(offsets, gate_up.batch()), order.rows);
+  CHECK(out != nullptr || order.rows == 0);
 }
 
 void check_combine(const Tensor& expert_out, const Tensor& weights, const Tensor& out) {

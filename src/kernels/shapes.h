@@ -58,6 +58,10 @@ void check_route(const Tensor& logits, const Tensor& bias, const RouterParams& p
 void check_sort_by_expert(const Tensor& ids, int64_t experts, const Tensor& order, const Tensor& offsets);
 void check_expert_mlp(const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k, const Weight& gate_up,
                       const Weight& down, const Tensor& out);
+void check_encode_expert_rows(const Tensor& x, const Tensor& out, int64_t row_bytes);
+void check_expert_mlp_encoded(const Tensor& rows, int64_t row_bytes, const Tensor& order, const Tensor& offsets,
+                              int64_t top_k, const Weight& gate_up, const Weight& down, const float* out,
+                              const Tensor& targets);
 void check_combine(const Tensor& expert_out, const Tensor& weights, const Tensor& out);
 void check_gather_rows(const Tensor& x, const Tensor& indices, const Tensor& out);
 

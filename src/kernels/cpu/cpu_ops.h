@@ -52,10 +52,24 @@ class CpuOps final : public HostOps {
                       const Tensor& offsets) override;
   void expert_mlp(Stream& stream, const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k,
                   const Weight& gate_up, const Weight& down, const Tensor& out) override;
+  int64_t expert_row_bytes(RowFormat format, const WeightFormat& weights, int64_t k) const override;
+  void encode_expert_rows(Stream& stream, const Tensor& x, const WeightFormat& weights,
+                          const EncodedRows& out) override;
+  void expert_mlp_encoded(Stream& stream, const EncodedRows& x, const Tensor& order, const Tensor& offsets,
+                          int64_t top_k, const Weight& gate_up, const Weight& down, float* out,
+                          const Tensor& targets) override;
   void combine(Stream& stream, const Tensor& expert_out, const Tensor& weights, const Tensor& out) override;
   void gather_rows(Stream& stream, const Tensor& x, const Tensor& indices, const Tensor& out) override;
 
  private:
+  // Input, as the product takes it, and output of each place in the order of the experts.
+  struct ExpertPlaces {
+    std::vector<const void*> inputs;
+    std::vector<float*> outputs;
+  };
+  void multiply_experts(CpuStream& own, const ExpertPlaces& places, const Tensor& offsets, const Weight& gate_up,
+                        const Weight& down);
+
   // Calls body(row) for every row, on several threads if `elements_per_row` make it worth it.
   template <typename Body>
   void for_each_row(int64_t rows, int64_t elements_per_row, const Body& body) {

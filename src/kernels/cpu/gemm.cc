@@ -7,33 +7,36 @@
 
 namespace tandem::kernels::cpu {
 
-bool takes_narrow_rows(const Isa& isa, const PackedWeight& weight) {
-  return isa.narrow_rows && weight.format() == kBf16Weights;
+RowShape row_shape(const WeightFormat& format, int64_t k) {
+  return {format, k, format.is_integer() ? row_layout(format, k) : IntegerLayout{}};
 }
 
-int64_t row_bytes_of(const Isa& isa, const PackedWeight& weight) {
-  if (weight.format().is_integer()) return weight.integers().row_bytes();
-  if (takes_narrow_rows(isa, weight)) return round_up(weight.k(), 2) * int64_t{sizeof(uint16_t)};
+RowShape row_shape(const PackedWeight& weight) { return {weight.format(), weight.k(), weight.integers()}; }
+
+int64_t row_bytes_of(const Isa& isa, const RowShape& shape) {
+  if (shape.format.is_integer()) return shape.integers.row_bytes();
+  if (isa.narrow_rows && shape.format == kBf16Weights) return round_up(shape.k, 2) * int64_t{sizeof(uint16_t)};
   return 0;
 }
 
-void convert_row(const Isa& isa, const PackedWeight& weight, const float* x, std::byte* out) {
-  if (weight.format().is_integer()) return isa.to_integers(x, weight.integers(), out);
+void convert_row(const Isa& isa, const RowShape& shape, const float* x, std::byte* out) {
+  if (shape.format.is_integer()) return isa.to_integers(x, shape.integers, out);
   uint16_t* narrow = reinterpret_cast<uint16_t*>(out);
-  isa.to_bf16(x, weight.k(), narrow);
-  if (weight.k() % 2 != 0) narrow[weight.k()] = 0;
+  isa.to_bf16(x, shape.k, narrow);
+  if (shape.k % 2 != 0) narrow[shape.k] = 0;
 }
 
 GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const Tensor& x, int64_t parts,
                         int64_t part_stride, Scratch& scratch) {
-  const int64_t part_bytes = row_bytes_of(isa, weight);
+  const RowShape shape = row_shape(weight);
+  const int64_t part_bytes = row_bytes_of(isa, shape);
   if (part_bytes == 0) {
     return GemmInput{x.address, x.stride * int64_t{sizeof(float)}, part_stride * int64_t{sizeof(float)}};
   }
   const int64_t total = x.rows * parts;
   std::byte* rows = scratch.get<std::byte>(total * part_bytes);
   const auto convert = [&](int64_t index) {
-    convert_row(isa, weight, row_of<const float>(x, index / parts) + (index % parts) * part_stride,
+    convert_row(isa, shape, row_of<const float>(x, index / parts) + (index % parts) * part_stride,
                 rows + index * part_bytes);
   };
   constexpr int64_t kElementsPerTask = 32 * 1024;

@@ -23,13 +23,19 @@ struct GemmInput {
   const void* row(int64_t index, int64_t part) const { return address + index * row_bytes + part * part_bytes; }
 };
 
-// Whether products with `weight` take rows rounded to bf16.
-bool takes_narrow_rows(const Isa& isa, const PackedWeight& weight);
+// How products with weights of one format and k take rows.
+struct RowShape {
+  WeightFormat format;
+  int64_t k = 0;
+  IntegerLayout integers;  // for integer formats
+};
+RowShape row_shape(const WeightFormat& format, int64_t k);
+RowShape row_shape(const PackedWeight& weight);
 
 // Bytes of one such row, 0 where the product takes f32 as it is.
-int64_t row_bytes_of(const Isa& isa, const PackedWeight& weight);
+int64_t row_bytes_of(const Isa& isa, const RowShape& shape);
 // Writes x [k] as the product takes it; not where that is f32.
-void convert_row(const Isa& isa, const PackedWeight& weight, const float* x, std::byte* out);
+void convert_row(const Isa& isa, const RowShape& shape, const float* x, std::byte* out);
 
 // x [rows, …] whose part p begins at column p * part_stride; rounded into `scratch` where the product wants it so.
 GemmInput prepare_input(const Isa& isa, ThreadPool& pool, const PackedWeight& weight, const Tensor& x, int64_t parts,

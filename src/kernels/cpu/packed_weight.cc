@@ -28,17 +28,8 @@ bool all_scales_are_f16(std::span<const HostMatrix> matrices, const WeightFormat
 }
 
 IntegerLayout make_layout(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool) {
-  IntegerLayout layout;
-  if (!format.is_integer()) return layout;
-  CHECK_EQ(format.group_size % kGroupMultiple, 0);
-  CHECK(format.activation_bits == 8 || format.activation_bits == 16);
-  layout.k = matrices[0].k;
-  layout.padded = round_up(layout.k, kGroupMultiple);
-  layout.groups = count_groups(layout.k, format);
-  layout.group = layout.groups == 1 ? layout.padded : format.group_size;
-  layout.planes = format.activation_bits / 8;
-  layout.bits = format.type == WeightType::kInt8 ? 8 : 4;
-  CHECK_LE(group_columns(layout.k, format), kMaxGroupColumns);
+  if (!format.is_integer()) return {};
+  IntegerLayout layout = row_layout(format, matrices[0].k);
   layout.own_zeros = has_own_zeros(matrices, format);
   layout.f16_scales = all_scales_are_f16(matrices, format, pool);
   return layout;
@@ -51,6 +42,21 @@ int64_t panel_bytes_of(int64_t k, const WeightFormat& format, const IntegerLayou
 }
 
 }  // namespace
+
+IntegerLayout row_layout(const WeightFormat& format, int64_t k) {
+  CHECK(format.is_integer());
+  CHECK_EQ(format.group_size % kGroupMultiple, 0);
+  CHECK(format.activation_bits == 8 || format.activation_bits == 16);
+  CHECK_LE(group_columns(k, format), kMaxGroupColumns);
+  IntegerLayout layout;
+  layout.k = k;
+  layout.padded = round_up(k, kGroupMultiple);
+  layout.groups = count_groups(k, format);
+  layout.group = layout.groups == 1 ? layout.padded : format.group_size;
+  layout.planes = format.activation_bits / 8;
+  layout.bits = format.type == WeightType::kInt8 ? 8 : 4;
+  return layout;
+}
 
 PackedWeight::PackedWeight(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool)
     : batch_(static_cast<int64_t>(matrices.size())),

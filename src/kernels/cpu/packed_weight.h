@@ -10,6 +10,9 @@
 
 namespace tandem::kernels::cpu {
 
+// What an integer format alone says of the layout: all of it that concerns rows.
+IntegerLayout row_layout(const WeightFormat& format, int64_t k);
+
 class PackedWeight final : public Weight {
  public:
   PackedWeight(std::span<const HostMatrix> matrices, const WeightFormat& format, ThreadPool& pool);

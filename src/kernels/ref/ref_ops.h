@@ -76,6 +76,12 @@ class RefOps final : public HostOps {
                       const Tensor& offsets) override;
   void expert_mlp(Stream& stream, const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k,
                   const Weight& gate_up, const Weight& down, const Tensor& out) override;
+  int64_t expert_row_bytes(RowFormat format, const WeightFormat& weights, int64_t k) const override;
+  void encode_expert_rows(Stream& stream, const Tensor& x, const WeightFormat& weights,
+                          const EncodedRows& out) override;
+  void expert_mlp_encoded(Stream& stream, const EncodedRows& x, const Tensor& order, const Tensor& offsets,
+                          int64_t top_k, const Weight& gate_up, const Weight& down, float* out,
+                          const Tensor& targets) override;
   void combine(Stream& stream, const Tensor& expert_out, const Tensor& weights, const Tensor& out) override;
   void gather_rows(Stream& stream, const Tensor& x, const Tensor& indices, const Tensor& out) override;
 };
