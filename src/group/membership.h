@@ -4,8 +4,8 @@
 //   membership.fabric()   null: no epoch stands; sleep on bell(), status() says what is missing
 //                         else: compute; when a call of it fails, report(error) and ask again
 //
-// A new epoch begins only when the engine thread has let go of the old one, by a call of fabric() or report(). So a
-// rank whose engine hangs is named by the coordinator as the one that is late.
+// A new epoch begins only when every engine thread has let go of the old one, by its next call of fabric(). So a rank
+// whose engine hangs is named by the coordinator as the one that is late.
 #pragma once
 
 #include <cstdint>
@@ -54,8 +54,8 @@ class Membership {
   // Engine thread only. The fabric of the epoch that stands now, or null. Another pointer for each epoch; the fabric of
   // an epoch that has ended is destroyed by the next call.
   virtual Fabric* fabric() = 0;
-  // Engine thread only. A call of the fabric failed, or this rank's step did: the epoch ends for all ranks, the fabric
-  // is destroyed. `suspect`: the rank that is to blame, if known. Without an epoch it does nothing.
+  // Engine thread only. A call of the fabric failed, or this rank's step did: the epoch ends for all ranks; the
+  // fabric stays, failing, until the next call of fabric(). `suspect`: the rank that is to blame, if known. Without an epoch it does nothing.
   virtual void report(const Error& why, std::optional<RankId> suspect = std::nullopt) = 0;
 
   // From any thread. Whether an epoch stands, and if not why: kUnavailable while it is worth waiting ("waiting for
