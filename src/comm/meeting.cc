@@ -42,14 +42,14 @@ bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK || errno == 
 
 }  // namespace
 
-Result<int> open_listener(const SocketAddress& address) {
+Result<int> open_listener(const SocketAddress& address, const char* purpose, const char* option) {
   const int fd = socket(address.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
   if (fd < 0) return make_socket_error("socket");
   // A restarted worker may take its port while connections of its predecessor are in TIME_WAIT.
   set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
   if (bind(fd, address.get(), address.length) != 0 || listen(fd, kBacklog) != 0) {
-    const Error error = invalid_argument("kv_port", "cannot listen on {} for KV transfers: {}; choose another kv_port",
-                                         address.to_string(), std::strerror(errno));
+    const Error error = invalid_argument(option, "cannot listen on {} for {}: {}; choose another {}",
+                                         address.to_string(), purpose, std::strerror(errno), option);
     close(fd);
     return error;
   }

@@ -16,8 +16,8 @@ namespace tandem::comm {
 
 inline constexpr int64_t kMaxWorkerAddressBytes = 8 * 1024;
 
-// Non-blocking, close-on-exec.
-Result<int> open_listener(const SocketAddress& address);
+// Non-blocking, close-on-exec. The error says "cannot listen on … for `purpose`: …; choose another `option`".
+Result<int> open_listener(const SocketAddress& address, const char* purpose, const char* option);
 // Starts a connection; the descriptor is writable when it stands or has failed.
 Result<int> start_connect(const SocketAddress& address);
 // A waiting connection of `listener`, or -1 if there is none.

@@ -186,7 +186,7 @@ Status UcxMessenger::start(const MessengerOptions& options) {
   watch(epoll_fd_, EPOLL_CTL_ADD, wake_fd_, kWakeEvent, {});
   look_ups_->wake_fd = wake_fd_;
   TANDEM_ASSIGN(context_, make_ucx_context(device_, options.shared_memory));
-  TANDEM_ASSIGN(listener_, open_listener(address));
+  TANDEM_ASSIGN(listener_, open_listener(address, "KV transfers", "kv_port"));
   watch(epoll_fd_, EPOLL_CTL_ADD, listener_, kListenerEvent, {});
   CHECK_EQ(getsockname(listener_, reinterpret_cast<sockaddr*>(&address.storage), &address.length), 0);
   port_ = address.port();

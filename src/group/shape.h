@@ -23,6 +23,10 @@ struct Fact {
   bool operator==(const Fact&) const = default;
 };
 
+// Bounds of --rank-timeout.
+inline constexpr int64_t kMinRankTimeoutUs = 100'000;
+inline constexpr int64_t kMaxRankTimeoutUs = 3'600'000'000;
+
 inline constexpr int64_t kMaxFacts = 64;
 inline constexpr int64_t kMaxFactBytes = 1024;  // of a name and of a value
 

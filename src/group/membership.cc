@@ -1,0 +1,466 @@
+#include "src/group/membership.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "src/base/clock.h"
+#include "src/base/log.h"
+#include "src/comm/address.h"
+#include "src/comm/meeting.h"
+#include "src/group/coordinator_core.h"
+#include "src/group/epoch_memory.h"
+#include "src/group/message_stream.h"
+
+namespace tandem::group {
+namespace {
+
+constexpr int64_t kMinBackoffUs = 20'000;     // between attempts to join …
+constexpr int64_t kMaxBackoffUs = 1'000'000;  // … doubling up to this
+constexpr int64_t kIdleUs = 60'000'000;       // longest sleep while nothing is due
+
+// What one epoch needs. The fabric goes first.
+struct EpochParts {
+  std::unique_ptr<EpochMemory> memory;
+  std::unique_ptr<Fabric> fabric;
+};
+
+class RankMembership final : public Membership {
+ public:
+  RankMembership(const MembershipOptions& options, std::function<void()> on_change)
+      : options_(options), on_change_(std::move(on_change)) {
+    options_.facts.push_back({"window bytes", std::to_string(options.window_bytes)});
+  }
+  ~RankMembership() override;
+
+  Status start();
+  comm::Bell& bell() override { return *bell_; }
+  Fabric* fabric() override;
+  void report(const Error& why, std::optional<RankId> suspect) override;
+  Status status() const override;
+
+ private:
+  enum class Link : uint8_t { kNone, kConnecting, kJoined };
+
+  // --- all of these on the membership's thread ---
+  void run();
+  void wait_for_events();
+  void connect();
+  void finish_connecting();
+  void hear();
+  Status handle(const Message& message);
+  Status handle_form(const FormMessage& form);
+  Status handle_map(const MapMessage& map);
+  void handle_open(Epoch epoch);
+  void handle_ended(const EndedMessage& ended);
+  void make_window();
+  void fail_forming(const Error& why, int32_t suspect);
+  void send_faults();
+  void keep_time();
+  void lose_link(const std::string& why);
+  void end_epoch(const Error& why);
+  void set_status(std::optional<Error> error);
+  bool engine_holds_epoch();
+  int64_t next_time_us();
+  void back_off() {
+    next_attempt_us_ = clock_.now_us() + backoff_us_;
+    backoff_us_ = std::min(2 * backoff_us_, kMaxBackoffUs);
+  }
+  void wake() { eventfd_write(wake_fd_, 1); }
+  std::string coordinator_name() const {
+    return fmt::format("the coordinator at {}:{}", options_.coordinator_host, options_.coordinator_port);
+  }
+  int64_t beat_us() const { return options_.rank_timeout_us / kBeatsPerTimeout; }
+
+  MembershipOptions options_;
+  std::function<void()> on_change_;
+  SteadyClock clock_;
+  const uint64_t incarnation_ = random_u64();
+  comm::SharedRegion bell_region_;
+  std::optional<comm::Bell> bell_;
+  int wake_fd_ = -1;
+  std::atomic<bool> stops_ = false;
+
+  Link link_ = Link::kNone;
+  std::unique_ptr<MessageStream> stream_;
+  uint64_t attempt_ = 0;
+  uint64_t last_epoch_ = 0;
+  int64_t next_attempt_us_ = 0;
+  int64_t backoff_us_ = kMinBackoffUs;
+  int64_t heard_us_ = 0;
+  int64_t next_beat_us_ = 0;
+  std::optional<FormMessage> forming_;
+  std::optional<EpochParts> parts_;  // of the epoch being formed
+
+  mutable std::mutex mutex_;
+  std::optional<EpochParts> current_;  // of the epoch that stands, or stood and is still held by the engine thread
+  bool engine_has_it_ = false;         // it has been given out by fabric()
+  std::optional<FaultMessage> fault_;  // to be sent
+  std::optional<Error> error_ = make_error(ErrorKind::kUnavailable, "not yet joined");
+  std::thread thread_;
+};
+
+Status RankMembership::start() {
+  TANDEM_ASSIGN(bell_region_, comm::SharedRegion::create("tandem-bell", comm::Bell::kBytes));
+  bell_.emplace(bell_region_.data());
+  wake_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  CHECK_GE(wake_fd_, 0);
+  thread_ = std::thread([this] { run(); });
+  return {};
+}
+
+RankMembership::~RankMembership() {
+  stops_ = true;
+  if (thread_.joinable()) {
+    wake();
+    thread_.join();
+  }
+  if (wake_fd_ >= 0) ::close(wake_fd_);
+}
+
+// --- the engine thread's side ---
+
+Fabric* RankMembership::fabric() {
+  std::optional<EpochParts> old;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!current_) return nullptr;
+    if (current_->fabric->status().ok()) {
+      engine_has_it_ = true;
+      return current_->fabric.get();
+    }
+    old = std::exchange(current_, std::nullopt);
+    engine_has_it_ = false;
+  }
+  old.reset();
+  wake();
+  return nullptr;
+}
+
+void RankMembership::report(const Error& why, std::optional<RankId> suspect) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!current_ || !engine_has_it_ || !current_->fabric->status().ok()) return;
+    current_->fabric->end(why);
+    fault_ = FaultMessage{current_->fabric->epoch(), suspect ? suspect->value : -1, clip_text(why.message)};
+  }
+  wake();
+}
+
+Status RankMembership::status() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (error_) return *error_;
+  return current_ ? current_->fabric->status() : Status(make_error(ErrorKind::kUnavailable, "the epoch has ended"));
+}
+
+bool RankMembership::engine_holds_epoch() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return current_.has_value();
+}
+
+// --- the loop ---
+
+void RankMembership::run() {
+  while (!stops_) {
+    // Not while the engine computes in an old epoch: the group need not wait for what comes too late.
+    if (link_ == Link::kNone && clock_.now_us() >= next_attempt_us_ && !engine_holds_epoch()) connect();
+    wait_for_events();
+    send_faults();
+    make_window();
+    keep_time();
+  }
+  end_epoch(make_error(ErrorKind::kAborted, "rank {} has left the group", options_.rank));
+  if (link_ == Link::kJoined) stream_->send(LeaveMessage{"it was told to stop"});
+  stream_.reset();
+}
+
+void RankMembership::wait_for_events() {
+  std::array<pollfd, 2> fds{pollfd{wake_fd_, POLLIN, 0}, pollfd{-1, POLLIN, 0}};
+  if (stream_ != nullptr) {
+    fds[1].fd = stream_->socket();
+    if (link_ == Link::kConnecting || stream_->wants_write()) fds[1].events |= POLLOUT;
+  }
+  const int64_t timeout_us = std::clamp<int64_t>(next_time_us() - clock_.now_us(), 0, kIdleUs);
+  const timespec limit{timeout_us / 1'000'000, timeout_us % 1'000'000 * 1000};
+  if (::ppoll(fds.data(), fds.size(), &limit, nullptr) <= 0) return;
+  if (fds[0].revents != 0) {
+    eventfd_t ignored = 0;
+    eventfd_read(wake_fd_, &ignored);
+  }
+  if (fds[1].revents == 0) return;
+  if (link_ == Link::kConnecting) finish_connecting();
+  if (link_ == Link::kJoined) hear();
+}
+
+int64_t RankMembership::next_time_us() {
+  switch (link_) {
+    case Link::kNone: return engine_holds_epoch() ? clock_.now_us() + kIdleUs : next_attempt_us_;
+    case Link::kConnecting: return heard_us_ + options_.rank_timeout_us;
+    case Link::kJoined: return std::min(next_beat_us_, heard_us_ + kSilentBeats * beat_us());
+  }
+  return 0;
+}
+
+void RankMembership::keep_time() {
+  const int64_t now_us = clock_.now_us();
+  const int64_t silent_us = now_us - heard_us_;
+  if (link_ == Link::kConnecting && silent_us >= options_.rank_timeout_us) {
+    lose_link(fmt::format("{} does not answer", coordinator_name()));
+  }
+  if (link_ != Link::kJoined) return;
+  if (silent_us >= kSilentBeats * beat_us()) {
+    lose_link(fmt::format("{} is silent for {:.1f} s", coordinator_name(), static_cast<double>(silent_us) * 1e-6));
+  } else if (now_us >= next_beat_us_) {
+    next_beat_us_ = now_us + beat_us();
+    stream_->send(BeatMessage{});
+  }
+}
+
+// --- the connection ---
+
+void RankMembership::connect() {
+  const Result<comm::SocketAddress> address =
+      comm::look_up_address(options_.coordinator_host, options_.coordinator_port);
+  const Result<int> socket = address.ok() ? comm::start_connect(*address) : Result<int>(address.error());
+  heard_us_ = clock_.now_us();
+  if (!socket.ok()) {
+    lose_link(fmt::format("{}: {}", coordinator_name(), socket.error().message));
+    return;
+  }
+  stream_ = std::make_unique<MessageStream>(*socket, kMaxCoordinatorMessageBytes);
+  link_ = Link::kConnecting;
+}
+
+void RankMembership::finish_connecting() {
+  int fault = 0;
+  socklen_t length = sizeof fault;
+  CHECK_EQ(getsockopt(stream_->socket(), SOL_SOCKET, SO_ERROR, &fault, &length), 0);
+  if (fault != 0) {
+    lose_link(fmt::format("{}: {}", coordinator_name(), std::strerror(fault)));
+    return;
+  }
+  link_ = Link::kJoined;
+  heard_us_ = clock_.now_us();
+  next_beat_us_ = heard_us_ + beat_us();
+  stream_->send(JoinMessage{.rank = options_.rank.value,
+                            .shape = options_.shape,
+                            .incarnation = incarnation_,
+                            .attempt = ++attempt_,
+                            .pid = ::getpid(),
+                            .node = options_.node,
+                            .http_address = options_.http_address,
+                            .rank_timeout_us = options_.rank_timeout_us,
+                            .last_epoch = last_epoch_,
+                            .facts = options_.facts});
+}
+
+void RankMembership::lose_link(const std::string& why) {
+  stream_.reset();
+  link_ = Link::kNone;
+  back_off();
+  end_epoch(make_error(ErrorKind::kUnavailable, "{}", why));
+}
+
+void RankMembership::hear() {
+  for (const Result<Message>& message : stream_->advance()) {
+    heard_us_ = clock_.now_us();
+    if (!message.ok()) {
+      lose_link(fmt::format("{} is lost: {}", coordinator_name(), message.error().message));
+      return;
+    }
+    const Status handled = handle(*message);
+    if (!handled.ok()) lose_link(fmt::format("{} {}", coordinator_name(), handled.error().message));
+    if (link_ != Link::kJoined) return;
+  }
+}
+
+Status RankMembership::handle(const Message& message) {
+  if (const RefusedMessage* const refused = std::get_if<RefusedMessage>(&message)) {
+    stream_.reset();
+    link_ = Link::kNone;
+    back_off();
+    end_epoch({refused->lasting ? ErrorKind::kInvalidArgument : ErrorKind::kUnavailable,
+               fmt::format("{} refuses this rank: {}", coordinator_name(), refused->why), "", ""});
+    return {};
+  }
+  if (const FormMessage* const form = std::get_if<FormMessage>(&message)) return handle_form(*form);
+  if (const MapMessage* const map = std::get_if<MapMessage>(&message)) return handle_map(*map);
+  if (const OpenMessage* const open = std::get_if<OpenMessage>(&message)) {
+    handle_open(open->epoch);
+    return {};
+  }
+  if (const EndedMessage* const ended = std::get_if<EndedMessage>(&message)) {
+    handle_ended(*ended);
+    return {};
+  }
+  if (const BeatMessage* const beat = std::get_if<BeatMessage>(&message)) {
+    backoff_us_ = kMinBackoffUs;
+    // While an epoch stands here the coordinator has nothing new to say, or will say it by a message of its own.
+    if (!status().ok()) set_status(make_error(ErrorKind::kUnavailable, "{}", beat->text));
+    return {};
+  }
+  return make_error(ErrorKind::kDataLoss, "sent a {} message", message_name(message));
+}
+
+// --- epochs ---
+
+Status RankMembership::handle_form(const FormMessage& form) {
+  const size_t rank = static_cast<size_t>(options_.rank.value);
+  if (std::ssize(form.nodes) != options_.shape.size() || form.nodes[rank] != options_.node) {
+    return make_error(ErrorKind::kDataLoss, "forms a group of {} ranks that is not this one", form.nodes.size());
+  }
+  parts_.reset();
+  forming_ = form;
+  last_epoch_ = std::max(last_epoch_, form.epoch.value);
+  make_window();
+  return {};
+}
+
+void RankMembership::make_window() {
+  if (!forming_ || parts_ || engine_holds_epoch()) return;
+  Result<std::unique_ptr<EpochMemory>> memory =
+      EpochMemory::make(options_.rank, options_.shape.size(), options_.window_bytes, bell_region_);
+  if (!memory.ok()) {
+    fail_forming(memory.error(), options_.rank.value);
+    return;
+  }
+  parts_.emplace();
+  parts_->memory = std::move(*memory);
+  stream_->send(WindowMessage{forming_->epoch, parts_->memory->address()});
+}
+
+Status RankMembership::handle_map(const MapMessage& map) {
+  if (!forming_ || !parts_ || map.epoch != forming_->epoch) return {};
+  if (std::ssize(map.windows) != options_.shape.size()) {
+    return make_error(ErrorKind::kDataLoss, "sent {} windows instead of {}", map.windows.size(), options_.shape.size());
+  }
+  for (int32_t r = 0; r < options_.shape.size(); ++r) {
+    if (RankId(r) == options_.rank) continue;
+    if (forming_->nodes[static_cast<size_t>(r)] != options_.node) {
+      fail_forming(make_error(ErrorKind::kUnsupported, "rank {} is on another node", r), r);
+      return {};
+    }
+    const Status mapped = parts_->memory->map(RankId(r), map.windows[static_cast<size_t>(r)]);
+    if (!mapped.ok()) {
+      fail_forming(mapped.error(), r);
+      return {};
+    }
+  }
+  parts_->fabric = std::make_unique<MappedFabric>(options_.rank, map.epoch, parts_->memory->ranks(),
+                                                  options_.window_bytes,
+                                                  FabricLimits{.rank_timeout_us = options_.rank_timeout_us}, clock_);
+  stream_->send(MappedMessage{map.epoch});
+  return {};
+}
+
+void RankMembership::fail_forming(const Error& why, int32_t suspect) {
+  stream_->send(FaultMessage{forming_->epoch, suspect, clip_text(why.message)});
+  forming_.reset();
+  parts_.reset();
+}
+
+void RankMembership::handle_open(Epoch epoch) {
+  if (!forming_ || forming_->epoch != epoch || !parts_ || parts_->fabric == nullptr) return;
+  log_info("group", "rank {}: epoch {} of {} ranks stands", options_.rank, epoch, options_.shape.size());
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    CHECK(!current_.has_value());
+    current_ = std::exchange(parts_, std::nullopt);
+    engine_has_it_ = false;
+    fault_.reset();
+  }
+  forming_.reset();
+  set_status(std::nullopt);
+}
+
+void RankMembership::handle_ended(const EndedMessage& ended) {
+  if (ended.fenced) {
+    stream_.reset();
+    link_ = Link::kNone;
+    back_off();
+  }
+  end_epoch(make_error(ErrorKind::kUnavailable, "{}", ended.why));
+}
+
+void RankMembership::end_epoch(const Error& why) {
+  forming_.reset();
+  parts_.reset();
+  std::optional<EpochParts> unused;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    fault_.reset();
+    if (current_ && current_->fabric->status().ok()) {
+      log_warning("group", "rank {}: epoch {} has ended: {}", options_.rank, current_->fabric->epoch(), why.message);
+    }
+    if (current_) current_->fabric->end(why);
+    if (!engine_has_it_) unused = std::exchange(current_, std::nullopt);
+  }
+  set_status(why);
+}
+
+void RankMembership::send_faults() {
+  std::optional<FaultMessage> fault;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    fault = std::exchange(fault_, std::nullopt);
+  }
+  if (!fault) return;
+  if (link_ == Link::kJoined) stream_->send(*fault);
+  end_epoch(make_error(ErrorKind::kUnavailable, "rank {} reports: {}", options_.rank, fault->why));
+}
+
+void RankMembership::set_status(std::optional<Error> error) {
+  bool same = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    same = error_.has_value() == error.has_value() && (!error || error_->message == error->message);
+    error_ = std::move(error);
+  }
+  bell_->ring();
+  if (!same && on_change_) on_change_();
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Membership>> Membership::start(const MembershipOptions& options,
+                                                      std::function<void()> on_change) {
+  const int64_t size = int64_t{options.shape.data} * options.shape.tensor;
+  if (options.shape.data < 1 || options.shape.tensor < 1 || size > kMaxRanks) {
+    return invalid_argument("--data-parallel-size", "a group of {} x {} ranks; 1 … {} are possible", options.shape.data,
+                            options.shape.tensor, kMaxRanks);
+  }
+  if (options.rank.value < 0 || options.rank.value >= size) {
+    return invalid_argument("--data-parallel-rank", "rank {} of a group of {}", options.rank, size);
+  }
+  if (options.rank_timeout_us < kMinRankTimeoutUs || options.rank_timeout_us > kMaxRankTimeoutUs) {
+    return invalid_argument("--rank-timeout", "a rank time-out of {} us; {} … {} are possible", options.rank_timeout_us,
+                            kMinRankTimeoutUs, kMaxRankTimeoutUs);
+  }
+  if (options.coordinator_port < 1 || options.coordinator_port > 65535) {
+    return invalid_argument("--data-parallel-rpc-port", "port {} is not in 1 … 65535", options.coordinator_port);
+  }
+  CHECK_GE(options.window_bytes, 1);
+  CHECK(!options.node.empty());
+  CHECK_LE(std::ssize(options.node), kMaxNodeBytes);
+  CHECK_LE(std::ssize(options.http_address), kMaxTextBytes);
+  CHECK_LT(std::ssize(options.facts), kMaxFacts);  // one is added
+  for (const Fact& fact : options.facts) {
+    CHECK_LE(std::ssize(fact.name), kMaxFactBytes);
+    CHECK_LE(std::ssize(fact.value), kMaxFactBytes);
+  }
+  std::unique_ptr<RankMembership> membership = std::make_unique<RankMembership>(options, std::move(on_change));
+  TANDEM_TRY(membership->start());
+  return std::unique_ptr<Membership>(std::move(membership));
+}
+
+}  // namespace tandem::group
