@@ -43,7 +43,7 @@ Result<AgreedStep> Lockstep::agree(int64_t rows, bool has_streams) {
 }
 
 void Lockstep::abandon(const Error& why) {
-  if (fabric_ != nullptr) group_.report(fabric_->epoch(), why);
+  if (fabric_ != nullptr) group_.report(why, std::nullopt);
   leave();
 }
 

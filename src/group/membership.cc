@@ -44,6 +44,8 @@ class RankMembership final : public Membership {
   ~RankMembership() override;
 
   Status start();
+  RankId rank() const override { return options_.rank; }
+  int32_t size() const override { return options_.shape.size(); }
   comm::Bell& bell() override { return *bell_; }
   Fabric* fabric() override;
   void report(const Error& why, std::optional<RankId> suspect) override;

@@ -11,13 +11,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "src/base/result.h"
-#include "src/comm/bell.h"
-#include "src/group/fabric.h"
+#include "src/group/rank_group.h"
 #include "src/group/shape.h"
 
 namespace tandem::group {
@@ -39,29 +37,16 @@ struct MembershipOptions {
   int64_t rank_timeout_us = 10'000'000;  // --rank-timeout; the same on all ranks and at the coordinator
 };
 
-class Membership {
+class Membership : public RankGroup {
  public:
   // Returns at once; the group forms by and by. `on_change` is called from the membership's thread whenever status()
   // is another one; it must not block. Errors: options that no group could have, no shared memory.
+  //
+  // The destructor leaves the group and destroys the fabric: the engine thread must not use it any more. status():
+  // kUnavailable while it is worth waiting ("waiting for ranks 2, 3"; "rank 3 is gone: …"), kInvalidArgument if the
+  // coordinator refused this rank and will again as long as both are as they are. It goes on trying in either case.
   static Result<std::unique_ptr<Membership>> start(const MembershipOptions& options,
                                                    std::function<void()> on_change = {});
-  // Leaves the group. The fabric is destroyed: the engine thread must not use it any more.
-  virtual ~Membership() = default;
-
-  // The bell on which the engine thread sleeps: rung by peers, when fabric() changes, and by whoever has work for it.
-  virtual comm::Bell& bell() = 0;
-
-  // Engine thread only. The fabric of the epoch that stands now, or null. Another pointer for each epoch; the fabric of
-  // an epoch that has ended is destroyed by the next call.
-  virtual Fabric* fabric() = 0;
-  // Engine thread only. A call of the fabric failed, or this rank's step did: the epoch ends for all ranks; the
-  // fabric stays, failing, until the next call of fabric(). `suspect`: the rank that is to blame, if known. Without an epoch it does nothing.
-  virtual void report(const Error& why, std::optional<RankId> suspect = std::nullopt) = 0;
-
-  // From any thread. Whether an epoch stands, and if not why: kUnavailable while it is worth waiting ("waiting for
-  // ranks 2, 3"; "rank 3 is gone: …"), kInvalidArgument if the coordinator refused this rank and will again as long as
-  // both are as they are. It goes on trying in either case.
-  virtual Status status() const = 0;
 };
 
 }  // namespace tandem::group

@@ -74,11 +74,11 @@ class TestRankGroup final : public RankGroup {
   comm::Bell& bell() override { return bell_; }
   Fabric* fabric() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return fabric_;
+    return seen_ = fabric_;
   }
-  void report(Epoch epoch, const Error& why) override {
+  void report(const Error& why, std::optional<RankId> /*suspect*/) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (fabric_ != nullptr && fabric_->epoch() == epoch) lose_locked(why);
+    if (fabric_ == seen_) lose_locked(why);
   }
   Status status() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -100,6 +100,7 @@ class TestRankGroup final : public RankGroup {
   comm::Bell bell_{bell_memory_.data()};
   mutable std::mutex mutex_;
   MappedFabric* fabric_ = nullptr;
+  MappedFabric* seen_ = nullptr;  // by the engine
   std::optional<Error> why_;
 };
 
