@@ -65,4 +65,12 @@ class Fabric {
   virtual Status status() const = 0;
 };
 
+// What computes over the fabric of the epoch that stands.
+class FabricUser {
+ public:
+  virtual ~FabricUser() = default;
+  virtual void attach(Fabric& fabric) = 0;  // must outlive detach()
+  virtual void detach() = 0;
+};
+
 }  // namespace tandem::group

@@ -76,7 +76,7 @@ ExchangeShape Decoder::exchange_shape(const Capacity& capacity) const {
   shape.hidden = config_.hidden_size;
   shape.top_k = config_.moe.router.top_k;
   shape.num_experts = config_.moe.num_experts;
-  shape.num_layers = std::ssize(info_.moe_layers);
+  shape.formats = mlp_.expert_formats();
   return shape;
 }
 

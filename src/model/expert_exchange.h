@@ -4,9 +4,9 @@
 // One MoE layer of one step, on every rank of the group, also on those without rows:
 //
 //   dispatch(hidden, ids)                  rows travel to the ranks that hold their experts
-//   while (receive() has rows) {           what this rank's experts have to compute, its own rows included
-//     ... expert MLP of the slots with an id >= 0 ...
-//     give_back(expert_out)
+//   while (receive() has slots) {          what this rank's experts have to compute, its own rows included
+//     Ops::expert_mlp_encoded(…)           writes each output where its owner wants it
+//     give_back()
 //   }
 //   collect()                              the outputs of this rank's rows, slot by slot
 //
@@ -30,10 +30,14 @@ struct ExpertShard {
   std::vector<int32_t> slots;  // ascending unless moved; 1 … num_experts of them
 };
 
-// Rows that have arrived.
-struct ReceivedRows {
-  kernels::Tensor hidden;  // activation dtype [n, H]; n = 0: none are left
-  kernels::Tensor ids;     // I32 [n, k]: the local index of a slot's expert, -1 where another rank computes it
+// Slots to be computed here: the operands of Ops::expert_mlp_encoded.
+struct ReceivedSlots {
+  int64_t count = 0;          // 0: none are left
+  kernels::EncodedRows rows;  // those that `order` names have arrived
+  kernels::Tensor order;      // I32 [count, 1]: row * top_k + j, grouped by local expert
+  kernels::Tensor offsets;    // I32 [local experts + 1, 1]
+  float* out = nullptr;
+  kernels::Tensor targets;  // I64 [count, 1]
 };
 
 struct ExchangeShape {
@@ -41,9 +45,8 @@ struct ExchangeShape {
   int64_t hidden = 0;
   int64_t top_k = 0;
   int64_t num_experts = 0;
-  int64_t num_layers = 0;  // with routed experts
-  // How hidden rows may travel without a loss: what expert_mlp rounds them to anyway (Ops::expert_input_dtype).
-  kernels::DType exact_dtype = kernels::DType::kF32;
+  // Of the experts' gate_up in each layer that has routed ones: rows travel as it takes them.
+  std::vector<kernels::WeightFormat> formats;
 };
 
 class ExpertExchange {
@@ -51,8 +54,6 @@ class ExpertExchange {
   virtual ~ExpertExchange() = default;
 
   virtual const ExpertShard& shard() const = 0;
-  // Most rows of one receive(); fixed for life.
-  virtual int64_t max_received_rows() const = 0;
   // Allocates; once, before the first dispatch.
   virtual void prepare(kernels::Ops& ops, kernels::Stream& stream, const ExchangeShape& shape) = 0;
 
@@ -61,10 +62,10 @@ class ExpertExchange {
   // hidden [T, H] and ids I32 [T, k] of the `layer`-th MoE layer, T >= 0; ids are experts of the model.
   virtual Status dispatch(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& ids) = 0;
   // Valid until the next call. The caller has to give_back() each before it asks for more.
-  virtual Result<ReceivedRows> receive() = 0;
-  // out [n * k, H] of the rows of the last receive(), in activation dtype; slots with id -1 are not read.
-  virtual Status give_back(const kernels::Tensor& out) = 0;
-  // [T * k, H] in the order of the dispatched slots.
+  virtual Result<ReceivedSlots> receive() = 0;
+  // The outputs of the last receive() are enqueued on the stream of prepare().
+  virtual Status give_back() = 0;
+  // f32 [T * k, H] in the order of the dispatched slots; valid until the next dispatch.
   virtual Result<kernels::Tensor> collect() = 0;
 };
 

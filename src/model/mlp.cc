@@ -80,11 +80,11 @@ void MlpLayers::allocate(int64_t max_rows) {
   router_logits_ = DeviceTensor(ops_, DType::kF32, max_rows, experts);
   expert_ids_ = DeviceTensor(ops_, DType::kI32, max_rows * (keeps_routing_ ? num_moe_layers_ : 1), top_k);
   expert_weights_ = DeviceTensor(ops_, DType::kF32, max_rows, top_k);
-  const int64_t expert_rows = exchange_ == nullptr ? max_rows : exchange_->max_received_rows();
-  order_ = DeviceTensor(ops_, DType::kI32, expert_rows * top_k, 1);
-  offsets_ = DeviceTensor(ops_, DType::kI32, num_local_experts() + 1, 1);
-  expert_out_ = DeviceTensor(ops_, dtype, expert_rows * top_k, hidden);
   shared_out_ = DeviceTensor(ops_, dtype, max_rows, hidden);
+  if (exchange_ != nullptr) return;
+  order_ = DeviceTensor(ops_, DType::kI32, max_rows * top_k, 1);
+  offsets_ = DeviceTensor(ops_, DType::kI32, experts + 1, 1);
+  expert_out_ = DeviceTensor(ops_, dtype, max_rows * top_k, hidden);
 }
 
 void MlpLayers::set_routing(bool is_kept, const RoutingSimulation& simulation) {
@@ -186,34 +186,33 @@ Status MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, cons
 
 // All experts are here.
 Result<Tensor> MlpLayers::compute_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
-  const Tensor expert_out = expert_out_.rows(hidden.rows * ids.cols);
-  run_experts(layer, hidden, ids, expert_out);
+  const Tensor order = order_.rows(ids.rows * ids.cols);
+  const Tensor expert_out = expert_out_.rows(ids.rows * ids.cols);
+  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
+  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
+                  expert_out);
   return expert_out;
 }
 
-// Rows go to the ranks that hold their experts, the rows of others are computed here.
+// Rows go to the ranks that hold their experts, the slots of others are computed here.
 Result<Tensor> MlpLayers::exchange_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
   TANDEM_TRY(exchange_->dispatch(layer.moe_index, hidden, ids));
   while (true) {
-    TANDEM_ASSIGN(const ReceivedRows received, exchange_->receive());
-    if (received.hidden.rows == 0) break;
-    const Tensor expert_out = expert_out_.rows(received.hidden.rows * ids.cols);
-    run_experts(layer, received.hidden, received.ids, expert_out);
-    TANDEM_TRY(exchange_->give_back(expert_out));
+    TANDEM_ASSIGN(const ReceivedSlots received, exchange_->receive());
+    if (received.count == 0) break;
+    ops_.expert_mlp_encoded(stream_, received.rows, received.order, received.offsets, ids.cols, *layer.expert_gate_up,
+                            *layer.expert_down, received.out, received.targets);
+    TANDEM_TRY(exchange_->give_back());
   }
   return exchange_->collect();
 }
 
-// expert_out [T k, H]: of every slot of `ids` [T, k] whose expert is here, which ids name by its place in the weights.
-void MlpLayers::run_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids, const Tensor& expert_out) {
-  const Tensor order = order_.rows(ids.rows * ids.cols);
-  ops_.sort_by_expert(stream_, ids, num_local_experts(), order, offsets_.all());
-  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
-                  expert_out);
-}
-
-int64_t MlpLayers::num_local_experts() const {
-  return exchange_ == nullptr ? config_.moe.num_experts : std::ssize(exchange_->shard().slots);
+std::vector<kernels::WeightFormat> MlpLayers::expert_formats() const {
+  std::vector<kernels::WeightFormat> formats;
+  for (const Layer& layer : layers_) {
+    if (layer.router != nullptr) formats.push_back(layer.expert_gate_up->format());
+  }
+  return formats;
 }
 
 }  // namespace tandem::model

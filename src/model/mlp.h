@@ -27,6 +27,8 @@ class MlpLayers {
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
   void allocate(int64_t max_rows);
+  // Once loaded: of the routed experts of each MoE layer.
+  std::vector<kernels::WeightFormat> expert_formats() const;
   // Before allocate(): the routing of every layer is kept until read_routing, and chosen by a simulation if it is on.
   void set_routing(bool is_kept, const RoutingSimulation& simulation);
   // Before the first layer of a step.
@@ -61,9 +63,6 @@ class MlpLayers {
                                           const kernels::Tensor& ids);
   Result<kernels::Tensor> exchange_experts(const Layer& layer, const kernels::Tensor& hidden,
                                            const kernels::Tensor& ids);
-  void run_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& ids,
-                   const kernels::Tensor& expert_out);
-  int64_t num_local_experts() const;
   kernels::Tensor expert_ids(const Layer& layer, int64_t rows) const;
   void simulate_routing(const Layer& layer, const kernels::Tensor& ids, const kernels::Tensor& weights);
 
@@ -77,10 +76,10 @@ class MlpLayers {
   DeviceTensor router_logits_;   // [T, E]
   DeviceTensor expert_ids_;      // [T, k]; of each MoE layer if routing is kept
   DeviceTensor expert_weights_;  // [T, k]
-  // Of the rows whose experts are computed here: T of them, or what the exchange hands over at once.
-  DeviceTensor order_;           // [rows k, 1]
-  DeviceTensor offsets_;         // [experts here + 1, 1]
-  DeviceTensor expert_out_;      // [rows k, H]
+  // Without an exchange, which has its own.
+  DeviceTensor order_;           // [T k, 1]
+  DeviceTensor offsets_;         // [E + 1, 1]
+  DeviceTensor expert_out_;      // [T k, H]
   DeviceTensor shared_out_;      // [T, H]
 
   int64_t num_moe_layers_ = 0;

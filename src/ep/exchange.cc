@@ -1,0 +1,298 @@
+#include "src/ep/exchange.h"
+
+#include <algorithm>
+
+#include "src/base/check.h"
+#include "src/ep/limits.h"
+
+namespace tandem::ep {
+
+using group::Channel;
+using group::RankId;
+using kernels::DType;
+using kernels::Tensor;
+using model::ReceivedSlots;
+
+int64_t Exchange::window_bytes(const ExchangeOptions& options, const kernels::Ops& ops,
+                               const model::ExchangeShape& shape, int32_t num_ranks) {
+  return plan_window(options, ops, shape, num_ranks).bytes;
+}
+
+Exchange::Exchange(model::ExpertShard shard, const ExchangeOptions& options)
+    : shard_(std::move(shard)), options_(options) {
+  CHECK_EQ(options.window_offset % 64, 0);
+}
+
+Exchange::~Exchange() = default;
+
+void Exchange::prepare(kernels::Ops& ops, kernels::Stream& stream, const model::ExchangeShape& shape) {
+  CHECK(ops_ == nullptr);
+  ops_ = &ops;
+  stream_ = &stream;
+  shape_ = shape;
+  plan_ = plan_window(options_, ops, shape, shard_.num_ranks);
+  const ExpertMap map = ExpertMap::contiguous(shard_.num_ranks, static_cast<int32_t>(shape.num_experts));
+  maps_.assign(shape.formats.size(), map);
+  max_slots_ = std::max(options_.max_slots > 0 ? options_.max_slots : shape.max_rows * shape.top_k, shape.top_k);
+  order_ = model::DeviceTensor(ops, DType::kI32, max_slots_, 1);
+  targets_ = model::DeviceTensor(ops, DType::kI64, max_slots_, 1);
+  offsets_ = model::DeviceTensor(ops, DType::kI32, std::ssize(shard_.slots) + 1, 1);
+}
+
+void Exchange::set_map(int64_t layer, ExpertMap map) {
+  CHECK(phase_ == Phase::kIdle || phase_ == Phase::kFailed);
+  CHECK_EQ(map.num_experts(), shape_.num_experts);
+  CHECK_EQ(map.slots_per_rank(), std::ssize(shard_.slots));
+  maps_[static_cast<size_t>(layer)] = std::move(map);
+}
+
+void Exchange::attach(group::Fabric& fabric) {
+  CHECK(ops_ != nullptr);
+  CHECK_EQ(fabric.size(), shard_.num_ranks);
+  CHECK_EQ(fabric.rank().value, shard_.rank);
+  CHECK_GE(std::ssize(fabric.window()), options_.window_offset + plan_.bytes);
+  fabric_ = &fabric;
+  dispatcher_ = make_dispatcher(fabric, plan_, options_.window_offset);
+  sequence_ = 0;
+  phase_ = Phase::kIdle;
+  why_failed_.reset();
+  const size_t ranks = static_cast<size_t>(fabric.size());
+  output_bases_.assign(ranks, 0);
+  is_mapped_.assign(ranks, true);
+  outgoing_.rows_of_rank.resize(ranks);
+  for (size_t r = 0; r < ranks; ++r) {
+    std::byte* const peer = fabric.direct(RankId(static_cast<int32_t>(r)));
+    is_mapped_[r] = peer != nullptr;
+    if (peer == nullptr) continue;
+    const int64_t distance = static_cast<int64_t>(reinterpret_cast<intptr_t>(peer) -
+                                                  reinterpret_cast<intptr_t>(fabric.window().data()));
+    CHECK_EQ(distance % static_cast<int64_t>(sizeof(float)), 0);
+    output_bases_[r] = distance / static_cast<int64_t>(sizeof(float));
+  }
+  const bool has_remote = std::find(is_mapped_.begin(), is_mapped_.end(), false) != is_mapped_.end();
+  if (has_remote && staging_.bytes() == 0) staging_ = model::DeviceTensor(*ops_, DType::kF32, max_slots_, plan_.hidden);
+}
+
+void Exchange::detach() {
+  dispatcher_.reset();
+  fabric_ = nullptr;
+}
+
+Status Exchange::fail(Status status) {
+  if (status.ok() || phase_ == Phase::kFailed) return status;
+  phase_ = Phase::kFailed;
+  why_failed_ = status.error();
+  return status;
+}
+
+Status Exchange::dispatch(int64_t layer, const Tensor& hidden, const Tensor& ids) {
+  if (fabric_ == nullptr) return make_error(ErrorKind::kUnavailable, "the group of ranks does not stand");
+  if (phase_ == Phase::kFailed) return *why_failed_;
+  CHECK(phase_ == Phase::kIdle);
+  CHECK_LE(hidden.rows, plan_.max_rows);
+  CHECK_EQ(ids.rows, hidden.rows);
+  CHECK_EQ(ids.cols, plan_.top_k);
+  TANDEM_TRY(fail(fabric_->status()));
+  fabric_->beat();
+  layer_ = layer;
+  ++sequence_;
+  owes_.assign(output_bases_.size(), false);
+  arrivals_.clear();
+  next_arrival_ = 0;
+  outgoing_.num_rows = hidden.rows;
+  write_records(hidden, ids);
+  TANDEM_TRY(fail(dispatcher_->send(sequence_, outgoing_)));
+  phase_ = Phase::kReceiving;
+  return {};
+}
+
+// Rows are encoded where they will be read: own ones never move.
+void Exchange::write_records(const Tensor& hidden, const Tensor& ids) {
+  for (std::vector<int32_t>& rows : outgoing_.rows_of_rank) rows.clear();
+  if (hidden.rows == 0) return;
+  const kernels::WeightFormat& format = shape_.formats[static_cast<size_t>(layer_)];
+  const int64_t row_bytes = ops_->expert_row_bytes(options_.row_format, format, plan_.hidden);
+  std::byte* const records = own_part() + plan_.record_offset(plan_.first_own(shard_.rank));
+  const Tensor rows{records, DType::kU8, hidden.rows, row_bytes, plan_.record_bytes};
+  ops_->encode_expert_rows(*stream_, hidden, format, {rows, options_.row_format});
+  ids_.resize(static_cast<size_t>(ids.rows * ids.cols));
+  for (int64_t t = 0; t < ids.rows; ++t) {
+    ops_->read_back(*stream_, ids.address + t * ids.stride * int64_t{sizeof(int32_t)},
+                    std::as_writable_bytes(std::span(ids_).subspan(static_cast<size_t>(t * ids.cols),
+                                                                   static_cast<size_t>(ids.cols))));
+  }
+  const ExpertMap& map = maps_[static_cast<size_t>(layer_)];
+  for (int64_t t = 0; t < ids.rows; ++t) {
+    int32_t* const tag = reinterpret_cast<int32_t*>(records + t * plan_.record_bytes + plan_.tag_offset());
+    tag[0] = static_cast<int32_t>(t);
+    for (int64_t j = 0; j < plan_.top_k; ++j) {
+      // Successive steps choose other copies for the same row.
+      const int64_t key = t + static_cast<int64_t>(sequence_);
+      const int32_t slot = map.slot_of(ids_[static_cast<size_t>(t * plan_.top_k + j)], key);
+      tag[1 + j] = slot;
+      std::vector<int32_t>& to = outgoing_.rows_of_rank[static_cast<size_t>(slot / map.slots_per_rank())];
+      if (to.empty() || to.back() != t) to.push_back(static_cast<int32_t>(t));
+    }
+  }
+  ops_->synchronize(*stream_);
+}
+
+const int32_t* Exchange::record_tag(int64_t record) const {
+  return reinterpret_cast<const int32_t*>(own_part() + plan_.record_offset(record) + plan_.tag_offset());
+}
+
+Result<ReceivedSlots> Exchange::receive() {
+  if (phase_ == Phase::kFailed) return *why_failed_;
+  CHECK(phase_ == Phase::kReceiving);
+  if (next_arrival_ == arrivals_.size()) {
+    const Status taken = fail(take_batch());
+    if (!taken.ok()) return taken.error();
+  }
+  if (arrivals_.empty()) {
+    tell_owners();
+    phase_ = Phase::kCollecting;
+    return ReceivedSlots{};
+  }
+  size_t end = next_arrival_;
+  int64_t count = 0;
+  while (end < arrivals_.size() && count + arrivals_[end].num_slots <= max_slots_) count += arrivals_[end++].num_slots;
+  phase_ = Phase::kComputing;
+  return sort_slots(end, count);
+}
+
+// The next records with slots here; none when there are no more.
+Status Exchange::take_batch() {
+  arrivals_.clear();
+  next_arrival_ = 0;
+  while (arrivals_.empty()) {
+    TANDEM_ASSIGN(const RecordBatch batch, dispatcher_->next());
+    if (batch.empty()) return {};
+    for (const RecordRange& range : batch) {
+      const bool is_own = range.source == shard_.rank;
+      if (range.count > plan_.max_rows) {
+        return make_error(ErrorKind::kDataLoss, "rank {} has sent {} rows at once; a step has at most {}", range.source,
+                          range.count, plan_.max_rows);
+      }
+      if (!is_own) owes_[static_cast<size_t>(range.source)] = true;
+      for (int64_t record = range.first_record; record < range.first_record + range.count; ++record) {
+        TANDEM_ASSIGN(const int32_t num_slots, count_slots_here(record, range.source));
+        if (num_slots > 0) arrivals_.push_back({static_cast<int32_t>(record), range.source, num_slots});
+      }
+    }
+  }
+  return {};
+}
+
+// What a peer has written is checked before anything is computed or written by it.
+Result<int32_t> Exchange::count_slots_here(int64_t record, int32_t source) const {
+  const int32_t* const tag = record_tag(record);
+  const ExpertMap& map = maps_[static_cast<size_t>(layer_)];
+  if (tag[0] < 0 || tag[0] >= plan_.max_rows) {
+    return make_error(ErrorKind::kDataLoss, "a record of rank {} is of row {}; a step has at most {}", source, tag[0],
+                      plan_.max_rows);
+  }
+  const int32_t first = shard_.rank * map.slots_per_rank();
+  int32_t count = 0;
+  for (int64_t j = 1; j <= plan_.top_k; ++j) {
+    const int32_t local = tag[j] - first;
+    if (local < 0 || local >= map.slots_per_rank()) continue;
+    if (local >= static_cast<int32_t>(shard_.slots.size())) {
+      return make_error(ErrorKind::kDataLoss, "a record of rank {} asks for expert {} of rank {}, which has {}", source,
+                        local, shard_.rank, shard_.slots.size());
+    }
+    ++count;
+  }
+  return count;
+}
+
+// The slots of arrivals up to `end`, `count` of them, by expert: a counting sort.
+ReceivedSlots Exchange::sort_slots(size_t end, int64_t count) {
+  const int32_t first = shard_.rank * maps_[static_cast<size_t>(layer_)].slots_per_rank();
+  const int32_t num_local = static_cast<int32_t>(shard_.slots.size());
+  sorted_offsets_.assign(static_cast<size_t>(num_local) + 1, 0);
+  sorted_order_.resize(static_cast<size_t>(count));
+  sorted_targets_.resize(static_cast<size_t>(count));
+  const auto for_each_slot = [&](const auto& body) {
+    for (size_t a = next_arrival_; a < end; ++a) {
+      const int32_t* const tag = record_tag(arrivals_[a].record);
+      for (int64_t j = 0; j < plan_.top_k; ++j) {
+        const int32_t local = tag[1 + j] - first;
+        if (local >= 0 && local < num_local) body(arrivals_[a], tag[0], j, static_cast<size_t>(local));
+      }
+    }
+  };
+  for_each_slot([&](const Arrival&, int64_t, int64_t, size_t local) { ++sorted_offsets_[local + 1]; });
+  for (size_t e = 0; e < static_cast<size_t>(num_local); ++e) sorted_offsets_[e + 1] += sorted_offsets_[e];
+  std::vector<int32_t> next(sorted_offsets_.begin(), sorted_offsets_.end() - 1);
+  staged_.clear();
+  for_each_slot([&](const Arrival& arrival, int64_t row, int64_t j, size_t local) {
+    const size_t place = static_cast<size_t>(next[local]++);
+    sorted_order_[place] = static_cast<int32_t>(arrival.record * plan_.top_k + j);
+    sorted_targets_[place] = target_of(arrival.source, row * plan_.top_k + j);
+  });
+  next_arrival_ = end;
+
+  ReceivedSlots slots;
+  slots.count = count;
+  const int64_t row_bytes = ops_->expert_row_bytes(options_.row_format, shape_.formats[static_cast<size_t>(layer_)],
+                                                   plan_.hidden);
+  slots.rows = {Tensor{own_part() + plan_.records, DType::kU8, plan_.num_records, row_bytes, plan_.record_bytes},
+                options_.row_format};
+  slots.order = order_.upload(*ops_, *stream_, std::span<const int32_t>(sorted_order_));
+  slots.offsets = offsets_.upload(*ops_, *stream_, std::span<const int32_t>(sorted_offsets_));
+  slots.targets = targets_.upload(*ops_, *stream_, std::span<const int64_t>(sorted_targets_));
+  slots.out = reinterpret_cast<float*>(own_part() + plan_.outputs);
+  return slots;
+}
+
+// In floats from this rank's outputs.
+int64_t Exchange::target_of(int32_t source, int64_t slot) {
+  const size_t owner = static_cast<size_t>(source);
+  if (is_mapped_[owner]) return output_bases_[owner] + slot * plan_.hidden;
+  const intptr_t staging = reinterpret_cast<intptr_t>(staging_.all().address);
+  const intptr_t own = reinterpret_cast<intptr_t>(own_part() + plan_.outputs);
+  const int64_t place = std::ssize(staged_);
+  staged_.push_back({source, slot});
+  return static_cast<int64_t>(staging - own) / static_cast<int64_t>(sizeof(float)) + place * plan_.hidden;
+}
+
+Status Exchange::give_back() {
+  if (phase_ == Phase::kFailed) return *why_failed_;
+  CHECK(phase_ == Phase::kComputing);
+  ops_->synchronize(*stream_);
+  fabric_->beat();
+  const int64_t bytes = plan_.hidden * int64_t{sizeof(float)};
+  for (size_t i = 0; i < staged_.size(); ++i) {
+    const std::byte* const from = staging_.all().address + static_cast<int64_t>(i) * bytes;
+    fabric_->put(RankId(staged_[i].source), options_.window_offset + plan_.output_offset(staged_[i].slot),
+                 std::span(from, static_cast<size_t>(bytes)));
+  }
+  if (!staged_.empty()) TANDEM_TRY(fail(fabric_->flush()));  // the next outputs are staged in the same place
+  phase_ = Phase::kReceiving;
+  return {};
+}
+
+void Exchange::tell_owners() {
+  for (int32_t i = 1; i < shard_.num_ranks; ++i) {
+    const int32_t owner = (shard_.rank + i) % shard_.num_ranks;
+    if (owes_[static_cast<size_t>(owner)]) fabric_->signal(RankId(owner), Channel::kCombine, sequence_);
+  }
+}
+
+Result<Tensor> Exchange::collect() {
+  if (phase_ == Phase::kFailed) return *why_failed_;
+  CHECK(phase_ == Phase::kCollecting);
+  for (int32_t i = 1; i < shard_.num_ranks; ++i) {
+    const int32_t from = (shard_.rank + i) % shard_.num_ranks;
+    if (!dispatcher_->has_sent_to(from)) continue;
+    const Status done = fail(fabric_->wait(RankId(from), Channel::kCombine, sequence_));
+    if (!done.ok()) return done.error();
+  }
+  const Status flushed = fail(fabric_->flush());
+  if (!flushed.ok()) return flushed.error();
+  phase_ = Phase::kIdle;
+  const int64_t slots = outgoing_.num_rows * plan_.top_k;
+  return Tensor{own_part() + plan_.outputs, DType::kF32, slots, plan_.hidden, plan_.hidden};
+}
+
+}  // namespace tandem::ep
