@@ -215,6 +215,21 @@ void Options::set(const OptionSpec& spec, OptionValue value) {
   target.is_set = true;
 }
 
+std::vector<std::string> Options::set_arguments(std::string_view group,
+                                                std::span<const std::string_view> others) const {
+  std::vector<std::string> arguments;
+  for (const auto& [name, entry] : entries_) {
+    if (!entry.is_set || entry.spec->group == group) continue;
+    if (std::find(others.begin(), others.end(), name) != others.end()) continue;
+    if (entry.spec->positional) {
+      arguments.insert(arguments.begin(), std::get<std::string>(entry.value));
+      continue;
+    }
+    for (std::string& word : option_to_arguments(*entry.spec, entry.value)) arguments.push_back(std::move(word));
+  }
+  return arguments;
+}
+
 std::string Options::changed_json() const {
   nlohmann::ordered_json changed = nlohmann::ordered_json::object();
   for (const auto& [name, entry] : entries_) {

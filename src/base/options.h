@@ -90,6 +90,8 @@ class Options {
   bool is_set(std::string_view name) const;  // by command line or file, even if equal to the default
   void set(const OptionSpec& spec, OptionValue value);
 
+  // Those that are set, as command-line arguments, without the options of `group` and those named in `others`.
+  std::vector<std::string> set_arguments(std::string_view group, std::span<const std::string_view> others) const;
   // {"port":8001,…}: what differs from the defaults, secrets replaced by "***".
   std::string changed_json() const;
 

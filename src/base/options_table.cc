@@ -121,6 +121,42 @@ constexpr OptionSpec kTable[] = {
      .help = "For benchmarks: uniform_random, balanced or zipf:ALPHA replaces the routers' choices; answers become "
              "nonsense."},
 
+    // serve: ranks
+    {.name = "data-parallel-size", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
+     .help = "Ranks that answer requests, each with its own attention and KV cache; more than one needs "
+             "--enable-expert-parallel.", .min = 1, .max = 1024},
+    {.name = "data-parallel-size-local", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
+     .help = "Ranks that this command starts; 0 is all of them.", .min = 0, .max = 1024},
+    {.name = "data-parallel-start-rank", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
+     .help = "The first rank that this command starts.", .min = 0, .max = 1023},
+    {.name = "data-parallel-address", .commands = kServe, .group = "Ranks", .type = kText, .default_text = "127.0.0.1",
+     .help = "Address of the node where the ranks meet, which is the one that starts rank 0; the same on every node."},
+    {.name = "data-parallel-rpc-port", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
+     .help = "Port there; 0 is any free one if all ranks are started by one command, else 29550.", .min = 0, .max = 65535},
+    {.name = "data-parallel-rank", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "-1",
+     .help = "Be this one rank, with an endpoint of its own, for a load balancer of yours; -1 starts ranks behind one "
+             "endpoint.", .min = -1, .max = 1023},
+    {.name = "data-parallel-external-lb", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
+     .help = "Every rank has an endpoint of its own: said by --data-parallel-rank already."},
+    {.name = "data-parallel-hybrid-lb", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
+     .help = "The endpoint of this node spreads requests over the ranks of this node only."},
+    {.name = "data-parallel-coordinator", .commands = kServe, .group = "Ranks", .type = kChoice, .default_text = "auto",
+     .help = "Who brings the ranks together: auto is rank 0's process with --data-parallel-rank, else the command that "
+             "starts rank 0; elsewhere is for ranks that were started by one.", .choices = "auto|elsewhere"},
+    {.name = "headless", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
+     .help = "Only start ranks of this node; the endpoint is another node's."},
+    {.name = "enable-expert-parallel", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
+     .help = "Spread the routed experts over all ranks, which then compute every step together."},
+    {.name = "all2all-backend", .commands = kServe, .group = "Ranks", .type = kChoice,
+     .default_text = "allgather_reducescatter",
+     .help = "How rows travel to their experts: docs/expert-parallel.md says which wins where. The last four are vLLM's "
+             "names for high_throughput and low_latency.",
+     .choices = "allgather_reducescatter|high_throughput|low_latency|naive|deepep_high_throughput|deepep_low_latency|"
+                "pplx|flashinfer_all2allv"},
+    {.name = "rank-timeout", .commands = kServe, .group = "Ranks", .type = kNumber, .default_text = "10",
+     .help = "Seconds without a sign of life after which a rank is given up; the others then wait for it to come back.",
+     .min = 0.1, .max = 3600},
+
     // serve: prefill/decode
     {.name = "kv-transfer-config", .commands = kServe, .group = "Prefill/decode", .type = kObject, .default_text = "",
      .help = "JSON: kv_connector (UcxConnector; DecodeBenchConnector makes the KV of prompts up, to measure decode alone), "
@@ -210,7 +246,7 @@ constexpr OptionSpec kTable[] = {
     {.name = "host", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "127.0.0.1",
      .help = "Address to listen on."},
     {.name = "port", .commands = kServe | kRoute, .group = "Server", .type = kInteger, .default_text = "8000",
-     .help = "TCP port to listen on.", .min = 1, .max = 65535},
+     .help = "TCP port to listen on; 0 is any free one, which the log names.", .min = 0, .max = 65535},
     {.name = "api-key", .commands = kServe | kRoute, .group = "Server", .type = kList, .default_text = "",
      .help = "Keys of which a request to /v1 must present one; without any, no key is asked for.", .secret = true},
     {.name = "request-timeout-s", .commands = kServe | kRoute, .group = "Server", .type = kNumber,

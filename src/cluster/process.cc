@@ -43,7 +43,9 @@ constexpr int kExecFailed = 127;
 
 Result<pid_t> spawn_process(const std::string& program, const std::vector<std::string>& arguments,
                             const std::string& log_path) {
-  const int log_fd = ::open(log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  const int log_fd = log_path == kOwnErrors
+                         ? ::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3)
+                         : ::open(log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (log_fd < 0) {
     return make_error(ErrorKind::kUnavailable, "{}: cannot be opened for writing: {}", log_path, ::strerror(errno));
   }

@@ -13,7 +13,8 @@ namespace tandem::cluster {
 
 // Starts `program` with `arguments`, in a process group of its own so that a Ctrl-C in the terminal reaches only us,
 // with stdout and stderr appended to `log_path`, no other open file, and SIGKILL when the calling thread dies.
-// Returns its pid, which is also its process group.
+// Returns its pid, which is also its process group. kOwnErrors instead of a path: where our own stderr goes.
+inline constexpr const char* kOwnErrors = "";
 Result<pid_t> spawn_process(const std::string& program, const std::vector<std::string>& arguments,
                             const std::string& log_path);
 

@@ -4,6 +4,8 @@
 
 #include "src/base/log.h"
 #include "src/base/memory_info.h"
+#include "src/base/version.h"
+#include "src/group/node.h"
 
 namespace tandem::commands {
 namespace {
@@ -18,6 +20,25 @@ std::string choose_backend(const Options& options) {
   const std::string& isa = options.text("cpu-isa");
   if (device == "ref") return "ref";
   return isa == "auto" ? "auto" : "cpu-" + isa;
+}
+
+// The rank's shard of the experts and its way to the others.
+Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config) {
+  const int64_t num_experts = config.model.moe.num_experts;
+  const int32_t size = config.group->shape.size();
+  if (num_experts < size) {
+    return invalid_argument("data-parallel-size", "{} ranks cannot share {} experts; take at most {} ranks", size,
+                            num_experts, num_experts);
+  }
+  model::ExpertShard shard = ep::make_shard(config.group->rank.value, size, static_cast<int32_t>(num_experts));
+  log_info("serve", "rank {} of {}: experts {} … {} of {}", config.group->rank, size, shard.slots.front(),
+           shard.slots.back(), num_experts);
+  TANDEM_ASSIGN(const ep::All2AllChoice choice, ep::parse_all2all_backend(config.group->backend));
+  if (!choice.note.empty()) log_info("serve", "{}", choice.note);
+  ep::ExchangeOptions options;
+  options.backend = choice.backend;
+  options.window_offset = group::StepAgreement::window_bytes(size);
+  return std::make_unique<ep::Exchange>(std::move(shard), options);
 }
 
 // Every option that a transfer sees is named as the user wrote it.
@@ -53,6 +74,12 @@ Result<RankConfig> make_rank_config(const Options& options) {
   if (options.command() == Subcommand::kServe) {
     config.limits.max_num_waiting = options.integer("max-num-waiting");
     TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
+    TANDEM_ASSIGN(RankOptions ranks, read_rank_options(options));
+    config.group = std::move(ranks.group);
+    // Ranks of one host are given one configuration: each has its own port for KV.
+    if (config.group && config.kv_transfer && config.kv_transfer->port != 0) {
+      config.kv_transfer->port += config.group->rank.value;
+    }
     config.first_token_from_decode = options.text("first-token-from") == "decode";
     // A prefix that was found would be a benchmark of something else.
     if (config.kv_transfer && config.kv_transfer->synthetic_fill) config.limits.prefix_caching = false;
@@ -89,6 +116,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
 Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_vocab, const Clock& clock,
                                          Registry& registry, std::function<void(double)> on_progress) {
   std::unique_ptr<Rank> rank(new Rank());
+  rank->config_ = config;
   TANDEM_ASSIGN(rank->ops_, kernels::make_ops(config.backend, config.threads));
   log_info("serve", "kernels: {}, {} threads", rank->ops_->name(), rank->ops_->num_threads());
   config.load.on_progress = std::move(on_progress);
@@ -116,6 +144,10 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
 // Weights and cache; refused before any weight is read if they do not fit.
 Status Rank::load_weights(const RankConfig& config) {
   model::LoadOptions load = config.load;
+  if (config.group) {
+    TANDEM_ASSIGN(exchange_, make_exchange(config));
+    load.exchange = exchange_.get();
+  }
   int64_t num_blocks = 0;
   load.on_sized = [&](const model::MemoryNeeds& needs) -> Status {
     const AvailableMemory available = available_memory();
@@ -172,6 +204,43 @@ Status Rank::record_expert_load(const RankConfig& config, Registry& registry) {
            info().num_experts, config.expert_load_path, config.expert_load_interval_s);
   return {};
 }
+
+std::vector<group::Fact> Rank::group_facts() const {
+  return {{"program", kVersion},
+          {"model", info().fingerprint},
+          {"instruction set (--cpu-isa)", ops_->name()},
+          {"--all2all-backend", config_.group->backend},
+          {"--max-num-batched-tokens", std::to_string(config_.limits.max_num_batched_tokens)},
+          {"--rank-timeout", fmt::format("{} us", config_.group->rank_timeout_us)}};
+}
+
+Status Rank::join_group(const std::string& http_address) {
+  const GroupConfig& config = *config_.group;
+  if (config.hosts_coordinator) {
+    group::CoordinatorOptions options;
+    options.host = config.coordinator_host;
+    options.port = config.coordinator_port;
+    options.shape = config.shape;
+    options.rank_timeout_us = config.rank_timeout_us;
+    TANDEM_ASSIGN(coordinator_, group::Coordinator::listen(options));
+  }
+  group::MembershipOptions options;
+  options.coordinator_host = config.coordinator_host;
+  options.coordinator_port = config.coordinator_port;
+  options.shape = config.shape;
+  options.rank = config.rank;
+  options.node = group::this_node();
+  options.http_address = http_address;
+  options.facts = group_facts();
+  options.window_bytes = exchange_->options().window_offset + exchange_->plan().bytes;
+  options.rank_timeout_us = config.rank_timeout_us;
+  TANDEM_ASSIGN(membership_, group::Membership::start(options));
+  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, exchange_.get());
+  engine_->attach(lockstep_.get());
+  return {};
+}
+
+Status Rank::group_status() const { return membership_ == nullptr ? Status() : membership_->status(); }
 
 Rank::~Rank() {
   if (engine_) engine_->stop();

@@ -13,8 +13,13 @@
 #include "src/base/options.h"
 #include "src/base/result.h"
 #include "src/commands/expert_load_file.h"
+#include "src/commands/rank_options.h"
 #include "src/engine/engine.h"
+#include "src/engine/lockstep.h"
 #include "src/engine/memory_plan.h"
+#include "src/ep/exchange.h"
+#include "src/group/coordinator.h"
+#include "src/group/membership.h"
 #include "src/kernels/ops.h"
 #include "src/model/config.h"
 #include "src/model/model.h"
@@ -33,6 +38,7 @@ struct RankConfig {
   SpanSink* spans = nullptr;  // outlives the rank
   std::optional<KvTransferConfig> kv_transfer;
   std::string model_name;
+  std::optional<GroupConfig> group;  // this rank has its shard of the experts
   std::string expert_load_path;  // of --record-expert-load; "": no recording
   double expert_load_interval_s = 10;
 };
@@ -48,6 +54,12 @@ class Rank {
                                             Registry& registry, std::function<void(double)> on_progress);
   ~Rank();
 
+  // Before the engine starts, with a group: from now on this rank waits for the others. `http_address` is where the front
+  // end of the group finds this rank's endpoint.
+  Status join_group(const std::string& http_address);
+  // Why requests cannot be computed now; ok without a group.
+  Status group_status() const;
+
   engine::Engine& engine() { return *engine_; }
   const kernels::Ops& ops() const { return *ops_; }
   const model::ModelInfo& info() const { return model_->info(); }
@@ -59,12 +71,18 @@ class Rank {
   Status load_weights(const RankConfig& config);
   Status open_agent(const RankConfig& config);
   Status record_expert_load(const RankConfig& config, Registry& registry);
+  std::vector<group::Fact> group_facts() const;
 
   // In order of dependence; the agent goes before the cache that it reads and writes.
+  RankConfig config_;
   std::unique_ptr<kernels::Ops> ops_;
+  std::unique_ptr<ep::Exchange> exchange_;
   std::unique_ptr<model::Model> model_;
   std::unique_ptr<model::KvCache> cache_;
   std::unique_ptr<engine::ExpertLoadRecorder> expert_load_;
+  std::unique_ptr<group::Coordinator> coordinator_;
+  std::unique_ptr<group::Membership> membership_;
+  std::unique_ptr<engine::Lockstep> lockstep_;
   std::unique_ptr<engine::Engine> engine_;
   std::unique_ptr<ExpertLoadFile> expert_load_file_;
   std::unique_ptr<transfer::Agent> agent_;

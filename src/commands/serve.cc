@@ -1,4 +1,4 @@
-// tandem serve: one engine behind the OpenAI API.
+// tandem serve: one engine behind the OpenAI API; or, with several ranks, the process that starts them (serve_node.h).
 //
 // Order of start: options, config.json, tokenizer and every tensor header are checked before the port opens; the port
 // answers /health with 503 and the progress while weights load; requests are taken once the engine runs.
@@ -16,9 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "src/api/frontend.h"
@@ -29,33 +27,12 @@
 #include "src/commands/commands.h"
 #include "src/commands/loading_bar.h"
 #include "src/commands/rank.h"
+#include "src/commands/serve_node.h"
+#include "src/commands/serve_text.h"
 #include "src/commands/server_common.h"
-#include "src/text/text_bundle.h"
 
 namespace tandem::commands {
 namespace {
-
-// Random weights need no trained tokenizer. Where the folder has none, token i is written "ti", so that every id still
-// has a text of its own.
-text::TextBundle make_dummy_text(const model::ModelConfig& config) {
-  nlohmann::json vocabulary;
-  for (int64_t id = 0; id < config.vocab_size; ++id) vocabulary["t" + std::to_string(id)] = id;
-  text::TextBundle bundle;
-  bundle.tokenizer_json = nlohmann::json{{"version", "1.0"},
-                                         {"added_tokens", nlohmann::json::array()},
-                                         {"pre_tokenizer", {{"type", "WhitespaceSplit"}}},
-                                         {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", "t0"}}}}
-                              .dump();
-  bundle.config_json = nlohmann::json{{"eos_token_id", config.generation.eos_token_ids}}.dump();
-  return bundle;
-}
-
-Result<text::TextBundle> load_text(const std::string& path, const RankConfig& config) {
-  const bool has_tokenizer = std::filesystem::exists(std::filesystem::path(path) / "tokenizer.json");
-  if (config.load.format != model::LoadFormat::kDummy || has_tokenizer) return text::TextBundle::load(path);
-  log_info("serve", "{} has no tokenizer.json: token i is written \"ti\"", path);
-  return make_dummy_text(config.model);
-}
 
 class Server {
  public:
@@ -66,10 +43,11 @@ class Server {
 
   Status run() {
     TANDEM_ASSIGN(RankConfig config, make_rank_config(options_));
-    TANDEM_TRY(read_text(config));
+    TANDEM_ASSIGN(served_, load_served_text(options_, config));
     TANDEM_ASSIGN(exporter_, open_exporter(options_, "tandem-serve", io_, registry_));
     config.spans = exporter_.get();
     config.model_name = served_.model.names.front();
+    has_group_ = config.group.has_value();
     load_in_background(std::move(config));
     TANDEM_TRY(wait_until_checked());
     if (Status opened = open_port(); !opened.ok()) {
@@ -84,31 +62,6 @@ class Server {
   }
 
  private:
-  Status read_text(const RankConfig& config) {
-    const std::string& path = options_.text("model");
-    TANDEM_ASSIGN(text::TextBundle bundle, load_text(path, config));
-    api::ServedModelFacts facts;
-    facts.names = options_.list("served-model-name");
-    if (facts.names.empty()) facts.names.push_back(default_model_name(path));
-    facts.root = path;
-    facts.max_model_len = config.load.max_model_len == 0 ? config.model.max_positions : config.load.max_model_len;
-    if (facts.max_model_len < 2) {
-      return invalid_argument("max-model-len",
-                              "--max-model-len is {}, but a prompt and its answer have at least one token each; raise it "
-                              "to 2 or more, or leave it out to take config.json's {}",
-                              facts.max_model_len, config.model.max_positions);
-    }
-    facts.vocab_size = config.model.vocab_size;
-    TANDEM_ASSIGN(served_, api::make_served_text(std::move(facts), std::move(bundle)));
-    if (served_.tokenizer->vocab_size() > config.model.vocab_size) {
-      return invalid_argument("tokenizer.json",
-                              "{}/tokenizer.json knows ids up to {}, vocab_size in config.json is {}: the files do not "
-                              "belong together",
-                              path, served_.tokenizer->vocab_size() - 1, config.model.vocab_size);
-    }
-    return {};
-  }
-
   void load_in_background(RankConfig config) {
     loader_ = std::thread([this, config = std::move(config)]() mutable {
       Result<std::unique_ptr<Rank>> loaded =
@@ -174,8 +127,11 @@ class Server {
   }
 
   api::Health health() const {
-    if (is_serving_) return {true, "ok", std::nullopt};
-    return {false, "loading", progress_.load()};
+    if (!is_serving_) return {false, "loading", progress_.load()};
+    if (const Status group = rank_->group_status(); !group.ok()) {
+      return {false, "waiting for the group: " + group.error().message, std::nullopt};
+    }
+    return {true, "ok", std::nullopt};
   }
 
   // On the I/O thread, once the loader has ended.
@@ -183,6 +139,13 @@ class Server {
     if (fault_) {
       io_.stop();
       return;
+    }
+    const std::string address = fmt::format("{}:{}", options_.text("host"), server_->port());
+    if (has_group_) {
+      if (Status joined = rank_->join_group(address); !joined.ok()) {
+        fault_ = joined.error();
+        return io_.stop();
+      }
     }
     rank_->engine().start();
     frontend_->open(served_, rank_->engine());
@@ -213,6 +176,7 @@ class Server {
   LoadingBar bar_{"loading weights"};
   std::atomic<double> progress_{0};
   bool is_serving_ = false;
+  bool has_group_ = false;
 
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -237,6 +201,12 @@ int run_serve(const Options& options) {
     std::fprintf(stderr, "--nice %d was refused by the system: %s\n", niceness, std::strerror(errno));
     return 1;
   }
+  const Result<RankOptions> ranks = read_rank_options(options);
+  if (!ranks.ok()) {
+    std::fprintf(stderr, "%s\n", ranks.error().message.c_str());
+    return 1;
+  }
+  if (ranks->node) return run_node(options, *ranks->node);
   Server server(options);
   const Status status = server.run();
   if (!status.ok()) {

@@ -15,6 +15,8 @@ constexpr const char* kTag = "engine";
 constexpr int64_t kIdleTickUs = 20'000;
 // Without any request it sleeps until the bell rings; this only bounds one sleep.
 constexpr int64_t kLongSleepUs = 3'600'000'000;
+// A request that finds the rank group broken waits this long for it to form again: the ranks are told one by one.
+constexpr int64_t kGroupGraceUs = 1'000'000;
 // How often a peer is told that a request still waits here for the KV it published; far below its lease of 30 s.
 constexpr int64_t kRenewLeasesUs = 5'000'000;
 
@@ -131,10 +133,10 @@ Engine::Turn Engine::run_once() {
   expire_deadlines();
   renew_leases();
   if (lockstep_ != nullptr && !lockstep_->is_standing()) {
-    fail_all(lockstep_->status().ok() ? make_error(ErrorKind::kUnavailable, "the rank group forms again; retry")
-                                      : lockstep_->status().error());
+    wait_for_group();
     return Turn::kIdle;
   }
+  has_group_ = true;
   const StepPlan plan = scheduler_.plan();
   if (plan.empty() && (lockstep_ == nullptr || !lockstep_->is_called())) return Turn::kIdle;
   if (lockstep_ != nullptr && !join_round(plan)) return Turn::kWorked;
@@ -195,10 +197,24 @@ bool Engine::join_round(const StepPlan& plan) {
   return true;
 }
 
+// What ran in an epoch that is over has ended with it; what came later waits a while for the next one.
+void Engine::wait_for_group() {
+  const Status group = lockstep_->status();
+  const Error why = group.ok() ? make_error(ErrorKind::kUnavailable, "the rank group forms again; retry") : group.error();
+  if (std::exchange(has_group_, false)) return fail_all(why);
+  const int64_t oldest_us = clock_.now_us() - kGroupGraceUs;
+  std::vector<RequestId> late;
+  for (const auto& entry : scheduler_.sequences()) {
+    if (entry.second->arrival_us < oldest_us) late.push_back(entry.first);
+  }
+  for (RequestId id : late) fail(*scheduler_.find(id), why);
+}
+
 // What this step was to write is void, and what ran before cannot go on: every request ends with an error that says so.
 void Engine::lose_group(const Error& why) {
   log_warning(kTag, "{}", why.message);
   lockstep_->abandon(why);
+  has_group_ = false;
   fail_all(why);
 }
 

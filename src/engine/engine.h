@@ -90,6 +90,7 @@ class Engine final : public Worker {
   bool receive_commands();
   void fail_all(const Error& why);
   bool join_round(const StepPlan& plan);
+  void wait_for_group();
   void lose_group(const Error& why);
   void wait_for_work();
   bool has_news();
@@ -143,6 +144,7 @@ class Engine final : public Worker {
   kv::BlockPool pool_;
   Scheduler scheduler_;
   model::Batch batch_;
+  bool has_group_ = false;  // an epoch stood when last looked at
   int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
   std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;
   uint64_t next_transfer_ = 1;

@@ -10,17 +10,8 @@
 
 #include "src/group/rank_group.h"
 #include "src/group/step_agreement.h"
-#include "src/model/expert_exchange.h"
 
 namespace tandem::engine {
-
-// What holds an exchange to the fabric of the epoch; src/ep implements it.
-class FabricUser {
- public:
-  virtual ~FabricUser() = default;
-  virtual void attach(group::Fabric& fabric) = 0;
-  virtual void detach() = 0;
-};
 
 struct AgreedStep {
   int64_t total_rows = 0;
@@ -30,7 +21,7 @@ struct AgreedStep {
 class Lockstep {
  public:
   // Both outlive this. `user` may be null (a test without experts).
-  Lockstep(group::RankGroup& group, FabricUser* user) : group_(group), user_(user) {}
+  Lockstep(group::RankGroup& group, group::FabricUser* user) : group_(group), user_(user) {}
   ~Lockstep();
 
   comm::Bell& bell() { return group_.bell(); }
@@ -55,7 +46,7 @@ class Lockstep {
   void leave();
 
   group::RankGroup& group_;
-  FabricUser* const user_;
+  group::FabricUser* const user_;
   group::Fabric* fabric_ = nullptr;  // of the epoch taken up
   std::optional<group::StepAgreement> agreement_;
   uint64_t num_epochs_ = 0;

@@ -41,7 +41,7 @@ Result<WorkerAddress> parse_worker_address(const std::string& text) {
 
 Result<std::unique_ptr<RoutedWorker>> RoutedWorker::create(asio::io_context& io, RouterOptions options,
                                                            Registry& metrics) {
-  if (options.decode_urls.empty()) {
+  if (options.decode_urls.empty() && !options.may_begin_without_workers) {
     return invalid_argument("decode", "no decode worker is given; name at least one with --decode URL");
   }
   std::unique_ptr<RoutedWorker> router(new RoutedWorker(io, std::move(options), metrics));
@@ -89,6 +89,11 @@ Status RoutedWorker::remove_worker(WorkerId id) {
   core_.drain_worker(id);
   settle();
   return {};
+}
+
+void RoutedWorker::set_health(std::span<const WorkerId> ids, bool is_up) {
+  core_.set_health(ids, is_up, now_us());
+  settle();
 }
 
 // ---- Requests ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -31,7 +32,8 @@ Result<WorkerAddress> parse_worker_address(const std::string& text);
 
 struct RouterOptions {
   std::vector<std::string> prefill_urls{};  // none: decode workers compute their prompts themselves
-  std::vector<std::string> decode_urls{};   // at least one
+  std::vector<std::string> decode_urls{};   // at least one, unless workers come and go (add_worker)
+  bool may_begin_without_workers = false;
   CoreOptions core{};
   std::chrono::milliseconds probe_interval{1'000};
   std::string worker_api_key{};
@@ -56,6 +58,8 @@ class RoutedWorker final : public engine::Worker, private LegPort {
   // On the thread of the io_context. A worker that is removed ends the requests it has.
   Result<WorkerId> add_worker(Role role, const std::string& address);
   Status remove_worker(WorkerId id);
+  // On the thread of the io_context: RouterCore::set_health.
+  void set_health(std::span<const WorkerId> ids, bool is_up);
   const WorkerRegistry& workers() const { return core_.workers(); }
 
  private:

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <set>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -85,6 +86,9 @@ class RouterCore {
   const WorkerRegistry& workers() const { return registry_; }
   // An answer to a probe, or none in time.
   void probe_result(WorkerId id, bool success, int64_t now_us);
+  // What their owner knows counts like several probes: all are up, or down, from now on. Requests that waited for them
+  // are spread over all.
+  void set_health(std::span<const WorkerId> ids, bool is_up, int64_t now_us);
   // A decode worker, and where configured a prefill worker, is up.
   bool is_ready() const;
 
@@ -150,6 +154,7 @@ class RouterCore {
   void record_success(WorkerId id, int64_t now_us);
   void record_failure(const Leg& leg, Routed& routed, const LegFault& fault, int64_t now_us);
   void record_health(WorkerId id, bool success, int64_t now_us);
+  bool note_health(WorkerId id, bool success, int64_t now_us);
   // One of the role that nobody has now was up a moment ago.
   bool may_be_back(int64_t now_us) const;
   void retry_parked(int64_t now_us);

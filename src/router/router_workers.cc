@@ -122,16 +122,33 @@ void RouterCore::probe_result(WorkerId id, bool success, int64_t now_us) {
   if (!success && now_us - worker.failing_since_us >= options_.unresponsive_us) give_up_legs(id, now_us);
 }
 
+void RouterCore::set_health(std::span<const WorkerId> ids, bool is_up, int64_t now_us) {
+  constexpr int kProbes = std::max(HealthTracker::kFailuresToDown, HealthTracker::kSuccessesToUp);
+  bool came_up = false;
+  for (const WorkerId id : ids) {
+    RegisteredWorker& worker = registry_.worker(id);
+    if (worker.membership == Membership::kRemoved) continue;
+    if (is_up) worker.failing_since_us = 0;
+    for (int i = 0; i < kProbes; ++i) came_up |= note_health(id, is_up, now_us);
+  }
+  if (came_up) retry_parked(now_us);
+}
+
 void RouterCore::record_health(WorkerId id, bool success, int64_t now_us) {
+  if (note_health(id, success, now_us)) retry_parked(now_us);
+}
+
+// True if the worker has come up by it.
+bool RouterCore::note_health(WorkerId id, bool success, int64_t now_us) {
   RegisteredWorker& worker = registry_.worker(id);
-  if (!worker.tracker.record(success)) return;
+  if (!worker.tracker.record(success)) return false;
   const bool is_up = worker.tracker.health() == Health::kUp;
   log_info("router", "{} worker {} is {}", role_name(worker.role), worker.url, is_up ? "up" : "down");
   if (!is_up) worker.prefixes.clear();  // a process that comes back has an empty cache
   worker.down_since_us = is_up ? 0 : now_us;
   if (is_up) worker.breaker.came_back(now_us);
   metrics_->show(worker);
-  if (is_up) retry_parked(now_us);
+  return is_up;
 }
 
 bool RouterCore::may_be_back(int64_t now_us) const {

@@ -1,0 +1,88 @@
+#include "src/commands/rank_options.h"
+
+#include <algorithm>
+
+namespace tandem::commands {
+namespace {
+
+constexpr int64_t kDefaultPort = 29550;  // where ranks of several nodes meet, as with vLLM
+
+Result<RankOptions> read_group(const Options& options, const group::GroupShape& shape, int64_t rank) {
+  if (rank >= shape.size()) {
+    return invalid_argument("data-parallel-rank", "--data-parallel-rank is {}, but --data-parallel-size {} has 0 … {}",
+                            rank, shape.data, shape.data - 1);
+  }
+  if (options.flag("headless")) {
+    return invalid_argument("headless", "--headless and --data-parallel-rank exclude each other: a rank that is started "
+                                        "by itself has its own endpoint");
+  }
+  GroupConfig config;
+  config.shape = shape;
+  config.rank = group::RankId(static_cast<int32_t>(rank));
+  config.coordinator_host = options.text("data-parallel-address");
+  config.coordinator_port = options.integer("data-parallel-rpc-port");
+  if (config.coordinator_port == 0) config.coordinator_port = kDefaultPort;
+  config.hosts_coordinator = rank == 0 && options.text("data-parallel-coordinator") == "auto";
+  config.backend = options.text("all2all-backend");
+  config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
+  RankOptions out;
+  out.group = std::move(config);
+  return out;
+}
+
+Result<RankOptions> read_node(const Options& options, const group::GroupShape& shape) {
+  NodeConfig config;
+  config.shape = shape;
+  const int64_t first = options.integer("data-parallel-start-rank");
+  const int64_t local = options.integer("data-parallel-size-local");
+  const int64_t num_ranks = local == 0 ? shape.size() - first : local;
+  if (num_ranks < 1 || first + num_ranks > shape.size()) {
+    return invalid_argument("data-parallel-start-rank",
+                            "--data-parallel-start-rank {} and --data-parallel-size-local {} are ranks {} … {}, but "
+                            "--data-parallel-size {} has 0 … {}",
+                            first, num_ranks, first, first + num_ranks - 1, shape.data, shape.data - 1);
+  }
+  config.first_rank = static_cast<int32_t>(first);
+  config.num_ranks = static_cast<int32_t>(num_ranks);
+  config.coordinator_host = options.text("data-parallel-address");
+  config.coordinator_port = options.integer("data-parallel-rpc-port");
+  if (config.coordinator_port == 0 && config.num_ranks < shape.size()) config.coordinator_port = kDefaultPort;
+  config.hosts_coordinator = first == 0;
+  config.has_front_end = !options.flag("headless");
+  config.serves_node_only = options.flag("data-parallel-hybrid-lb");
+  config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
+  if (!config.has_front_end && config.hosts_coordinator) {
+    return invalid_argument("headless",
+                            "--headless is for nodes without rank 0; give --data-parallel-start-rank, or leave it out");
+  }
+  if (config.has_front_end && !config.hosts_coordinator && !config.serves_node_only) {
+    return invalid_argument("data-parallel-start-rank",
+                            "a node that begins at rank {} needs --headless (the endpoint is that of rank 0's node) or "
+                            "--data-parallel-hybrid-lb (an endpoint on every node)",
+                            first);
+  }
+  RankOptions out;
+  out.node = std::move(config);
+  return out;
+}
+
+}  // namespace
+
+Result<RankOptions> read_rank_options(const Options& options) {
+  const int64_t rank = options.integer("data-parallel-rank");
+  const group::GroupShape shape{static_cast<int32_t>(options.integer("data-parallel-size")), 1};
+  if (options.flag("data-parallel-external-lb") && rank < 0) {
+    return invalid_argument("data-parallel-external-lb",
+                            "--data-parallel-external-lb needs --data-parallel-rank: every rank is started by itself");
+  }
+  if (shape.size() == 1) return RankOptions{};
+  if (!options.flag("enable-expert-parallel")) {
+    return invalid_argument("enable-expert-parallel",
+                            "--data-parallel-size {} needs --enable-expert-parallel; for copies of a model that have "
+                            "nothing to do with each other start `tandem serve` several times and `tandem route` in front",
+                            shape.data);
+  }
+  return rank >= 0 ? read_group(options, shape, rank) : read_node(options, shape);
+}
+
+}  // namespace tandem::commands

@@ -1,0 +1,51 @@
+// What the options of `tandem serve` say about ranks: how many there are, which this process is, and who starts them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "src/base/options.h"
+#include "src/base/result.h"
+#include "src/group/fabric.h"
+#include "src/group/shape.h"
+
+namespace tandem::commands {
+
+// The group that one rank belongs to.
+struct GroupConfig {
+  group::GroupShape shape;
+  group::RankId rank;
+  std::string coordinator_host;
+  int64_t coordinator_port = 0;
+  bool hosts_coordinator = false;  // in this very process
+  std::string backend;             // --all2all-backend
+  int64_t rank_timeout_us = 0;
+};
+
+// Ranks that this process starts as children.
+struct NodeConfig {
+  group::GroupShape shape;
+  int32_t first_rank = 0;
+  int32_t num_ranks = 0;
+  std::string coordinator_host;
+  int64_t coordinator_port = 0;  // 0: any free one
+  bool hosts_coordinator = false;
+  bool has_front_end = true;       // false: headless
+  bool serves_node_only = false;   // the front end knows this node's ranks only
+  int64_t rank_timeout_us = 0;
+};
+
+// Both are unset for a server that is alone; at most one is set.
+struct RankOptions {
+  std::optional<GroupConfig> group;
+  std::optional<NodeConfig> node;
+};
+
+// Faults name the options that contradict each other.
+Result<RankOptions> read_rank_options(const Options& options);
+
+// The group of options in the table that all this stands in.
+inline constexpr const char* kRankOptionGroup = "Ranks";
+
+}  // namespace tandem::commands

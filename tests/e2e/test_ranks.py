@@ -1,0 +1,196 @@
+"""Several ranks with the experts spread over them answer exactly as one process does, and survive the loss of a rank."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from conftest import DEMO, free_port, http_json, wait_until
+from prompts import make_prompts
+from test_topologies import ask, ask_all, body_of, read_answer
+
+PROMPTS = make_prompts(40)
+BACKENDS = ["naive", "allgather_reducescatter", "high_throughput", "low_latency"]
+
+
+@pytest.fixture(scope="module")
+def expected(launcher):
+    alone = launcher.serve("--no-enable-prefix-caching", "--max-num-seqs", 1)
+    answers = ask_all(alone.url, 1)
+    alone.stop()
+    return answers
+
+
+def start_ranks(launcher, size, *options):
+    return launcher.serve("--data-parallel-size", size, "--enable-expert-parallel", "--threads", 1,
+                          "--num-gpu-blocks-override", 600, *options)
+
+
+def rank_pids(server):
+    """The present process of each rank, from the launcher's log."""
+    found = {}
+    for rank, pid in re.findall(r"rank (\d+) started, pid (\d+)", server.read_log()):
+        found[int(rank)] = int(pid)
+    return found
+
+
+def cpu_seconds(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_four_ranks_answer_as_one(launcher, expected, backend):
+    server = start_ranks(launcher, 4, "--all2all-backend", backend, "--max-num-batched-tokens", 64)
+    with ThreadPoolExecutor(12) as pool:  # mixed: long prompts in chunks beside answers, some ranks with nothing to do
+        answers = list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS)))
+    assert answers == expected[:len(PROMPTS)]
+    # One rank is busy and three are idle.
+    for index in (1, 2, 5):
+        assert ask(server.url, index, PROMPTS[index]) == expected[index]
+    server.stop()
+
+
+def test_eight_ranks_answer_as_one(launcher, expected):
+    server = start_ranks(launcher, 8)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS)))
+    assert answers == expected[:len(PROMPTS)]
+    server.stop()
+
+
+def test_all_ranks_take_requests_and_hold_their_share(launcher):
+    server = start_ranks(launcher, 4)
+    log = server.read_log()
+    for rank in range(4):
+        assert re.search(rf"rank {rank} of 4: experts {4 * rank} … {4 * rank + 3} of 16", log), log
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS[:24])))
+    for url in set(re.findall(r"serving demo on (http://127.0.0.1:\d+)\n", server.read_log())):
+        assert rank_requests(url) > 0, url
+    server.stop()
+
+
+def rank_requests(url):
+    status, text = http_json(url + "/metrics")
+    assert status == 200
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
+               if line.startswith("vllm:request_success_total{"))
+
+
+def test_an_idle_group_sleeps(launcher):
+    server = start_ranks(launcher, 4)
+    ask(server.url, 0, PROMPTS[0])
+    time.sleep(1)
+    pids = [*rank_pids(server).values(), server.popen.pid]
+    assert len(pids) == 5
+    before = sum(map(cpu_seconds, pids))
+    time.sleep(5)
+    used = sum(map(cpu_seconds, pids)) - before
+    assert used <= 0.05, f"{used:.2f} s of CPU in 5 s"  # 1 % of a core; the clock has steps of 0.01 s
+    server.stop()
+
+
+class Stream(threading.Thread):
+    """One streamed answer of `max_tokens` tokens."""
+
+    def __init__(self, url, index, max_tokens):
+        super().__init__()
+        self.url, self.index, self.max_tokens = url, index, max_tokens
+        self.answer = None
+        self.start()
+
+    def run(self):
+        body = body_of(self.index, PROMPTS[self.index]) | {"max_tokens": self.max_tokens}
+        self.answer = http_json(self.url + "/v1/completions", body, timeout=90)
+
+
+def health(server):
+    return http_json(server.url + "/health", timeout=5)
+
+
+def names_rank(server, rank):
+    status, body = health(server)
+    return status == 503 and f"rank {rank} " in json.dumps(body)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_lost_rank_costs_no_answer(launcher, how):
+    max_tokens = 150
+    alone = launcher.serve()
+    wanted = [http_json(alone.url + "/v1/completions", body_of(i, PROMPTS[i]) | {"max_tokens": max_tokens})
+              for i in range(8)]
+    alone.stop()
+    server = start_ranks(launcher, 3, "--rank-timeout", 2)
+    streams = [Stream(server.url, i, max_tokens) for i in range(8)]
+    time.sleep(0.3)
+    pid = rank_pids(server)[1]
+    lost_at = time.time()
+    os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    wait_until(lambda: names_rank(server, 1), 4, "the loss of rank 1 is told")
+    assert time.time() - lost_at < (1 if how == "killed" else 3)
+    assert health(server)[1]["status"].startswith("degraded")
+    if how == "stopped":
+        time.sleep(1)
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: health(server)[0] == 200, 30, "the group stands again")
+    for stream, (status, answer) in zip(streams, wanted):
+        stream.join()
+        assert status == 200 and stream.answer[0] == 200, stream.answer
+        assert read_answer(stream.answer[1]) == read_answer(answer)
+    assert (rank_pids(server)[1] == pid) == (how == "stopped")
+    server.stop()
+
+
+def external_rank(launcher, size, rank, meeting, *options):
+    return launcher.serve("--data-parallel-size", size, "--data-parallel-rank", rank, "--enable-expert-parallel",
+                          "--data-parallel-rpc-port", meeting, "--threads", 1, "--num-gpu-blocks-override", 600,
+                          *options, wait=False)
+
+
+def test_prefill_group_and_decode_group(launcher, expected):
+    """DP 2 prefill and DP 4 decode, each rank with its own endpoint, behind one router."""
+    def group(size, role):
+        meeting, kv_port = free_port(), free_port()
+        config = json.dumps({"kv_connector": "UcxConnector", "kv_role": role, "kv_port": kv_port})
+        return [external_rank(launcher, size, rank, meeting, "--kv-transfer-config", config) for rank in range(size)]
+
+    prefill, decode = group(2, "kv_producer"), group(4, "kv_consumer")
+    for rank in prefill + decode:
+        rank.wait_ready()
+    router = launcher.route(prefill, decode, "--enforce-disagg")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda item: ask(router.url, *item), enumerate(PROMPTS)))
+    assert answers == expected[:len(PROMPTS)]
+    assert all(rank.metric("tandem:kv_transfers_total", outcome="received") > 0 for rank in decode)
+    for process in [router, *prefill, *decode]:
+        process.stop()
+
+
+def test_a_rank_with_another_setting_is_refused(launcher):
+    meeting = free_port()
+    ranks = [external_rank(launcher, 2, 0, meeting, "--max-num-batched-tokens", 128),
+             external_rank(launcher, 2, 1, meeting, "--max-num-batched-tokens", 256)]
+    wait_until(lambda: "128" in json.dumps(health(ranks[1])[1]) and "256" in json.dumps(health(ranks[1])[1]), 20,
+               "the refusal names both values")
+    assert health(ranks[1])[0] == 503
+    for rank in ranks:
+        rank.stop()
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--data-parallel-size", 4], "--enable-expert-parallel"),
+    (["--data-parallel-size", 17, "--enable-expert-parallel"], "16 experts"),
+    (["--data-parallel-size", 2, "--enable-expert-parallel", "--headless"], "--data-parallel-start-rank"),
+    (["--data-parallel-size", 2, "--enable-expert-parallel", "--data-parallel-rank", 2], "0 … 1"),
+])
+def test_options_that_contradict_each_other(launcher, options, words):
+    server = launcher.serve(*options, wait=False)
+    assert server.popen.wait(20) == 1
+    assert words in server.read_log()
