@@ -153,6 +153,11 @@ constexpr OptionSpec kTable[] = {
              "names for high_throughput and low_latency.",
      .choices = "allgather_reducescatter|high_throughput|low_latency|naive|deepep_high_throughput|deepep_low_latency|"
                 "pplx|flashinfer_all2allv"},
+    {.name = "enable-eplb", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
+     .help = "Move experts between ranks while they work, so that all ranks have about as much to do."},
+    {.name = "eplb-config", .commands = kServe, .group = "Ranks", .type = kObject, .default_text = "",
+     .help = "JSON: window_size and step_interval in steps, num_redundant_experts over all ranks, log_balancedness, "
+             "use_async, policy (default, swift, flash); also as --eplb-config.policy swift."},
     {.name = "rank-timeout", .commands = kServe, .group = "Ranks", .type = kNumber, .default_text = "10",
      .help = "Seconds without a sign of life after which a rank is given up; the others then wait for it to come back.",
      .min = 0.1, .max = 3600},

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "src/base/hash.h"
 #include "src/base/log.h"
 #include "src/base/memory_info.h"
 #include "src/base/version.h"
@@ -23,22 +24,40 @@ std::string choose_backend(const Options& options) {
 }
 
 // The rank's shard of the experts and its way to the others.
-Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config) {
+Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config,
+                                                    const std::optional<ep::BalancerOptions>& balancing) {
   const int64_t num_experts = config.model.moe.num_experts;
   const int32_t size = config.group->shape.size();
+  const int32_t rank = config.group->rank.value;
   if (num_experts < size) {
     return invalid_argument("data-parallel-size", "{} ranks cannot share {} experts; take at most {} ranks", size,
                             num_experts, num_experts);
   }
-  model::ExpertShard shard = ep::make_shard(config.group->rank.value, size, static_cast<int32_t>(num_experts));
-  log_info("serve", "rank {} of {}: experts {} … {} of {}", config.group->rank, size, shard.slots.front(),
-           shard.slots.back(), num_experts);
+  model::ExpertShard shard = balancing ? ep::Balancer::initial_shard(balancing->layout, rank)
+                                       : ep::make_shard(rank, size, static_cast<int32_t>(num_experts));
+  log_info("serve", "rank {} of {}: experts {} … {} of {}", rank, size, shard.slots.front(), shard.slots.back(),
+           num_experts);
   TANDEM_ASSIGN(const ep::All2AllChoice choice, ep::parse_all2all_backend(config.group->backend));
   if (!choice.note.empty()) log_info("serve", "{}", choice.note);
   ep::ExchangeOptions options;
   options.backend = choice.backend;
   options.window_offset = group::StepAgreement::window_bytes(size);
   return std::make_unique<ep::Exchange>(std::move(shard), options);
+}
+
+// Of --enable-eplb.
+Result<std::optional<ep::BalancerOptions>> read_balancing(const RankConfig& config) {
+  if (!config.group->eplb) return std::optional<ep::BalancerOptions>();
+  ep::BalancerOptions options;
+  options.config = *config.group->eplb;
+  options.layout.num_experts = config.model.moe.num_experts;
+  options.layout.num_redundant = options.config.num_redundant_experts;
+  options.layout.num_ranks = config.group->shape.size();
+  options.layout.num_groups = std::max<int64_t>(1, config.model.moe.router.num_groups);
+  if (Status checked = eplb::check_layout(options.layout); !checked.ok()) {
+    return invalid_argument("eplb-config", "--eplb-config: {}", checked.error().message);
+  }
+  return std::optional<ep::BalancerOptions>(options);
 }
 
 // Every option that a transfer sees is named as the user wrote it.
@@ -145,8 +164,10 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
 Status Rank::load_weights(const RankConfig& config) {
   model::LoadOptions load = config.load;
   if (config.group) {
-    TANDEM_ASSIGN(exchange_, make_exchange(config));
+    TANDEM_ASSIGN(balancing_, read_balancing(config));
+    TANDEM_ASSIGN(exchange_, make_exchange(config, balancing_));
     load.exchange = exchange_.get();
+    load.moves_experts = balancing_.has_value();
   }
   int64_t num_blocks = 0;
   load.on_sized = [&](const model::MemoryNeeds& needs) -> Status {
@@ -214,7 +235,7 @@ std::vector<group::Fact> Rank::group_facts() const {
           {"--rank-timeout", fmt::format("{} us", config_.group->rank_timeout_us)}};
 }
 
-Status Rank::join_group(const std::string& http_address) {
+Status Rank::join_group(const std::string& http_address, Registry& registry) {
   const GroupConfig& config = *config_.group;
   if (config.hosts_coordinator) {
     group::CoordinatorOptions options;
@@ -233,9 +254,21 @@ Status Rank::join_group(const std::string& http_address) {
   options.http_address = http_address;
   options.facts = group_facts();
   options.window_bytes = exchange_->options().window_offset + exchange_->plan().bytes;
+  if (balancing_) {
+    model::ExpertStore& store = *model_->expert_store();
+    if (store.slot_bytes(0)[0] == 0) {
+      return invalid_argument("enable-eplb", "--enable-eplb: the {} backend cannot move experts; use --device cpu",
+                              ops_->name());
+    }
+    options.facts.push_back({"layout of the experts", Sha256().add(store.layout()).finish().hex()});
+    options.facts.push_back({"--eplb-config", config.eplb_text});
+    balancing_->window_offset = (options.window_bytes + 63) / 64 * 64;
+    options.window_bytes = balancing_->window_offset + ep::Balancer::window_bytes(*balancing_);
+    balancer_ = std::make_unique<ep::Balancer>(*balancing_, *exchange_, store, registry);
+  }
   options.rank_timeout_us = config.rank_timeout_us;
   TANDEM_ASSIGN(membership_, group::Membership::start(options));
-  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, exchange_.get());
+  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, exchange_.get(), balancer_.get());
   engine_->attach(lockstep_.get());
   return {};
 }

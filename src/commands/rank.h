@@ -17,6 +17,7 @@
 #include "src/engine/engine.h"
 #include "src/engine/lockstep.h"
 #include "src/engine/memory_plan.h"
+#include "src/ep/balancer.h"
 #include "src/ep/exchange.h"
 #include "src/group/coordinator.h"
 #include "src/group/membership.h"
@@ -56,7 +57,7 @@ class Rank {
 
   // Before the engine starts, with a group: from now on this rank waits for the others. `http_address` is where the front
   // end of the group finds this rank's endpoint.
-  Status join_group(const std::string& http_address);
+  Status join_group(const std::string& http_address, Registry& registry);
   // Why requests cannot be computed now; ok without a group.
   Status group_status() const;
 
@@ -77,11 +78,13 @@ class Rank {
   RankConfig config_;
   std::unique_ptr<kernels::Ops> ops_;
   std::unique_ptr<ep::Exchange> exchange_;
+  std::optional<ep::BalancerOptions> balancing_;
   std::unique_ptr<model::Model> model_;
   std::unique_ptr<model::KvCache> cache_;
   std::unique_ptr<engine::ExpertLoadRecorder> expert_load_;
   std::unique_ptr<group::Coordinator> coordinator_;
   std::unique_ptr<group::Membership> membership_;
+  std::unique_ptr<ep::Balancer> balancer_;
   std::unique_ptr<engine::Lockstep> lockstep_;
   std::unique_ptr<engine::Engine> engine_;
   std::unique_ptr<ExpertLoadFile> expert_load_file_;

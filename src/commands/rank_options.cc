@@ -7,6 +7,11 @@ namespace {
 
 constexpr int64_t kDefaultPort = 29550;  // where ranks of several nodes meet, as with vLLM
 
+Result<eplb::EplbConfig> read_eplb(const std::string& text) {
+  if (text.empty()) return eplb::EplbConfig{};
+  return eplb::parse_eplb_config(text);
+}
+
 Result<RankOptions> read_group(const Options& options, const group::GroupShape& shape, int64_t rank) {
   if (rank >= shape.size()) {
     return invalid_argument("data-parallel-rank", "--data-parallel-rank is {}, but --data-parallel-size {} has 0 … {}",
@@ -25,6 +30,10 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   config.hosts_coordinator = rank == 0 && options.text("data-parallel-coordinator") == "auto";
   config.backend = options.text("all2all-backend");
   config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
+  if (options.flag("enable-eplb")) {
+    config.eplb_text = options.text("eplb-config");
+    TANDEM_ASSIGN(config.eplb, read_eplb(config.eplb_text));
+  }
   RankOptions out;
   out.group = std::move(config);
   return out;
@@ -75,7 +84,15 @@ Result<RankOptions> read_rank_options(const Options& options) {
     return invalid_argument("data-parallel-external-lb",
                             "--data-parallel-external-lb needs --data-parallel-rank: every rank is started by itself");
   }
-  if (shape.size() == 1) return RankOptions{};
+  const std::string& eplb = options.text("eplb-config");
+  if (!eplb.empty() && !options.flag("enable-eplb")) {
+    return invalid_argument("eplb-config", "--eplb-config needs --enable-eplb");
+  }
+  TANDEM_TRY(read_eplb(eplb));
+  if (shape.size() == 1) {
+    if (!options.flag("enable-eplb")) return RankOptions{};
+    return invalid_argument("enable-eplb", "--enable-eplb moves experts between ranks, but --data-parallel-size is 1");
+  }
   if (!options.flag("enable-expert-parallel")) {
     return invalid_argument("enable-expert-parallel",
                             "--data-parallel-size {} needs --enable-expert-parallel; for copies of a model that have "

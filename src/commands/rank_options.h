@@ -7,6 +7,7 @@
 
 #include "src/base/options.h"
 #include "src/base/result.h"
+#include "src/eplb/config.h"
 #include "src/group/fabric.h"
 #include "src/group/shape.h"
 
@@ -20,6 +21,8 @@ struct GroupConfig {
   int64_t coordinator_port = 0;
   bool hosts_coordinator = false;  // in this very process
   std::string backend;             // --all2all-backend
+  std::optional<eplb::EplbConfig> eplb;  // --enable-eplb
+  std::string eplb_text;
   int64_t rank_timeout_us = 0;
 };
 

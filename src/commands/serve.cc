@@ -142,7 +142,7 @@ class Server {
     }
     const std::string address = fmt::format("{}:{}", options_.text("host"), server_->port());
     if (has_group_) {
-      if (Status joined = rank_->join_group(address); !joined.ok()) {
+      if (Status joined = rank_->join_group(address, registry_); !joined.ok()) {
         fault_ = joined.error();
         return io_.stop();
       }

@@ -72,6 +72,10 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
         "--data-parallel-coordinator", "elsewhere", "--enable-expert-parallel",
         "--all2all-backend", options.text("all2all-backend"), "--rank-timeout", std::to_string(options.number("rank-timeout"))};
     process.arguments.insert(process.arguments.end(), own.begin(), own.end());
+    if (options.flag("enable-eplb")) process.arguments.push_back("--enable-eplb");
+    if (const std::string& eplb = options.text("eplb-config"); !eplb.empty()) {
+      process.arguments.insert(process.arguments.end(), {"--eplb-config", eplb});
+    }
     ranks.push_back(std::move(process));
   }
   return ranks;

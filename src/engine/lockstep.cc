@@ -16,6 +16,13 @@ bool Lockstep::is_standing() {
   fabric_ = now;
   agreement_.emplace(*now);
   if (user_ != nullptr) user_->attach(*now);
+  if (round_user_ != nullptr) {
+    if (const Status begun = round_user_->begin_epoch(*now, *agreement_); !begun.ok()) {
+      log_warning("group", "{}", begun.error().message);
+      abandon(begun.error());
+      return false;
+    }
+  }
   ++num_epochs_;
   log_info("group", "rank {} of {} stands in epoch {}", now->rank(), now->size(), now->epoch());
   return true;
@@ -30,8 +37,12 @@ bool Lockstep::is_called() const { return agreement_ && agreement_->is_called();
 
 Result<AgreedStep> Lockstep::agree(int64_t rows, bool has_streams) {
   CHECK(agreement_.has_value());
-  const group::StepIntent mine{.rows = rows, .streams = has_streams ? 1 : 0};
+  group::StepIntent mine;
+  mine.rows = rows;
+  mine.streams = has_streams ? 1 : 0;
+  if (round_user_ != nullptr) TANDEM_TRY(round_user_->before_round(*fabric_, mine));
   TANDEM_ASSIGN(const std::vector<group::StepIntent> intents, agreement_->agree(mine));
+  if (round_user_ != nullptr) TANDEM_TRY(round_user_->after_round(*fabric_, intents));
   ++num_rounds_;
   if (rows == 0) ++num_empty_rounds_;
   AgreedStep step;

@@ -20,8 +20,9 @@ struct AgreedStep {
 
 class Lockstep {
  public:
-  // Both outlive this. `user` may be null (a test without experts).
-  Lockstep(group::RankGroup& group, group::FabricUser* user) : group_(group), user_(user) {}
+  // All outlive this. `user` may be null (a test without experts), and `rounds` (nothing else rides along).
+  Lockstep(group::RankGroup& group, group::FabricUser* user, group::RoundUser* rounds = nullptr)
+      : group_(group), user_(user), round_user_(rounds) {}
   ~Lockstep();
 
   comm::Bell& bell() { return group_.bell(); }
@@ -47,6 +48,7 @@ class Lockstep {
 
   group::RankGroup& group_;
   group::FabricUser* const user_;
+  group::RoundUser* const round_user_;
   group::Fabric* fabric_ = nullptr;  // of the epoch taken up
   std::optional<group::StepAgreement> agreement_;
   uint64_t num_epochs_ = 0;

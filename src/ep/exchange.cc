@@ -37,6 +37,7 @@ void Exchange::prepare(kernels::Ops& ops, kernels::Stream& stream, const model::
   order_ = model::DeviceTensor(ops, DType::kI32, max_slots_, 1);
   targets_ = model::DeviceTensor(ops, DType::kI64, max_slots_, 1);
   offsets_ = model::DeviceTensor(ops, DType::kI32, std::ssize(shard_.slots) + 1, 1);
+  counts_ = eplb::ExpertLoad(std::ssize(shape.formats), shape.num_experts);
 }
 
 void Exchange::set_map(int64_t layer, ExpertMap map) {
@@ -44,6 +45,11 @@ void Exchange::set_map(int64_t layer, ExpertMap map) {
   CHECK_EQ(map.num_experts(), shape_.num_experts);
   CHECK_EQ(map.slots_per_rank(), std::ssize(shard_.slots));
   maps_[static_cast<size_t>(layer)] = std::move(map);
+}
+
+void Exchange::take_counts(eplb::ExpertLoad& counts) {
+  std::swap(counts, counts_);
+  counts_.clear();
 }
 
 void Exchange::attach(group::Fabric& fabric) {
@@ -121,6 +127,8 @@ void Exchange::write_records(const Tensor& hidden, const Tensor& ids) {
                     std::as_writable_bytes(std::span(ids_).subspan(static_cast<size_t>(t * ids.cols),
                                                                    static_cast<size_t>(ids.cols))));
   }
+  const std::span<int64_t> counts = counts_.layer(layer_);
+  for (const int32_t expert : ids_) ++counts[static_cast<size_t>(expert)];
   const ExpertMap& map = maps_[static_cast<size_t>(layer_)];
   for (int64_t t = 0; t < ids.rows; ++t) {
     int32_t* const tag = reinterpret_cast<int32_t*>(records + t * plan_.record_bytes + plan_.tag_offset());

@@ -15,6 +15,7 @@
 #include "src/ep/dispatcher.h"
 #include "src/ep/expert_map.h"
 #include "src/ep/window_plan.h"
+#include "src/eplb/expert_load.h"
 #include "src/group/fabric.h"
 #include "src/model/device_tensor.h"
 #include "src/model/expert_exchange.h"
@@ -39,6 +40,9 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
   void detach() override;
   // Between steps, on all ranks alike: the experts of one layer lie so from now on. The weights have moved already.
   void set_map(int64_t layer, ExpertMap map);
+
+  // Adds to nothing, replaces: how often this rank's rows chose each expert since the last call.
+  void take_counts(eplb::ExpertLoad& counts);
 
   const model::ExpertShard& shard() const override { return shard_; }
   void prepare(kernels::Ops& ops, kernels::Stream& stream, const model::ExchangeShape& shape) override;
@@ -96,6 +100,7 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
   int64_t layer_ = 0;
   OutgoingRows outgoing_;
   std::vector<int32_t> ids_;  // [T, k]
+  eplb::ExpertLoad counts_;
   std::vector<Arrival> arrivals_;
   size_t next_arrival_ = 0;
   std::vector<bool> owes_;  // per rank: this one has got records of it

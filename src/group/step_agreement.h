@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "src/base/result.h"
@@ -15,9 +16,11 @@ namespace tandem::group {
 // What one rank brings to a step.
 struct StepIntent {
   int64_t rows = 0;         // of its batch; 0: it only computes for others
-  int64_t ready_moves = 0;  // expert weights received for how many placements (balancing)
   int64_t streams = 0;      // 1: answers are being generated here, so their next token waits for this step
-  int64_t reserved[5] = {};
+  // Of balancing (src/ep/balancer.h).
+  int64_t is_planned = 0;         // 1, of rank 0: a placement is ready to be announced
+  int64_t placement_version = 0;  // how many changes of the placement this rank has carried out
+  int64_t reserved[4] = {};
 };
 
 class StepAgreement {
@@ -38,6 +41,17 @@ class StepAgreement {
  private:
   Fabric& fabric_;
   uint64_t rounds_ = 0;
+};
+
+// What takes part in every round beside the step itself.
+class RoundUser {
+ public:
+  virtual ~RoundUser() = default;
+  // First of all in a new epoch, on all ranks; it may run rounds of its own. Errors end the epoch, here and below.
+  virtual Status begin_epoch(Fabric& fabric, StepAgreement& agreement) = 0;
+  // Before this rank enters a round, and after it has left it, before it computes.
+  virtual Status before_round(Fabric& fabric, StepIntent& mine) = 0;
+  virtual Status after_round(Fabric& fabric, std::span<const StepIntent> intents) = 0;
 };
 
 }  // namespace tandem::group

@@ -95,6 +95,14 @@ class Weight {
   virtual int64_t bytes() const = 0;
   // Of an integer weight: kF32, or kF16 where the scales are kept so.
   virtual DType scale_dtype() const = 0;
+
+  // A matrix as bytes, scales included, so that it can be copied to another weight of the same n, k, format() and
+  // scale_dtype(), also in another process. 0 bytes: this backend's matrices cannot.
+  virtual int64_t matrix_bytes() const { return 0; }
+  virtual std::byte* matrix(int64_t /*index*/) { return nullptr; }
+  // From now on the matrix lies in `memory`, matrix_bytes() of Ops::allocate() that outlive this. Returns where it lay,
+  // which may be used for another one. Between operations only.
+  virtual std::byte* replace_matrix(int64_t /*index*/, std::byte* /*memory*/) { return nullptr; }
 };
 
 // How an activation row travels to experts that another rank holds.

@@ -18,6 +18,9 @@ class Decoder final : public Model {
   Decoder(kernels::Ops& ops, ModelConfig config);
 
   const ModelConfig& config() const { return config_; }
+  void keep_source(std::shared_ptr<const WeightSource> source, WeightFormats formats) {
+    mlp_.keep_source(std::move(source), std::move(formats));
+  }
   // Before list_weights().
   void set_exchange(ExpertExchange* exchange) { exchange_ = exchange, mlp_.set_exchange(exchange); }
   // Lists every tensor of the model; `plan` must be made for stream().
@@ -34,6 +37,7 @@ class Decoder final : public Model {
   Status forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) override;
   std::span<const float> logits(size_t index) const override;
   std::span<const int32_t> routed_experts(int64_t index) const override { return mlp_.routed_experts(index); }
+  ExpertStore* expert_store() override { return info_.moe_layers.empty() ? nullptr : &mlp_; }
 
  private:
   struct Norms {

@@ -120,7 +120,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   const DType kv_dtype = choose_kv_dtype(options);
   TANDEM_TRY(check_kv_dtype(config, kv_dtype));
   TANDEM_TRY(check_has_experts(config, options));
-  TANDEM_ASSIGN(const std::unique_ptr<WeightSource> source, open_source(options, config));
+  TANDEM_ASSIGN(const std::shared_ptr<const WeightSource> source, open_source(options, config));
 
   const bool is_f32 = options.compute == ComputeType::kF32;
   TANDEM_ASSIGN(WeightFormats formats,
@@ -128,6 +128,7 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
                                !config.tied_embeddings, is_f32 ? kF32Weights : kBf16Weights));
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
   decoder->set_exchange(options.exchange);
+  if (options.moves_experts) decoder->keep_source(source, formats);
   WeightPlan plan(ops, decoder->stream(), *source, std::move(formats));
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());

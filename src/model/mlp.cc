@@ -1,6 +1,7 @@
 #include "src/model/mlp.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace tandem::model {
 
@@ -25,7 +26,8 @@ void MlpLayers::list_weights(WeightPlan& plan, int64_t index, const std::string&
   if (moe.has_correction_bias) {
     plan.vector(layer.correction_bias, prefix + "gate.e_score_correction_bias", moe.num_experts);
   }
-  list_experts(plan, layer, prefix + "experts.");
+  layer.expert_prefix = prefix + "experts.";
+  list_experts(plan, layer);
   if (moe.shared_width > 0) list_dense(plan, layer.dense, moe.shared_width, prefix + "shared_experts.");
 }
 
@@ -37,33 +39,40 @@ void MlpLayers::list_dense(WeightPlan& plan, Dense& dense, int64_t width, const 
   plan.linear(dense.down, prefix + "down_proj", hidden, width);
 }
 
+void MlpLayers::list_experts(WeightPlan& plan, Layer& layer) const {
+  std::vector<int32_t> chosen;
+  if (exchange_ != nullptr) {
+    chosen = exchange_->shard().slots;
+  } else {
+    chosen.resize(static_cast<size_t>(config_.moe.num_experts));
+    std::iota(chosen.begin(), chosen.end(), 0);
+  }
+  list_experts(plan, layer, chosen, layer.expert_gate_up, layer.expert_down);
+}
+
 // Experts lie either one by one, or stacked as gate_up_proj [E, 2 I, H] and down_proj [E, H, I].
-void MlpLayers::list_experts(WeightPlan& plan, Layer& layer, const std::string& prefix) {
+void MlpLayers::list_experts(WeightPlan& plan, const Layer& layer, std::span<const int32_t> chosen,
+                             std::unique_ptr<kernels::Weight>& gate_up, std::unique_ptr<kernels::Weight>& down) const {
+  const std::string& prefix = layer.expert_prefix;
   const int64_t hidden = config_.hidden_size;
   const int64_t width = config_.moe.expert_width;
   const int64_t experts = config_.moe.num_experts;
   const bool is_stacked = plan.source().has(prefix + "gate_up_proj");
-  std::vector<MatrixRef> gate_up;
-  std::vector<MatrixRef> down;
+  std::vector<MatrixRef> gate_up_refs;
+  std::vector<MatrixRef> down_refs;
   for (int64_t e = 0; e < experts; ++e) {
     if (is_stacked) {
-      gate_up.push_back({prefix + "gate_up_proj", 2 * width, hidden, e, experts});
-      down.push_back({prefix + "down_proj", hidden, width, e, experts});
+      gate_up_refs.push_back({prefix + "gate_up_proj", 2 * width, hidden, e, experts});
+      down_refs.push_back({prefix + "down_proj", hidden, width, e, experts});
     } else {
       const std::string expert = prefix + std::to_string(e);
-      gate_up.push_back({expert + ".gate_proj.weight", width, hidden});
-      gate_up.push_back({expert + ".up_proj.weight", width, hidden});
-      down.push_back({expert + ".down_proj.weight", hidden, width});
+      gate_up_refs.push_back({expert + ".gate_proj.weight", width, hidden});
+      gate_up_refs.push_back({expert + ".up_proj.weight", width, hidden});
+      down_refs.push_back({expert + ".down_proj.weight", hidden, width});
     }
   }
-  if (exchange_ == nullptr) {
-    plan.batched(layer.expert_gate_up, std::move(gate_up), is_stacked ? 1 : 2);
-    plan.batched(layer.expert_down, std::move(down), 1);
-    return;
-  }
-  const std::vector<int32_t>& slots = exchange_->shard().slots;
-  plan.batched_subset(layer.expert_gate_up, std::move(gate_up), is_stacked ? 1 : 2, slots);
-  plan.batched_subset(layer.expert_down, std::move(down), 1, slots);
+  plan.batched_subset(gate_up, std::move(gate_up_refs), is_stacked ? 1 : 2, chosen);
+  plan.batched_subset(down, std::move(down_refs), 1, chosen);
 }
 
 void MlpLayers::allocate(int64_t max_rows) {

@@ -2,6 +2,7 @@
 // and compute these alike, so they differ only by config.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -13,12 +14,13 @@
 #include "src/model/config.h"
 #include "src/model/device_tensor.h"
 #include "src/model/expert_exchange.h"
+#include "src/model/expert_store.h"
 #include "src/model/routing_simulation.h"
 #include "src/model/weights.h"
 
 namespace tandem::model {
 
-class MlpLayers {
+class MlpLayers final : public ExpertStore {
  public:
   MlpLayers(kernels::Ops& ops, kernels::Stream& stream, const ModelConfig& config);
 
@@ -29,6 +31,8 @@ class MlpLayers {
   void allocate(int64_t max_rows);
   // Once loaded: of the routed experts of each MoE layer.
   std::vector<kernels::WeightFormat> expert_formats() const;
+  // Where experts can be read again from; without it reload() is a bug.
+  void keep_source(std::shared_ptr<const WeightSource> source, WeightFormats formats);
   // Before allocate(): the routing of every layer is kept until read_routing, and chosen by a simulation if it is on.
   void set_routing(bool is_kept, const RoutingSimulation& simulation);
   // Before the first layer of a step.
@@ -41,6 +45,16 @@ class MlpLayers {
   // Of the `index`-th MoE layer, [rows, top_k].
   std::span<const int32_t> routed_experts(int64_t index) const;
 
+  // mlp_experts.cc
+  int64_t num_layers() const override { return num_moe_layers_; }
+  int64_t num_slots() const override;
+  std::array<int64_t, 2> slot_bytes(int64_t layer) const override;
+  std::string layout() const override;
+  ExpertMemory slot(int64_t layer, int64_t slot) override;
+  ExpertMemory make_spare() override;
+  ExpertMemory replace(int64_t layer, int64_t slot, const ExpertMemory& memory) override;
+  Status reload(int64_t layer, int64_t slot, int32_t expert) override;
+
  private:
   struct Dense {
     int64_t width = 0;
@@ -49,6 +63,7 @@ class MlpLayers {
   };
   struct Layer {
     int64_t moe_index = -1;                   // among the MoE layers
+    std::string expert_prefix;                // "model.layers.3.mlp.experts."
     Dense dense;                              // or the shared experts of an MoE layer
     std::unique_ptr<kernels::Weight> router;  // [E, H]; null in a dense layer
     DeviceTensor correction_bias;
@@ -56,7 +71,11 @@ class MlpLayers {
     std::unique_ptr<kernels::Weight> expert_down;     // E x [H, I]
   };
   void list_dense(WeightPlan& plan, Dense& dense, int64_t width, const std::string& prefix);
-  void list_experts(WeightPlan& plan, Layer& layer, const std::string& prefix);
+  void list_experts(WeightPlan& plan, Layer& layer) const;
+  void list_experts(WeightPlan& plan, const Layer& layer, std::span<const int32_t> chosen,
+                    std::unique_ptr<kernels::Weight>& gate_up, std::unique_ptr<kernels::Weight>& down) const;
+  Layer& moe_layer(int64_t index);
+  const Layer& moe_layer(int64_t index) const { return const_cast<MlpLayers*>(this)->moe_layer(index); }
   void forward_dense(const Dense& dense, const kernels::Tensor& hidden, const kernels::Tensor& out);
   Status forward_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
   Result<kernels::Tensor> compute_experts(const Layer& layer, const kernels::Tensor& hidden,
@@ -71,6 +90,9 @@ class MlpLayers {
   const ModelConfig& config_;
   ExpertExchange* exchange_ = nullptr;
   std::vector<Layer> layers_;
+  std::shared_ptr<const WeightSource> source_;  // null unless kept
+  WeightFormats source_formats_;
+  std::vector<std::unique_ptr<kernels::Buffer>> spares_;
   DeviceTensor gate_up_;         // [T, 2 width]
   DeviceTensor activated_;       // [T, width]
   DeviceTensor router_logits_;   // [T, E]

@@ -13,6 +13,7 @@
 #include "src/kernels/ops.h"
 #include "src/model/batch.h"
 #include "src/model/expert_exchange.h"
+#include "src/model/expert_store.h"
 #include "src/model/kv_cache.h"
 #include "src/model/quantization.h"
 #include "src/model/routing_simulation.h"
@@ -38,6 +39,7 @@ struct LoadOptions {
   uint64_t dummy_seed = 0;
   // Null: this rank has all experts. Else those of its shard are loaded; must outlive the model.
   ExpertExchange* exchange = nullptr;
+  bool moves_experts = false;    // for Model::expert_store: the files stay open
   bool keep_routing = false;     // for Model::routed_experts
   RoutingSimulation simulation;  // instead of the routers' choices
   // Called before any weight is read; an error ends the load. May be empty.
@@ -81,6 +83,9 @@ class Model {
   // With LoadOptions::keep_routing: the experts that each row of the last forward was routed to in the `index`-th of
   // ModelInfo::moe_layers, [rows, experts_per_token]; valid until the next.
   virtual std::span<const int32_t> routed_experts(int64_t /*index*/) const { return {}; }
+
+  // With LoadOptions::moves_experts: the experts that are here. Null without routed experts.
+  virtual ExpertStore* expert_store() { return nullptr; }
 };
 
 // Reads and checks config.json and every tensor header before any weight is used; a fault names file, value and remedy.

@@ -75,6 +75,9 @@ void WeightPlan::batched_subset(std::unique_ptr<Weight>& out, std::vector<Matrix
                                 std::span<const int32_t> chosen) {
   batched(out, std::move(refs), parts);
   Task& task = tasks_.back();
+  const int64_t num_matrices = std::ssize(task.refs) / parts;
+  const bool is_all = std::ssize(chosen) == num_matrices && std::is_sorted(chosen.begin(), chosen.end());
+  if (is_all && chosen.front() == 0) return;
   task.identity = std::move(task.refs);
   task.refs.clear();
   for (const int32_t matrix : chosen) {

@@ -97,6 +97,49 @@ def test_an_idle_group_sleeps(launcher):
     server.stop()
 
 
+EPLB = ["--enable-eplb", "--eplb-config", json.dumps({"window_size": 16, "step_interval": 24, "policy": "default",
+                                                      "num_redundant_experts": 8, "log_balancedness": True})]
+
+
+def rank_metric(server, name):
+    # The log names the endpoint of every rank; the last ones are those that live.
+    ranks = {rank: url for rank, url in re.findall(r"rank(\d+) \[serve\] serving demo on (http://\S+)", server.read_log())}
+    total = 0.0
+    for url in ranks.values():
+        status, text = http_json(url + "/metrics")
+        assert status == 200
+        total += sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith((name + " ", name + "{")))
+    return total
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_that_move_change_no_answer(launcher, expected, backend):
+    server = start_ranks(launcher, 4, "--all2all-backend", backend, "--max-num-batched-tokens", 64, *EPLB)
+    for _ in range(2):
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS)))
+        assert answers == expected[:len(PROMPTS)]
+    assert rank_metric(server, "tandem:eplb_rebalances_total") >= 1
+    assert rank_metric(server, "tandem:eplb_moved_experts_total") >= 8
+    server.stop()
+
+
+def test_a_rank_that_comes_back_takes_up_the_moved_experts(launcher, expected):
+    server = start_ranks(launcher, 3, "--rank-timeout", 2, "--enable-eplb", "--eplb-config",
+                         json.dumps({"window_size": 16, "step_interval": 40, "num_redundant_experts": 2}))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS)))
+    assert rank_metric(server, "tandem:eplb_moved_experts_total") >= 3
+    os.kill(rank_pids(server)[2], signal.SIGKILL)
+    wait_until(lambda: health(server)[0] == 503, 5, "the loss is told")
+    wait_until(lambda: health(server)[0] == 200, 30, "the group stands again")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS)))
+    assert answers == expected[:len(PROMPTS)]
+    assert "experts again, to hold those that the group expects" in server.read_log()
+    server.stop()
+
+
 class Stream(threading.Thread):
     """One streamed answer of `max_tokens` tokens."""
 

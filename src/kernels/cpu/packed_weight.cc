@@ -65,6 +65,7 @@ PackedWeight::PackedWeight(std::span<const HostMatrix> matrices, const WeightFor
       format_(format),
       integers_(make_layout(matrices, format, pool)),
       buffer_(batch_ * panels() * panel_bytes()) {
+  for (int64_t i = 0; i < batch_; ++i) matrices_.push_back(buffer_.address() + i * matrix_bytes());
   pool.run(batch_ * panels(), [&](int64_t index, int /*worker*/) {
     const HostMatrix& matrix = matrices[static_cast<size_t>(index / panels())];
     std::byte* panel = buffer_.address() + index * panel_bytes();

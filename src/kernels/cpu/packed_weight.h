@@ -3,6 +3,8 @@
 #pragma once
 
 #include <span>
+#include <utility>
+#include <vector>
 
 #include "src/kernels/cpu/isa.h"
 #include "src/kernels/cpu/thread_pool.h"
@@ -29,7 +31,12 @@ class PackedWeight final : public Weight {
   int64_t panels() const { return (n_ + kPanelWidth - 1) / kPanelWidth; }
   int64_t panel_bytes() const;
   const std::byte* panel(int64_t matrix, int64_t index) const {
-    return buffer_.address() + (matrix * panels() + index) * panel_bytes();
+    return matrices_[static_cast<size_t>(matrix)] + index * panel_bytes();
+  }
+  int64_t matrix_bytes() const override { return panels() * panel_bytes(); }
+  std::byte* matrix(int64_t index) override { return matrices_[static_cast<size_t>(index)]; }
+  std::byte* replace_matrix(int64_t index, std::byte* memory) override {
+    return std::exchange(matrices_[static_cast<size_t>(index)], memory);
   }
   // Row n of the matrix as it was before packing, in f32.
   void unpack_row(int64_t matrix, int64_t n, float* out) const;
@@ -44,6 +51,7 @@ class PackedWeight final : public Weight {
   WeightFormat format_;
   IntegerLayout integers_;
   HostBuffer buffer_;
+  std::vector<std::byte*> matrices_;  // where each lies: in buffer_ until it is replaced
 };
 
 // The PackedWeight behind `weight`; CHECKs that a cpu backend packed it.
