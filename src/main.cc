@@ -25,6 +25,7 @@ constexpr Row kRows[] = {
     {Subcommand::kBenchThroughput, tandem::commands::run_bench_throughput},
     {Subcommand::kBenchLatency, tandem::commands::run_bench_latency},
     {Subcommand::kBenchRouter, tandem::commands::run_bench_router},
+    {Subcommand::kBenchA2a, tandem::commands::run_bench_a2a},
     {Subcommand::kQuantize, tandem::commands::run_quantize},
     {Subcommand::kEplb, tandem::commands::run_eplb},
     {Subcommand::kSim, tandem::commands::run_sim},

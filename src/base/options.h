@@ -30,6 +30,7 @@ enum class Subcommand : uint32_t {
   kSim = 1024,
   kEplb = 2048,
   kBenchRouter = 4096,
+  kBenchA2a = 8192,
 };
 
 struct SubcommandInfo {

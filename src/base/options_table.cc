@@ -14,6 +14,7 @@ constexpr uint32_t kBench = static_cast<uint32_t>(Subcommand::kBenchServe);
 constexpr uint32_t kBenchKernels = static_cast<uint32_t>(Subcommand::kBenchKernels);
 constexpr uint32_t kThroughput = static_cast<uint32_t>(Subcommand::kBenchThroughput);
 constexpr uint32_t kBenchRouter = static_cast<uint32_t>(Subcommand::kBenchRouter);
+constexpr uint32_t kBenchA2a = static_cast<uint32_t>(Subcommand::kBenchA2a);
 constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
 // All that run an engine in this process.
 constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
@@ -34,6 +35,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchRouter, "bench router", "Measure the router by itself, on one core, between instant mock workers and a load."},
+    {Subcommand::kBenchA2a, "bench a2a", "Measure dispatch and combine of the experts' rows beside a plain memcpy of the same bytes."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
     {Subcommand::kEplb, "eplb", "Compute which rank shall hold which expert, from recorded loads."},
@@ -383,6 +385,26 @@ constexpr OptionSpec kTable[] = {
      .help = "Seconds of further closed-loop load during which the router's memory is watched.", .min = 0, .max = 86400},
     {.name = "seed", .commands = kBenchRouter, .group = "Load", .type = kInteger, .default_text = "0",
      .help = "Seed of prompts and arrival times.", .min = 0, .max = kMaxInt},
+
+    // bench a2a
+    {.name = "all2all-backend", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "all",
+     .help = "Way of the rows to their experts, as for serve; all measures each."},
+    {.name = "ranks", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "2,4",
+     .help = "Numbers of ranks, each a process of this host, separated by commas."},
+    {.name = "tokens", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "1,8,32,128,512,1024,4096",
+     .help = "Numbers of rows that each rank brings to a step, separated by commas."},
+    {.name = "hidden-size", .commands = kBenchA2a, .group = "Shape", .type = kInteger, .default_text = "2048",
+     .help = "Columns of a row.", .min = 1, .max = 65536},
+    {.name = "top-k", .commands = kBenchA2a, .group = "Shape", .type = kInteger, .default_text = "8",
+     .help = "Experts of a row.", .min = 1, .max = 64},
+    {.name = "num-experts", .commands = kBenchA2a, .group = "Shape", .type = kInteger, .default_text = "64",
+     .help = "Experts of the layer.", .min = 1, .max = 4096},
+    {.name = "dispatch-format", .commands = kBenchA2a, .group = "Shape", .type = kChoice, .default_text = "exact",
+     .help = "How rows travel: exact is what products with bfloat16 weights take here.", .choices = "exact|bf16|int8|fp8"},
+    {.name = "line-s", .commands = kBenchA2a, .group = "Lines", .type = kNumber, .default_text = "0.5",
+     .help = "Seconds of each line.", .min = 0.01, .max = 60},
+    {.name = "seed", .commands = kBenchA2a, .group = "Shape", .type = kInteger, .default_text = "0",
+     .help = "Seed of the routing, which is uniform.", .min = 0, .max = kMaxInt},
 
     // bench kernels
     {.name = "cpu-isa", .commands = kBenchKernels, .group = "Device", .type = kText, .default_text = "all",

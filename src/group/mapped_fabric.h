@@ -22,7 +22,11 @@ struct FabricLimits {
   int64_t rank_timeout_us = 10'000'000;  // without a sign of life from whom we wait for
   // A rank that shows life but does not send what we wait for is given up after this many time-outs.
   static constexpr int64_t kMostTimeouts = 6;
+  // How long a wait looks before it sleeps: waking takes longer than a small exchange. spin_us_for(…), or 0.
+  int64_t spin_us = 0;
 };
+// For ranks that share this host, each with `threads` compute threads: 0 if there are more of them than processors.
+int64_t spin_us_for(int32_t num_ranks, int32_t threads);
 
 class MappedFabric final : public Fabric {
  public:
@@ -52,6 +56,7 @@ class MappedFabric final : public Fabric {
   static_assert(Counter::is_always_lock_free);
   Counter& counter(RankId at, RankId of, Channel channel) const;
   Counter& pulse(RankId of) const;
+  bool spin(RankId from, Channel channel, uint64_t value) const;
   Status wait_asleep(RankId from, Channel channel, uint64_t value);
 
   const RankId rank_;

@@ -14,6 +14,13 @@ const char* row_format_name(RowFormat format) {
   return "unknown";
 }
 
+Result<RowFormat> parse_row_format(std::string_view name) {
+  for (const RowFormat format : {RowFormat::kExact, RowFormat::kBf16, RowFormat::kInt8, RowFormat::kF8E4M3}) {
+    if (name == row_format_name(format)) return format;
+  }
+  return invalid_argument("dispatch-format", "rows cannot travel as \"{}\"; choose exact, bf16, int8 or fp8", name);
+}
+
 int64_t rounded_row_bytes(RowFormat format, int64_t k) {
   CHECK(format != RowFormat::kExact);
   if (format == RowFormat::kBf16) return round_up_row(k * int64_t{sizeof(uint16_t)});

@@ -113,6 +113,7 @@ enum class RowFormat : uint8_t {
   kF8E4M3,  // codes and one f32 scale, as quantize_f8e4m3
 };
 const char* row_format_name(RowFormat format);  // "exact", "bf16", "int8", "fp8"
+Result<RowFormat> parse_row_format(std::string_view name);
 
 // Rows that Ops::encode_expert_rows has written: kU8 [T, Ops::expert_row_bytes].
 struct EncodedRows {
