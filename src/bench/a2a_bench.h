@@ -4,6 +4,7 @@
 //   dispatch   from hidden rows to the operands of the experts: encode, send, receive, sort
 //   experts    not timed: outputs stand ready in local memory
 //   combine    the outputs for other ranks go from there to their places, then until this rank has all of its own
+//   encoding   the first part of dispatch by itself; one rank alone does the same when its experts take rows
 //   memcpy     what dispatch has sent, then what combine has, each from one buffer to one place per peer
 // A round's time is that of its slowest rank. Own rows and outputs do not travel and are counted nowhere; in a step, the
 // experts write outputs straight into place, so combine has no copy left: here it stands for what that writing costs.
@@ -44,6 +45,7 @@ struct A2aLine {
   int64_t rounds = 0;
   double window_mib = 0;  // of each rank
   A2aTimes dispatch;
+  double encode_us = 0;  // by itself: part of dispatch, and of a step of one rank too
   A2aTimes combine;
 };
 

@@ -64,12 +64,13 @@ class A2aRank {
 
  private:
   static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLooksBeforeYield = 20'000;  // well below a millisecond
 
   void make_rows() {
     std::mt19937_64 random(bench_.seed * 1000 + static_cast<uint64_t>(fabric_.rank().value));
     std::normal_distribution<float> normal;
-    std::vector<float> rows(static_cast<size_t>(tokens_ * bench_.hidden));
-    for (float& value : rows) value = normal(random);
+    rows_.resize(static_cast<size_t>(tokens_ * bench_.hidden));
+    for (float& value : rows_) value = normal(random);
     std::vector<int32_t> experts(static_cast<size_t>(bench_.num_experts));
     std::iota(experts.begin(), experts.end(), 0);
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -77,8 +78,13 @@ class A2aRank {
       chosen_.insert(chosen_.end(), experts.begin(), experts.begin() + bench_.top_k);
       count_destinations(std::span(experts).first(static_cast<size_t>(bench_.top_k)));
     }
-    ops_->upload(*stream_, hidden_.all().address, std::as_bytes(std::span(rows)));
     ops_->upload(*stream_, ids_.all().address, std::as_bytes(std::span(chosen_)));
+    ops_->synchronize(*stream_);
+  }
+
+  // As the norm before the experts would, a moment before.
+  void write_hidden() {
+    ops_->upload(*stream_, hidden_.all().address, std::as_bytes(std::span(rows_)));
     ops_->synchronize(*stream_);
   }
 
@@ -96,7 +102,9 @@ class A2aRank {
   void meet() {
     ++meetings_;
     board_.arrived.fetch_add(1);
-    while (board_.arrived.load() < meetings_ * fabric_.size()) ::sched_yield();
+    for (int64_t look = 0; board_.arrived.load() < meetings_ * fabric_.size(); ++look) {
+      if (look > kLooksBeforeYield) ::sched_yield();
+    }
   }
 
   void note(int64_t round, A2aPhase phase, double us) {
@@ -105,6 +113,7 @@ class A2aRank {
 
   Status run_round(int64_t round) {
     std::fill(outputs_to_.begin(), outputs_to_.end(), 0);
+    write_hidden();
     meet();
     double dispatch_us = 0;
     double combine_us = 0;
@@ -131,6 +140,7 @@ class A2aRank {
     note(round, kA2aDispatch, dispatch_us);
     note(round, kA2aCombine, combine_us);
     read_outputs(out, round);
+    encode_alone(round);
     copy_plainly(round);
     return {};
   }
@@ -141,13 +151,16 @@ class A2aRank {
   // written where they belong; here that is done once, to be checked.
   void compute(const model::ReceivedSlots& received, int64_t round) {
     const int64_t hidden = bench_.hidden;
-    if (std::ssize(outputs_) < received.count * hidden) outputs_.resize(static_cast<size_t>(received.count * hidden));
+    if (outputs_.all().rows < received.count) {
+      outputs_ = model::DeviceTensor(*ops_, DType::kF32, received.count, hidden);
+    }
+    float* const outputs = reinterpret_cast<float*>(outputs_.all().address);
     const int32_t* const offsets = reinterpret_cast<const int32_t*>(received.offsets.address);
     const int32_t* const order = reinterpret_cast<const int32_t*>(received.order.address);
     const std::vector<int32_t>& experts = exchange_.shard().slots;
     for (size_t e = 0; e < experts.size(); ++e) {
       for (int64_t place = offsets[e]; place < offsets[e + 1]; ++place) {
-        outputs_[static_cast<size_t>(place * hidden)] = static_cast<float>(experts[e]);
+        outputs[place * hidden] = static_cast<float>(experts[e]);
         read(received.rows.rows.address + order[place] / bench_.top_k * received.rows.rows.stride,
              received.rows.rows.cols);
         if (round == -kA2aWarmups && owner_of(received, place) == rank()) copy_output(received, place);
@@ -166,7 +179,8 @@ class A2aRank {
 
   void copy_output(const model::ReceivedSlots& received, int64_t place) {
     const int64_t target = reinterpret_cast<const int64_t*>(received.targets.address)[place];
-    std::memcpy(received.out + target, outputs_.data() + place * bench_.hidden, static_cast<size_t>(output_bytes()));
+    std::memcpy(received.out + target, outputs_.all().address + place * output_bytes(),
+                static_cast<size_t>(output_bytes()));
   }
 
   // As the sum over slots would, so that the next writer finds the memory in another core's cache.
@@ -179,14 +193,28 @@ class A2aRank {
     }
   }
 
+  // What of dispatch one rank alone would do as well: its experts take rows in that form, too.
+  void encode_alone(int64_t round) {
+    const ep::WindowPlan& plan = exchange_.plan();
+    if (encoded_.bytes() == 0) encoded_ = model::DeviceTensor(*ops_, DType::kU8, tokens_, plan.row_bytes);
+    write_hidden();
+    meet();
+    const Time::time_point begin = Time::now();
+    ops_->encode_expert_rows(*stream_, hidden_.all(), bench_.weights, {encoded_.all(), bench_.row_format});
+    ops_->synchronize(*stream_);
+    note(round, kA2aEncode, us_since(begin));
+  }
+
   // The bytes of dispatch and of combine, each in one piece per peer.
   void copy_plainly(int64_t round) {
     const ep::WindowPlan& plan = exchange_.plan();
     record_.dispatch_bytes = std::accumulate(rows_to_.begin(), rows_to_.end(), int64_t{0}) * plan.record_bytes;
     record_.combine_bytes = std::accumulate(outputs_to_.begin(), outputs_to_.end(), int64_t{0});
-    copied_.resize(static_cast<size_t>(std::max(record_.dispatch_bytes, record_.combine_bytes)));
+    const int64_t most = std::max(record_.dispatch_bytes, record_.combine_bytes);
+    if (copied_.bytes() < most) copied_ = model::DeviceTensor(*ops_, DType::kU8, most, 1);
     std::vector<int64_t> bytes_to = rows_to_;
     for (int64_t& bytes : bytes_to) bytes *= plan.record_bytes;
+    std::memset(copied_.all().address, static_cast<int>(round), static_cast<size_t>(record_.dispatch_bytes));
     note(round, kA2aCopyDispatch, copy_to_peers(bytes_to));
     note(round, kA2aCopyCombine, copy_to_peers(outputs_to_));
   }
@@ -203,7 +231,7 @@ class A2aRank {
       const int64_t bytes = bytes_to[static_cast<size_t>(to)];
       CHECK_LE(bytes, room);
       const int64_t place = room / (fabric_.size() - 1) * (rank() < to ? rank() : rank() - 1) / kLine * kLine;
-      std::memcpy(fabric_.direct(RankId(to)) + plan.outputs + std::min(place, room - bytes), copied_.data() + from,
+      std::memcpy(fabric_.direct(RankId(to)) + plan.outputs + std::min(place, room - bytes), copied_.all().address + from,
                   static_cast<size_t>(bytes));
       from += static_cast<size_t>(bytes);
     }
@@ -242,9 +270,11 @@ class A2aRank {
   ep::Exchange exchange_;
   model::DeviceTensor hidden_;
   model::DeviceTensor ids_;
+  std::vector<float> rows_;
   std::vector<int32_t> chosen_;
-  std::vector<float> outputs_;
-  std::vector<std::byte> copied_;
+  model::DeviceTensor outputs_;
+  model::DeviceTensor copied_;
+  model::DeviceTensor encoded_;
   std::vector<int64_t> rows_to_;     // per rank: rows that dispatch sends
   std::vector<int64_t> outputs_to_;  // per rank: bytes of outputs
   uint64_t sink_ = 0;                // or the compiler would drop the reading

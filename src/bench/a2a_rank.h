@@ -12,8 +12,8 @@ inline constexpr int64_t kMaxA2aRounds = 2000;
 inline constexpr int64_t kMinA2aRounds = 15;
 inline constexpr int64_t kA2aWarmups = 3;
 
-enum A2aPhase : uint8_t { kA2aDispatch, kA2aCombine, kA2aCopyDispatch, kA2aCopyCombine };
-inline constexpr int64_t kNumA2aPhases = 4;
+enum A2aPhase : uint8_t { kA2aDispatch, kA2aEncode, kA2aCombine, kA2aCopyDispatch, kA2aCopyCombine };
+inline constexpr int64_t kNumA2aPhases = 5;
 
 // Shared by the ranks of one measurement.
 struct A2aBoard {

@@ -13,6 +13,12 @@ using kernels::DType;
 using kernels::Tensor;
 using model::ReceivedSlots;
 
+namespace {
+
+constexpr int64_t kPrefetchedTags = 16;
+
+}  // namespace
+
 int64_t Exchange::window_bytes(const ExchangeOptions& options, const kernels::Ops& ops,
                                const model::ExchangeShape& shape, int32_t num_ranks) {
   return plan_window(options, ops, shape, num_ranks).bytes;
@@ -33,7 +39,7 @@ void Exchange::prepare(kernels::Ops& ops, kernels::Stream& stream, const model::
   plan_ = plan_window(options_, ops, shape, shard_.num_ranks);
   const ExpertMap map = ExpertMap::contiguous(shard_.num_ranks, static_cast<int32_t>(shape.num_experts));
   maps_.assign(shape.formats.size(), map);
-  max_slots_ = std::max(options_.max_slots > 0 ? options_.max_slots : shape.max_rows * shape.top_k, shape.top_k);
+  max_slots_ = options_.max_slots > 0 ? options_.max_slots : shape.max_rows * shape.top_k;
   order_ = model::DeviceTensor(ops, DType::kI32, max_slots_, 1);
   targets_ = model::DeviceTensor(ops, DType::kI64, max_slots_, 1);
   offsets_ = model::DeviceTensor(ops, DType::kI32, std::ssize(shard_.slots) + 1, 1);
@@ -58,6 +64,7 @@ void Exchange::attach(group::Fabric& fabric) {
   CHECK_EQ(fabric.rank().value, shard_.rank);
   CHECK_GE(std::ssize(fabric.window()), options_.window_offset + plan_.bytes);
   fabric_ = &fabric;
+  own_part_ = fabric.window().data() + options_.window_offset;
   dispatcher_ = make_dispatcher(fabric, plan_, options_.window_offset);
   sequence_ = 0;
   phase_ = Phase::kIdle;
@@ -118,14 +125,16 @@ void Exchange::write_records(const Tensor& hidden, const Tensor& ids) {
   if (hidden.rows == 0) return;
   const kernels::WeightFormat& format = shape_.formats[static_cast<size_t>(layer_)];
   const int64_t row_bytes = ops_->expert_row_bytes(options_.row_format, format, plan_.hidden);
-  std::byte* const records = own_part() + plan_.record_offset(plan_.first_own(shard_.rank));
+  std::byte* const records = own_part_ + plan_.record_offset(plan_.first_own(shard_.rank));
   const Tensor rows{records, DType::kU8, hidden.rows, row_bytes, plan_.record_bytes};
   ops_->encode_expert_rows(*stream_, hidden, format, {rows, options_.row_format});
   ids_.resize(static_cast<size_t>(ids.rows * ids.cols));
-  for (int64_t t = 0; t < ids.rows; ++t) {
-    ops_->read_back(*stream_, ids.address + t * ids.stride * int64_t{sizeof(int32_t)},
-                    std::as_writable_bytes(std::span(ids_).subspan(static_cast<size_t>(t * ids.cols),
-                                                                   static_cast<size_t>(ids.cols))));
+  const bool is_dense = ids.stride == ids.cols;
+  const int64_t piece_rows = is_dense ? ids.rows : 1;
+  for (int64_t t = 0; t < ids.rows; t += piece_rows) {
+    const std::span<int32_t> piece = std::span(ids_).subspan(static_cast<size_t>(t * ids.cols),
+                                                             static_cast<size_t>(piece_rows * ids.cols));
+    ops_->read_back(*stream_, ids.address + t * ids.stride * int64_t{sizeof(int32_t)}, std::as_writable_bytes(piece));
   }
   const std::span<int64_t> counts = counts_.layer(layer_);
   for (const int32_t expert : ids_) ++counts[static_cast<size_t>(expert)];
@@ -145,10 +154,6 @@ void Exchange::write_records(const Tensor& hidden, const Tensor& ids) {
   ops_->synchronize(*stream_);
 }
 
-const int32_t* Exchange::record_tag(int64_t record) const {
-  return reinterpret_cast<const int32_t*>(own_part() + plan_.record_offset(record) + plan_.tag_offset());
-}
-
 Result<ReceivedSlots> Exchange::receive() {
   if (phase_ == Phase::kFailed) return *why_failed_;
   CHECK(phase_ == Phase::kReceiving);
@@ -161,95 +166,84 @@ Result<ReceivedSlots> Exchange::receive() {
     phase_ = Phase::kCollecting;
     return ReceivedSlots{};
   }
-  size_t end = next_arrival_;
-  int64_t count = 0;
-  while (end < arrivals_.size() && count + arrivals_[end].num_slots <= max_slots_) count += arrivals_[end++].num_slots;
+  const size_t count = std::min(arrivals_.size() - next_arrival_, static_cast<size_t>(max_slots_));
+  const std::span<const Arrival> slots = std::span<const Arrival>(arrivals_).subspan(next_arrival_, count);
+  next_arrival_ += count;
   phase_ = Phase::kComputing;
-  return sort_slots(end, count);
+  return sort_slots(slots);
 }
 
-// The next records with slots here; none when there are no more.
+// The next slots to be computed here; none when there are no more.
 Status Exchange::take_batch() {
   arrivals_.clear();
   next_arrival_ = 0;
   while (arrivals_.empty()) {
     TANDEM_ASSIGN(const RecordBatch batch, dispatcher_->next());
     if (batch.empty()) return {};
-    for (const RecordRange& range : batch) {
-      const bool is_own = range.source == shard_.rank;
-      if (range.count > plan_.max_rows) {
-        return make_error(ErrorKind::kDataLoss, "rank {} has sent {} rows at once; a step has at most {}", range.source,
-                          range.count, plan_.max_rows);
-      }
-      if (!is_own) owes_[static_cast<size_t>(range.source)] = true;
-      for (int64_t record = range.first_record; record < range.first_record + range.count; ++record) {
-        TANDEM_ASSIGN(const int32_t num_slots, count_slots_here(record, range.source));
-        if (num_slots > 0) arrivals_.push_back({static_cast<int32_t>(record), range.source, num_slots});
-      }
-    }
+    for (const RecordRange& range : batch) TANDEM_TRY(take_slots(range));
   }
   return {};
 }
 
 // What a peer has written is checked before anything is computed or written by it.
-Result<int32_t> Exchange::count_slots_here(int64_t record, int32_t source) const {
-  const int32_t* const tag = record_tag(record);
-  const ExpertMap& map = maps_[static_cast<size_t>(layer_)];
-  if (tag[0] < 0 || tag[0] >= plan_.max_rows) {
-    return make_error(ErrorKind::kDataLoss, "a record of rank {} is of row {}; a step has at most {}", source, tag[0],
-                      plan_.max_rows);
+Status Exchange::take_slots(const RecordRange& range) {
+  if (range.count > plan_.max_rows) {
+    return make_error(ErrorKind::kDataLoss, "rank {} has sent {} rows at once; a step has at most {}", range.source,
+                      range.count, plan_.max_rows);
   }
-  const int32_t first = shard_.rank * map.slots_per_rank();
-  int32_t count = 0;
-  for (int64_t j = 1; j <= plan_.top_k; ++j) {
-    const int32_t local = tag[j] - first;
-    if (local < 0 || local >= map.slots_per_rank()) continue;
-    if (local >= static_cast<int32_t>(shard_.slots.size())) {
-      return make_error(ErrorKind::kDataLoss, "a record of rank {} asks for expert {} of rank {}, which has {}", source,
-                        local, shard_.rank, shard_.slots.size());
+  if (range.source != shard_.rank) owes_[static_cast<size_t>(range.source)] = true;
+  const int32_t slots_per_rank = maps_[static_cast<size_t>(layer_)].slots_per_rank();
+  const int32_t first = shard_.rank * slots_per_rank;
+  const int32_t num_local = static_cast<int32_t>(shard_.slots.size());
+  const int64_t end = range.first_record + range.count;
+  for (int64_t record = range.first_record; record < end; ++record) {
+    // Tags are far apart, and in another core's cache.
+    __builtin_prefetch(record_tag(std::min(record + kPrefetchedTags, end - 1)));
+    const int32_t* const tag = record_tag(record);
+    const int64_t row = tag[0];
+    if (row < 0 || row >= plan_.max_rows) {
+      return make_error(ErrorKind::kDataLoss, "a record of rank {} is of row {}; a step has at most {}", range.source,
+                        row, plan_.max_rows);
     }
-    ++count;
+    for (int64_t j = 0; j < plan_.top_k; ++j) {
+      const int32_t local = tag[1 + j] - first;
+      if (local < 0 || local >= slots_per_rank) continue;
+      if (local >= num_local) {
+        return make_error(ErrorKind::kDataLoss, "a record of rank {} asks for expert {} of rank {}, which has {}",
+                          range.source, local, shard_.rank, num_local);
+      }
+      arrivals_.push_back({static_cast<int32_t>(record * plan_.top_k + j), local, range.source,
+                           static_cast<int32_t>(row * plan_.top_k + j)});
+    }
   }
-  return count;
+  return {};
 }
 
-// The slots of arrivals up to `end`, `count` of them, by expert: a counting sort.
-ReceivedSlots Exchange::sort_slots(size_t end, int64_t count) {
-  const int32_t first = shard_.rank * maps_[static_cast<size_t>(layer_)].slots_per_rank();
-  const int32_t num_local = static_cast<int32_t>(shard_.slots.size());
-  sorted_offsets_.assign(static_cast<size_t>(num_local) + 1, 0);
-  sorted_order_.resize(static_cast<size_t>(count));
-  sorted_targets_.resize(static_cast<size_t>(count));
-  const auto for_each_slot = [&](const auto& body) {
-    for (size_t a = next_arrival_; a < end; ++a) {
-      const int32_t* const tag = record_tag(arrivals_[a].record);
-      for (int64_t j = 0; j < plan_.top_k; ++j) {
-        const int32_t local = tag[1 + j] - first;
-        if (local >= 0 && local < num_local) body(arrivals_[a], tag[0], j, static_cast<size_t>(local));
-      }
-    }
-  };
-  for_each_slot([&](const Arrival&, int64_t, int64_t, size_t local) { ++sorted_offsets_[local + 1]; });
-  for (size_t e = 0; e < static_cast<size_t>(num_local); ++e) sorted_offsets_[e + 1] += sorted_offsets_[e];
+// By expert: a counting sort.
+ReceivedSlots Exchange::sort_slots(std::span<const Arrival> arrivals) {
+  sorted_offsets_.assign(shard_.slots.size() + 1, 0);
+  sorted_order_.resize(arrivals.size());
+  sorted_targets_.resize(arrivals.size());
+  for (const Arrival& arrival : arrivals) ++sorted_offsets_[static_cast<size_t>(arrival.local) + 1];
+  for (size_t e = 0; e < shard_.slots.size(); ++e) sorted_offsets_[e + 1] += sorted_offsets_[e];
   std::vector<int32_t> next(sorted_offsets_.begin(), sorted_offsets_.end() - 1);
   staged_.clear();
-  for_each_slot([&](const Arrival& arrival, int64_t row, int64_t j, size_t local) {
-    const size_t place = static_cast<size_t>(next[local]++);
-    sorted_order_[place] = static_cast<int32_t>(arrival.record * plan_.top_k + j);
-    sorted_targets_[place] = target_of(arrival.source, row * plan_.top_k + j);
-  });
-  next_arrival_ = end;
+  for (const Arrival& arrival : arrivals) {
+    const size_t place = static_cast<size_t>(next[static_cast<size_t>(arrival.local)]++);
+    sorted_order_[place] = arrival.place;
+    sorted_targets_[place] = target_of(arrival.source, arrival.slot);
+  }
 
   ReceivedSlots slots;
-  slots.count = count;
+  slots.count = std::ssize(arrivals);
   const int64_t row_bytes = ops_->expert_row_bytes(options_.row_format, shape_.formats[static_cast<size_t>(layer_)],
                                                    plan_.hidden);
-  slots.rows = {Tensor{own_part() + plan_.records, DType::kU8, plan_.num_records, row_bytes, plan_.record_bytes},
+  slots.rows = {Tensor{own_part_ + plan_.records, DType::kU8, plan_.num_records, row_bytes, plan_.record_bytes},
                 options_.row_format};
   slots.order = order_.upload(*ops_, *stream_, std::span<const int32_t>(sorted_order_));
   slots.offsets = offsets_.upload(*ops_, *stream_, std::span<const int32_t>(sorted_offsets_));
   slots.targets = targets_.upload(*ops_, *stream_, std::span<const int64_t>(sorted_targets_));
-  slots.out = reinterpret_cast<float*>(own_part() + plan_.outputs);
+  slots.out = reinterpret_cast<float*>(own_part_ + plan_.outputs);
   return slots;
 }
 
@@ -258,7 +252,7 @@ int64_t Exchange::target_of(int32_t source, int64_t slot) {
   const size_t owner = static_cast<size_t>(source);
   if (is_mapped_[owner]) return output_bases_[owner] + slot * plan_.hidden;
   const intptr_t staging = reinterpret_cast<intptr_t>(staging_.all().address);
-  const intptr_t own = reinterpret_cast<intptr_t>(own_part() + plan_.outputs);
+  const intptr_t own = reinterpret_cast<intptr_t>(own_part_ + plan_.outputs);
   const int64_t place = std::ssize(staged_);
   staged_.push_back({source, slot});
   return static_cast<int64_t>(staging - own) / static_cast<int64_t>(sizeof(float)) + place * plan_.hidden;
@@ -300,7 +294,7 @@ Result<Tensor> Exchange::collect() {
   if (!flushed.ok()) return flushed.error();
   phase_ = Phase::kIdle;
   const int64_t slots = outgoing_.num_rows * plan_.top_k;
-  return Tensor{own_part() + plan_.outputs, DType::kF32, slots, plan_.hidden, plan_.hidden};
+  return Tensor{own_part_ + plan_.outputs, DType::kF32, slots, plan_.hidden, plan_.hidden};
 }
 
 }  // namespace tandem::ep

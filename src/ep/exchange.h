@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "src/ep/dispatcher.h"
@@ -54,11 +55,12 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
  private:
   enum class Phase : uint8_t { kIdle, kReceiving, kComputing, kCollecting, kFailed };
 
-  // A record of the present batch that has a slot here.
+  // A slot of the present batch that is computed here.
   struct Arrival {
-    int32_t record = 0;
+    int32_t place = 0;  // record * top_k + j
+    int32_t local = 0;  // expert
     int32_t source = 0;
-    int32_t num_slots = 0;  // here
+    int32_t slot = 0;  // row * top_k + j of its owner
   };
   // A slot that goes to a rank whose window is not mapped.
   struct StagedOutput {
@@ -66,12 +68,13 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
     int64_t slot = 0;
   };
 
-  std::byte* own_part() const { return fabric_->window().data() + options_.window_offset; }
-  const int32_t* record_tag(int64_t record) const;
+  const int32_t* record_tag(int64_t record) const {
+    return reinterpret_cast<const int32_t*>(own_part_ + plan_.record_offset(record) + plan_.tag_offset());
+  }
   void write_records(const kernels::Tensor& hidden, const kernels::Tensor& ids);
   Status take_batch();
-  Result<int32_t> count_slots_here(int64_t record, int32_t source) const;
-  model::ReceivedSlots sort_slots(size_t end, int64_t count);
+  Status take_slots(const RecordRange& range);
+  model::ReceivedSlots sort_slots(std::span<const Arrival> slots);
   int64_t target_of(int32_t source, int64_t slot);
   void tell_owners();
   Status fail(Status status);
@@ -90,6 +93,7 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
   model::DeviceTensor staging_;  // [max_slots, H]; only with ranks whose windows are not mapped
 
   group::Fabric* fabric_ = nullptr;
+  std::byte* own_part_ = nullptr;  // of this rank's window
   std::unique_ptr<Dispatcher> dispatcher_;
   std::vector<int64_t> output_bases_;  // per rank: of its outputs, in floats from those of this rank
   std::vector<bool> is_mapped_;

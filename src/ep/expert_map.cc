@@ -1,9 +1,7 @@
 #include "src/ep/expert_map.h"
 
+#include <algorithm>
 #include <numeric>
-
-#include "src/base/check.h"
-#include "src/eplb/placement.h"
 
 namespace tandem::ep {
 
@@ -49,15 +47,6 @@ ExpertMap::ExpertMap(std::span<const int32_t> expert_of_slot, int32_t num_ranks,
     const int32_t expert = expert_of_slot[static_cast<size_t>(slot)];
     if (expert >= 0) slots_[static_cast<size_t>(next[static_cast<size_t>(expert)]++)] = slot;
   }
-}
-
-int32_t ExpertMap::slot_of(int32_t expert, int64_t key) const {
-  CHECK_GE(expert, 0);
-  CHECK_LT(expert, num_experts());
-  const int32_t first = first_[static_cast<size_t>(expert)];
-  const int32_t copies = first_[static_cast<size_t>(expert) + 1] - first;
-  const int32_t copy = copies == 1 ? 0 : eplb::choose_copy(key, expert, copies);
-  return slots_[static_cast<size_t>(first + copy)];
 }
 
 }  // namespace tandem::ep

@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "src/base/check.h"
+#include "src/eplb/placement.h"
 #include "src/model/expert_exchange.h"
 
 namespace tandem::ep {
@@ -26,7 +28,14 @@ class ExpertMap {
   int32_t num_slots() const { return num_slots_; }
   int32_t num_experts() const { return static_cast<int32_t>(first_.size()) - 1; }
   // A slot of `expert`. Copies are equal, so any will do; `key` spreads the load over them.
-  int32_t slot_of(int32_t expert, int64_t key) const;
+  int32_t slot_of(int32_t expert, int64_t key) const {
+    CHECK_GE(expert, 0);
+    CHECK_LT(expert, num_experts());
+    const int32_t first = first_[static_cast<size_t>(expert)];
+    const int32_t copies = first_[static_cast<size_t>(expert) + 1] - first;
+    const int32_t copy = copies == 1 ? 0 : eplb::choose_copy(key, expert, copies);
+    return slots_[static_cast<size_t>(first + copy)];
+  }
 
  private:
   int32_t slots_per_rank_ = 0;
