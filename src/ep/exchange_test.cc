@@ -168,6 +168,34 @@ TEST(Exchange, RanksThatMeetInAllOrders) {
   }
 }
 
+// Rank 1 has sent nothing in the first exchange and is in the second one already when rank 0 looks.
+TEST(Exchange, ACounterThatIsAheadSaysNothingWasSent) {
+  kernels::Random random(52);
+  const Case test{.ranks = 2, .options = {.backend = All2All::kLowLatency}};
+  TestExperts experts;
+  experts.fill(random);
+  std::vector<std::unique_ptr<TestRank>> ranks = make_ranks(test, experts);
+  group::ThreadGroup threads(2, window_bytes(test, *ranks[0]));
+  const auto dispatch = [&](size_t r, int64_t layer, int64_t rows) {
+    Device& device = ranks[r]->device();
+    const RankInput input = make_input(random, experts, rows, Routing::kFirstExperts);  // those of rank 0
+    ASSERT_TRUE(ranks[r]->exchange().dispatch(layer, device.put(input.x), device.put(input.ids)).ok());
+  };
+  for (size_t r = 0; r < 2; ++r) ranks[r]->exchange().attach(threads.fabric(static_cast<int32_t>(r)));
+  dispatch(0, 0, 2);
+  dispatch(1, 0, 0);
+  EXPECT_EQ(ranks[1]->exchange().receive()->count, 0);
+  EXPECT_EQ(ranks[1]->exchange().collect()->rows, 0);
+  dispatch(1, 1, 5);
+  EXPECT_EQ(ranks[0]->exchange().receive()->count, 2 * experts.top_k);
+  ASSERT_TRUE(ranks[0]->exchange().give_back().ok());
+  EXPECT_EQ(ranks[0]->exchange().receive()->count, 0);
+  EXPECT_EQ(ranks[0]->exchange().collect()->rows, 2 * experts.top_k);
+  dispatch(0, 1, 0);
+  EXPECT_EQ(ranks[0]->exchange().receive()->count, 5 * experts.top_k);
+  for (size_t r = 0; r < 2; ++r) ranks[r]->exchange().detach();
+}
+
 // Windows of other ranks are not mapped: what is put stays with the sender until the fabric must bring it over.
 class RemoteFabric final : public group::Fabric {
  public:

@@ -123,6 +123,7 @@ class TestRank {
   }
 
   Exchange& exchange() { return exchange_; }
+  Device& device() { return device_; }
   // Sleeps now and then, so that ranks meet in all orders.
   void set_delays(uint64_t seed) { delays_.emplace(seed); }
   // Most slots that came at once.
