@@ -112,8 +112,8 @@ GroupStatus SocketCoordinator::status() const {
 }
 
 void SocketCoordinator::run() {
+  publish();
   while (!stops_) {
-    publish();
     handle_events();
     // After all that has arrived was heard: this process may have been stopped itself for a while.
     core_.on_time(clock_.now_us());
@@ -188,6 +188,7 @@ void SocketCoordinator::advance(SessionId id) {
 }
 
 void SocketCoordinator::carry_out() {
+  publish();  // so that no rank knows more than status()
   for (const CoordinatorAction& action : core_.take_actions()) {
     const auto found = connections_.find(action.session);
     if (found == connections_.end()) continue;

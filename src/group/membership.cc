@@ -72,6 +72,8 @@ class RankMembership final : public Membership {
   void lose_link(const std::string& why);
   void end_epoch(const Error& why);
   void set_status(std::optional<Error> error);
+  bool put_status(std::optional<Error> error);
+  void tell_status(bool has_changed);
   bool engine_holds_epoch();
   int64_t next_time_us();
   void back_off() {
@@ -108,6 +110,7 @@ class RankMembership final : public Membership {
   std::optional<EpochParts> current_;  // of the epoch that stands, or stood and is still held by the engine thread
   bool engine_has_it_ = false;         // it has been given out by fabric()
   std::optional<FaultMessage> fault_;  // to be sent
+  // Why no epoch stands; whatever changes current_ changes it under the same lock.
   std::optional<Error> error_ = make_error(ErrorKind::kUnavailable, "not yet joined");
   std::thread thread_;
 };
@@ -154,6 +157,7 @@ void RankMembership::report(const Error& why, std::optional<RankId> suspect) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!current_ || !engine_has_it_ || !current_->fabric->status().ok()) return;
     current_->fabric->end(why);
+    error_ = why;
     fault_ = FaultMessage{current_->fabric->epoch(), suspect ? suspect->value : -1, clip_text(why.message)};
   }
   wake();
@@ -161,8 +165,7 @@ void RankMembership::report(const Error& why, std::optional<RankId> suspect) {
 
 Status RankMembership::status() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (error_) return *error_;
-  return current_ ? current_->fabric->status() : Status(make_error(ErrorKind::kUnavailable, "the epoch has ended"));
+  return error_ ? Status(*error_) : Status();
 }
 
 bool RankMembership::engine_holds_epoch() {
@@ -374,15 +377,17 @@ void RankMembership::fail_forming(const Error& why, int32_t suspect) {
 void RankMembership::handle_open(Epoch epoch) {
   if (!forming_ || forming_->epoch != epoch || !parts_ || parts_->fabric == nullptr) return;
   log_info("group", "rank {}: epoch {} of {} ranks stands", options_.rank, epoch, options_.shape.size());
+  forming_.reset();
+  bool has_changed = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     CHECK(!current_.has_value());
     current_ = std::exchange(parts_, std::nullopt);
     engine_has_it_ = false;
     fault_.reset();
+    has_changed = put_status(std::nullopt);
   }
-  forming_.reset();
-  set_status(std::nullopt);
+  tell_status(has_changed);
 }
 
 void RankMembership::handle_ended(const EndedMessage& ended) {
@@ -398,16 +403,18 @@ void RankMembership::end_epoch(const Error& why) {
   forming_.reset();
   parts_.reset();
   std::optional<EpochParts> unused;
+  bool has_changed = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     fault_.reset();
+    has_changed = put_status(why);
     if (current_ && current_->fabric->status().ok()) {
       log_warning("group", "rank {}: epoch {} has ended: {}", options_.rank, current_->fabric->epoch(), why.message);
     }
     if (current_) current_->fabric->end(why);
     if (!engine_has_it_) unused = std::exchange(current_, std::nullopt);
   }
-  set_status(why);
+  tell_status(has_changed);
 }
 
 void RankMembership::send_faults() {
@@ -422,14 +429,24 @@ void RankMembership::send_faults() {
 }
 
 void RankMembership::set_status(std::optional<Error> error) {
-  bool same = false;
+  bool has_changed = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    same = error_.has_value() == error.has_value() && (!error || error_->message == error->message);
-    error_ = std::move(error);
+    has_changed = put_status(std::move(error));
   }
+  tell_status(has_changed);
+}
+
+bool RankMembership::put_status(std::optional<Error> error) {
+  const bool same = error_.has_value() == error.has_value() && (!error || error_->message == error->message);
+  error_ = std::move(error);
+  return !same;
+}
+
+void RankMembership::tell_status(bool has_changed) {
+  if (!has_changed) return;
   bell_->ring();
-  if (!same && on_change_) on_change_();
+  if (on_change_) on_change_();
 }
 
 }  // namespace

@@ -123,10 +123,9 @@ TEST_F(GroupOfProcesses, AKilledRankIsNamedAndReplaced) {
   const int64_t begin_us = clock.now_us();
   ranks[2]->kill(SIGKILL);
   for (const size_t r : {0U, 1U, 3U}) {
-    const std::optional<std::string> failed = ranks[r]->hear("failed ", kLongUs);
-    ASSERT_TRUE(failed.has_value()) << ranks[r]->said();
+    // From the call that failed, or from status() if it was between two.
+    ASSERT_TRUE(ranks[r]->hear_of("rank 2 is gone: its connection was closed", kLongUs)) << ranks[r]->said();
     EXPECT_LE(clock.now_us() - begin_us, kTimeoutUs);
-    EXPECT_THAT(*failed, HasSubstr("rank 2 is gone: its connection was closed"));
   }
   EXPECT_EQ(coordinator->status().text, "rank 2 is gone: its connection was closed; waiting for rank 2");
   ranks[2] = start_rank(2);
@@ -144,10 +143,8 @@ TEST_F(GroupOfProcesses, AStoppedRankIsNamedAndFencedWhenItWakes) {
     const int64_t begin_us = clock.now_us();
     ranks[3]->signal(SIGSTOP);
     for (const size_t r : {0U, 1U, 2U}) {
-      const std::optional<std::string> failed = ranks[r]->hear(busy ? "failed " : "down ", kLongUs);
-      ASSERT_TRUE(failed.has_value()) << ranks[r]->said();
+      ASSERT_TRUE(ranks[r]->hear_of("rank 3 is gone: silent for", kLongUs)) << ranks[r]->said();
       EXPECT_LE(clock.now_us() - begin_us, kTimeoutUs);
-      EXPECT_THAT(*failed, HasSubstr("rank 3 is gone: silent for"));
     }
     std::this_thread::sleep_for(std::chrono::microseconds(kTimeoutUs / 2));
     EXPECT_FALSE(coordinator->status().standing);
@@ -187,7 +184,7 @@ TEST_F(GroupOfProcesses, DifferentFactsAreRefusedWithBothValues) {
   const std::optional<std::string> down = ranks[1]->hear("down invalid_argument ", kLongUs);
   ASSERT_TRUE(down.has_value()) << ranks[1]->said();
   EXPECT_THAT(*down, HasSubstr("rank 1 has \"77aa\" as \"model\", rank 0 has \"3f9c\""));
-  ASSERT_FALSE(coordinator->status().refusals.empty());
+  ASSERT_TRUE(eventually([&] { return !coordinator->status().refusals.empty(); }));
   EXPECT_EQ(coordinator->status().refusals[0].rank, 1);
   EXPECT_THAT(coordinator->status().refusals[0].message, HasSubstr("77aa"));
   // It is the first one that was wrong: restarted, both fit.
@@ -228,10 +225,8 @@ TEST_F(GroupOfProcesses, FormsAgainAfterTheCoordinatorRestarts) {
   const int64_t begin_us = clock.now_us();
   coordinator.reset();
   for (const auto& rank : ranks) {
-    const std::optional<std::string> failed = rank->hear("failed ", kLongUs);
-    ASSERT_TRUE(failed.has_value()) << rank->said();
+    ASSERT_TRUE(rank->hear_of("the coordinator at 127.0.0.1", kLongUs)) << rank->said();
     EXPECT_LE(clock.now_us() - begin_us, kTimeoutUs);
-    EXPECT_THAT(*failed, HasSubstr("the coordinator at 127.0.0.1"));
   }
   start_coordinator(3, kTimeoutUs, options.port);
   EXPECT_EQ(wait_for_epoch(), "2") << "epochs go on, though the coordinator is a new one";

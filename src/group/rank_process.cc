@@ -97,8 +97,10 @@ void compute(Membership& membership, Orders& orders) {
     if (fabric != known) {
       known = fabric;
       work = fabric == nullptr ? nullptr : std::make_unique<Work>(*fabric);
-      if (fabric != nullptr) say(fmt::format("up {}", fabric->epoch()));
+      orders.rounds = 0;  // orders belong to an epoch
+      done = 0;
       last_down.clear();
+      if (fabric != nullptr) say(fmt::format("up {}", fabric->epoch()));
     }
     if (fabric == nullptr) {
       const Status status = membership.status();

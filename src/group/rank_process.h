@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstdint>
 #include <fstream>
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -89,13 +90,22 @@ class RankProcess {
 
   // The next line that begins with `begin`, without it; others are skipped and can be read in said().
   std::optional<std::string> hear(const std::string& begin, int64_t timeout_us) {
+    const auto begins = [&](const std::string& line) { return line.starts_with(begin); };
+    const std::optional<std::string> line = hear_if(begins, timeout_us);
+    return line ? std::optional(line->substr(begin.size())) : std::nullopt;
+  }
+  // The next line that has `text` in it.
+  std::optional<std::string> hear_of(const std::string& text, int64_t timeout_us) {
+    return hear_if([&](const std::string& line) { return line.find(text) != std::string::npos; }, timeout_us);
+  }
+  std::optional<std::string> hear_if(const std::function<bool(const std::string&)>& is_it, int64_t timeout_us) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
     while (true) {
       for (size_t at = buffer_.find('\n'); at != std::string::npos; at = buffer_.find('\n')) {
         const std::string line = buffer_.substr(0, at);
         buffer_.erase(0, at + 1);
         said_ += line + "\n";
-        if (line.starts_with(begin)) return line.substr(begin.size());
+        if (is_it(line)) return line;
       }
       const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - std::chrono::steady_clock::now());
       pollfd event{out_, POLLIN, 0};
