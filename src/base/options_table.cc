@@ -169,6 +169,13 @@ constexpr OptionSpec kTable[] = {
      .help = "JSON: kv_connector (UcxConnector; DecodeBenchConnector makes the KV of prompts up, to measure decode alone), "
              "kv_role (kv_producer, kv_consumer, kv_both), kv_ip, kv_port, engine_id, kv_buffer_device, kv_parallel_size, "
              "kv_connector_extra_config."},
+    {.name = "kv-transport", .commands = kServe, .group = "Prefill/decode", .type = kChoice, .default_text = "auto",
+     .help = "How KV travels to another worker: auto is shared memory within a host and several TCP streams between hosts; "
+             "shm refuses peers on other hosts, tcp is TCP also within a host, ucx and ucx_tcp go through UCX. Both workers "
+             "of a pair must choose one of the first three, or one of the last two.", .choices = "auto|shm|tcp|ucx|ucx_tcp"},
+    {.name = "kv-checksum", .commands = kServe, .group = "Prefill/decode", .type = kChoice, .default_text = "auto",
+     .help = "Whether the KV that this worker sends carries checksums of its own: auto is where it leaves the memory of this "
+             "host.", .choices = "auto|on|off"},
     {.name = "first-token-from", .commands = kServe, .group = "Prefill/decode", .type = kChoice, .default_text = "prefill",
      .help = "Who computes the first token of an answer whose prompt came from a prefill worker by push: prefill sends it "
              "with the blocks, or decode computes the prompt's last token again. Set it on decode workers; the token is the "

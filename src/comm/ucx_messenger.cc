@@ -16,8 +16,6 @@
 #include <atomic>
 #include <deque>
 #include <map>
-#include <mutex>
-#include <thread>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -26,6 +24,7 @@
 #include "src/base/clock.h"
 #include "src/base/log.h"
 #include "src/comm/address.h"
+#include "src/comm/look_ups.h"
 #include "src/comm/meeting.h"
 #include "src/comm/messenger.h"
 #include "src/comm/ucx_settings.h"
@@ -43,7 +42,6 @@ constexpr int64_t kFlushUs = 50'000;       // at the end, for messages that the 
 constexpr int64_t kShutdownUs = 500'000;   // then for closing all connections
 constexpr int64_t kCloseUs = 500'000;        // for closing one; UCX may wait for room in the queue of a peer that is dead
 constexpr int kLastRounds = 256;           // of progress when a peer is lost: it may have spoken before
-constexpr int64_t kMaxLookUps = 8;         // names being resolved at a time
 constexpr int64_t kMeetingUs = 5'000'000;  // from an accepted socket to an exchanged address
 constexpr int64_t kSocketCheckUs = 1000;   // under load, how often sockets are looked at
 constexpr int kMaxEvents = 64;             // taken from the kernel at a time
@@ -81,15 +79,6 @@ struct Connection {
   std::optional<Error> failure;
   std::deque<std::unique_ptr<OutgoingMessage>> waiting;                                    // until the endpoint exists
   std::unordered_map<const OutgoingMessage*, std::unique_ptr<OutgoingMessage>> in_flight;  // taken by UCX, not finished
-};
-
-// Names are looked up beside the messenger's thread; a look-up that outlives the messenger finds `open` false.
-struct LookUps {
-  std::mutex mutex;
-  bool open = true;
-  int wake_fd = -1;
-  int64_t running = 0;
-  std::vector<std::pair<ConnectionId, Result<SocketAddress>>> done;
 };
 
 class UcxMessenger final : public Messenger {
@@ -150,7 +139,7 @@ class UcxMessenger final : public Messenger {
   std::map<ConnectionId, std::unique_ptr<Connection>> connections_;
   std::vector<std::pair<ConnectionId, SocketAddress>> to_open_;  // connect() was called
   std::unordered_set<ConnectionId> meeting_;                     // exchanging addresses
-  std::shared_ptr<LookUps> look_ups_ = std::make_shared<LookUps>();
+  std::unique_ptr<LookUps> look_ups_;
   std::vector<std::unique_ptr<OutgoingMessage>> blanks_;
   std::unordered_set<ConnectionId> marked_;  // connections with something to sweep
   SteadyClock clock_;
@@ -184,8 +173,8 @@ Status UcxMessenger::start(const MessengerOptions& options) {
   wake_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   CHECK_GE(wake_fd_, 0);
   watch(epoll_fd_, EPOLL_CTL_ADD, wake_fd_, kWakeEvent, {});
-  look_ups_->wake_fd = wake_fd_;
-  TANDEM_ASSIGN(context_, make_ucx_context(device_, options.shared_memory));
+  look_ups_ = std::make_unique<LookUps>(wake_fd_);
+  TANDEM_ASSIGN(context_, make_ucx_context(device_, options.transport != Transport::kUcxTcp));
   TANDEM_ASSIGN(listener_, open_listener(address, "KV transfers", "kv_port"));
   watch(epoll_fd_, EPOLL_CTL_ADD, listener_, kListenerEvent, {});
   CHECK_EQ(getsockname(listener_, reinterpret_cast<sockaddr*>(&address.storage), &address.length), 0);
@@ -194,10 +183,7 @@ Status UcxMessenger::start(const MessengerOptions& options) {
 }
 
 UcxMessenger::~UcxMessenger() {
-  {
-    const std::lock_guard<std::mutex> lock(look_ups_->mutex);
-    look_ups_->open = false;
-  }
+  look_ups_.reset();
   if (listener_ >= 0) ::close(listener_);
   flush();
   for (Connection* connection : list_connections()) close(connection->id);
@@ -258,20 +244,11 @@ Result<ConnectionId> UcxMessenger::connect(const std::string& host, int64_t port
     to_open_.emplace_back(id, *address);
     return id;
   }
-  const std::lock_guard<std::mutex> lock(look_ups_->mutex);
-  if (look_ups_->running >= kMaxLookUps) {
-    return make_error(ErrorKind::kResourceExhausted, "{} host names are being looked up already", kMaxLookUps);
-  }
-  ++look_ups_->running;
   const ConnectionId id = add_connection(fmt::format("{}:{}", host, port)).id;
-  std::thread([shared = look_ups_, id, host, port] {
-    Result<SocketAddress> result = look_up_address(host, port);
-    const std::lock_guard<std::mutex> result_lock(shared->mutex);
-    --shared->running;
-    if (!shared->open) return;
-    shared->done.emplace_back(id, std::move(result));
-    eventfd_write(shared->wake_fd, 1);
-  }).detach();
+  if (const Status started = look_ups_->start(id, host, port); !started.ok()) {
+    connections_.erase(id);
+    return started.error();
+  }
   return id;
 }
 
@@ -424,7 +401,7 @@ void UcxMessenger::close(ConnectionId id) {
 std::string UcxMessenger::transport_name(ConnectionId id) const {
   const auto found = connections_.find(id);
   if (found == connections_.end() || found->second->endpoint == nullptr || !found->second->heard) return "connecting";
-  return describe_transport(found->second->endpoint);
+  return "ucx " + describe_transport(found->second->endpoint);
 }
 
 // --- messages ---
@@ -550,11 +527,7 @@ bool UcxMessenger::progress_all() {
 }
 
 void UcxMessenger::open_new() {
-  std::vector<std::pair<ConnectionId, Result<SocketAddress>>> looked_up;
-  {
-    const std::lock_guard<std::mutex> lock(look_ups_->mutex);
-    looked_up.swap(look_ups_->done);
-  }
+  const std::vector<std::pair<ConnectionId, Result<SocketAddress>>> looked_up = look_ups_->take();
   num_events_ += looked_up.size() + to_open_.size();
   for (const auto& [id, address] : looked_up) {
     const auto found = connections_.find(id);

@@ -100,6 +100,11 @@ Result<RankConfig> make_rank_config(const Options& options) {
       config.kv_transfer->port += config.group->rank.value;
     }
     config.first_token_from_decode = options.text("first-token-from") == "decode";
+    config.kv_transport = *comm::parse_transport(options.text("kv-transport"));
+    const std::string& sums = options.text("kv-checksum");
+    config.kv_checksum = sums == "auto" ? transfer::KvChecksum::kAuto
+                         : sums == "on" ? transfer::KvChecksum::kOn
+                                        : transfer::KvChecksum::kOff;
     // A prefix that was found would be a benchmark of something else.
     if (config.kv_transfer && config.kv_transfer->synthetic_fill) config.limits.prefix_caching = false;
   } else {
@@ -184,7 +189,10 @@ Status Rank::load_weights(const RankConfig& config) {
   };
   TANDEM_ASSIGN(model_, model::load_model(*ops_, load));
   const model::KvLayout& layout = info().kv;
-  cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks);
+  const bool shareable = config.kv_transfer && !config.kv_transfer->synthetic_fill &&
+                         (config.kv_transport == comm::Transport::kAuto ||
+                          config.kv_transport == comm::Transport::kSharedMemory);
+  cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks, shareable);
   log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB; room for {:.1f} requests of {} tokens",
            layout.describe(), num_blocks, num_blocks * layout.block_size, mebibytes(cache_->bytes()),
            static_cast<double>(num_blocks * layout.block_size) / static_cast<double>(info().max_model_len),
@@ -207,6 +215,8 @@ Status Rank::open_agent(const RankConfig& config) {
   options.listen_port = kv.port;
   options.model_fingerprint = info().fingerprint;
   options.role = kv.role;
+  options.transport = config.kv_transport;
+  options.checksum = config.kv_checksum;
   TANDEM_ASSIGN(agent_, transfer::make_ucx_agent(*cache_, options, [this] { engine_->wake(); }));
   engine_->attach(agent_.get());
   log_info("serve", "prefill/decode: {} as {}, KV on {}:{}", kv.connector, kv_role_name(kv.role), kv.ip,

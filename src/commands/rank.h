@@ -38,6 +38,8 @@ struct RankConfig {
   bool first_token_from_decode = false;
   SpanSink* spans = nullptr;  // outlives the rank
   std::optional<KvTransferConfig> kv_transfer;
+  comm::Transport kv_transport = comm::Transport::kAuto;
+  transfer::KvChecksum kv_checksum = transfer::KvChecksum::kAuto;
   std::string model_name;
   std::optional<GroupConfig> group;  // this rank has its shard of the experts
   std::string expert_load_path;  // of --record-expert-load; "": no recording

@@ -1,6 +1,8 @@
 #include "src/kernels/host_ops.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -45,6 +47,37 @@ HostBuffer::~HostBuffer() {
   } else {
     std::free(address_);
   }
+}
+
+std::unique_ptr<SharedHostBuffer> SharedHostBuffer::create(int64_t bytes) {
+  CHECK_GE(bytes, 0);
+  std::unique_ptr<SharedHostBuffer> buffer(new SharedHostBuffer());
+  buffer->bytes_ = bytes;
+  buffer->fd_ = ::memfd_create("tandem-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (buffer->fd_ < 0) return nullptr;
+  const int64_t size = round_up(bytes == 0 ? 1 : bytes, bytes < kMapThreshold ? ::sysconf(_SC_PAGESIZE) : kHugePage);
+  // Sealed, so that who maps it can rely on its size.
+  if (::ftruncate(buffer->fd_, size) != 0 ||
+      ::fcntl(buffer->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    return nullptr;
+  }
+  void* memory = ::mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_SHARED, buffer->fd_, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  buffer->address_ = static_cast<std::byte*>(memory);
+  buffer->mapped_bytes_ = size;
+  ::madvise(memory, static_cast<size_t>(size), MADV_HUGEPAGE);  // an optimisation: refusal is harmless
+  cpu::Topology::of_this_machine().interleave(buffer->address_, size);
+  return buffer;
+}
+
+SharedHostBuffer::~SharedHostBuffer() {
+  if (address_ != nullptr) ::munmap(address_, static_cast<size_t>(mapped_bytes_));
+  if (fd_ >= 0) ::close(fd_);
+}
+
+std::unique_ptr<Buffer> HostOps::allocate_shareable(int64_t bytes) {
+  std::unique_ptr<Buffer> shared = SharedHostBuffer::create(bytes);
+  return shared != nullptr ? std::move(shared) : allocate(bytes);
 }
 
 std::unique_ptr<Buffer> HostOps::allocate(int64_t bytes) { return std::make_unique<HostBuffer>(bytes); }

@@ -10,6 +10,8 @@ class HostOps : public Ops {
  public:
   DType activation_dtype() const override { return DType::kF32; }
   std::unique_ptr<Buffer> allocate(int64_t bytes) override;  // aligned to 64 bytes
+  // A memfd; private memory if the kernel gives none.
+  std::unique_ptr<Buffer> allocate_shareable(int64_t bytes) override;
   std::unique_ptr<Stream> make_stream() override;
   void upload(Stream& stream, std::byte* device_address, std::span<const std::byte> host) override;
   void read_back(Stream& stream, const std::byte* device_address, std::span<std::byte> host) override;
@@ -30,6 +32,26 @@ class HostBuffer final : public Buffer {
   std::byte* address_ = nullptr;
   int64_t bytes_ = 0;
   int64_t mapped_bytes_ = 0;  // 0 when the memory came from the allocator
+};
+
+// The same in a memfd: it has no name in any file system and ends with the last process that maps it.
+class SharedHostBuffer final : public Buffer {
+ public:
+  ~SharedHostBuffer() override;
+  SharedHostBuffer(const SharedHostBuffer&) = delete;
+  SharedHostBuffer& operator=(const SharedHostBuffer&) = delete;
+  // Null if the kernel refuses; errno says why.
+  static std::unique_ptr<SharedHostBuffer> create(int64_t bytes);
+  std::byte* address() const override { return address_; }
+  int64_t bytes() const override { return bytes_; }
+  int shared_fd() const override { return fd_; }
+
+ private:
+  SharedHostBuffer() = default;
+  std::byte* address_ = nullptr;
+  int64_t bytes_ = 0;
+  int64_t mapped_bytes_ = 0;
+  int fd_ = -1;
 };
 
 }  // namespace tandem::kernels

@@ -30,6 +30,8 @@ class Buffer {
   virtual ~Buffer() = default;
   virtual std::byte* address() const = 0;
   virtual int64_t bytes() const = 0;
+  // The descriptor through which other processes of this host may map the buffer; -1 if they cannot.
+  virtual int shared_fd() const { return -1; }
 };
 
 // An in-order queue of operations of one device. Used by one thread at a time.
@@ -177,6 +179,8 @@ class Ops {
   virtual DType activation_dtype() const = 0;
 
   virtual std::unique_ptr<Buffer> allocate(int64_t bytes) = 0;
+  // As allocate(); where the device allows it, other processes of this host can map the buffer.
+  virtual std::unique_ptr<Buffer> allocate_shareable(int64_t bytes) { return allocate(bytes); }
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual void upload(Stream& stream, std::byte* device_address, std::span<const std::byte> host) = 0;
   // Copies `bytes` from the device after everything enqueued before; blocks until done.

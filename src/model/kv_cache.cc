@@ -13,11 +13,12 @@ std::string KvLayout::describe() const {
                      dtype == kernels::DType::kF8E4M3 ? " with scales" : "");
 }
 
-KvCache::KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks)
+KvCache::KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks, bool shareable)
     : layout_(layout), num_blocks_(num_blocks) {
   CHECK_GT(num_blocks, 0);
   CHECK_GT(layout.total_block_bytes(), 0);
-  buffer_ = ops.allocate(num_blocks * layout.total_block_bytes());
+  const int64_t bytes = num_blocks * layout.total_block_bytes();
+  buffer_ = shareable ? ops.allocate_shareable(bytes) : ops.allocate(bytes);
 }
 
 std::byte* KvCache::block_address(int64_t layer, BlockId block) const {

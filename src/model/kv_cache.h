@@ -33,12 +33,14 @@ struct KvLayout {
 
 class KvCache {
  public:
-  KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks);
+  // `shareable`: other processes of this host may map it, where device and kernel allow that.
+  KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks, bool shareable = false);
 
   const KvLayout& layout() const { return layout_; }
   int64_t num_blocks() const { return num_blocks_; }
   std::byte* base() const { return buffer_->address(); }
   int64_t bytes() const { return buffer_->bytes(); }
+  int shared_fd() const { return buffer_->shared_fd(); }  // as of kernels::Buffer
   int64_t layer_stride_bytes() const { return num_blocks_ * layout_.block_bytes(); }
   // Address of one block of one layer: base + layer * layer_stride + block * block_bytes.
   std::byte* block_address(int64_t layer, BlockId block) const;

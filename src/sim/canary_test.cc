@@ -69,19 +69,19 @@ enum class Release { kAtDone, kAtAbort, kAtCommit };
 // One engine's side: memory, pool and agent. Everything but the agent's own thread is the test's thread.
 class Side {
  public:
-  Side(const std::string& name, KvRole role, bool shared_memory, uint64_t seed)
-      : ops_(kernels::make_ops("ref", 1).value()), cache_(*ops_, small_layout(), kBlocks), pool_(kBlocks) {
+  Side(const std::string& name, KvRole role, comm::Transport transport, uint64_t seed)
+      : ops_(kernels::make_ops("ref", 1).value()), cache_(*ops_, small_layout(), kBlocks, /*shareable=*/true), pool_(kBlocks) {
     transfer::AgentOptions options;
     options.engine_id = name;
     options.model_fingerprint = "m";
     options.role = role;
-    options.shared_memory = shared_memory;
+    options.transport = transport;
     canary_ = std::make_unique<Canary>(cache_, pool_);
     agent_ = transfer::make_ucx_agent(
                  cache_, options, [] {},
                  [seed](const comm::MessengerOptions& to,
                         comm::MessageHandler& handler) -> Result<std::unique_ptr<comm::Messenger>> {
-                   TANDEM_ASSIGN(std::unique_ptr<comm::Messenger> real, comm::make_ucx_messenger(to, handler));
+                   TANDEM_ASSIGN(std::unique_ptr<comm::Messenger> real, comm::make_messenger(to, handler));
                    return std::unique_ptr<comm::Messenger>(std::make_unique<LateMessenger>(std::move(real), seed));
                  })
                  .value();
@@ -164,11 +164,11 @@ struct Counts {
 
 class CanaryRun {
  public:
-  CanaryRun(Release release, bool shared_memory, uint64_t seed)
+  CanaryRun(Release release, comm::Transport transport, uint64_t seed)
       : release_(release),
         random_(seed),
-        prefill_("prefill", KvRole::kProducer, shared_memory, seed + 1),
-        decode_("decode", KvRole::kConsumer, shared_memory, seed + 2) {}
+        prefill_("prefill", KvRole::kProducer, transport, seed + 1),
+        decode_("decode", KvRole::kConsumer, transport, seed + 2) {}
 
   // Until so many transfers were aborted. Throws a Violation.
   Counts run(int64_t aborted) {
@@ -309,7 +309,7 @@ class CanaryRun {
   Counts counts_;
 };
 
-class CanaryTest : public testing::TestWithParam<bool> {
+class CanaryTest : public testing::TestWithParam<comm::Transport> {
  protected:
   CanaryTest() { std::printf("seed %lu\n", static_cast<unsigned long>(seed)); }
   const uint64_t seed = std::random_device{}();
@@ -326,8 +326,8 @@ TEST_P(CanaryTest, TenThousandAbortedTransfersLeaveNoForeignByte) {
   EXPECT_GT(counts.completed, counts.aborted / 20);
 }
 
-void expect_found(Release release, bool shared_memory, uint64_t seed, const std::set<std::string>& invariants) {
-  CanaryRun run(release, shared_memory, seed);
+void expect_found(Release release, comm::Transport transport, uint64_t seed, const std::set<std::string>& invariants) {
+  CanaryRun run(release, transport, seed);
   try {
     run.run(10'000);
     ADD_FAILURE() << "not found";
@@ -346,8 +346,10 @@ TEST_P(CanaryTest, FindsBlocksThatAreFreedAtTheCommit) {
   expect_found(Release::kAtCommit, GetParam(), seed, {"own-bytes"});
 }
 
-INSTANTIATE_TEST_SUITE_P(Transports, CanaryTest, testing::Values(true, false),
-                         [](const auto& suite) { return suite.param ? "SharedMemory" : "Tcp"; });
+INSTANTIATE_TEST_SUITE_P(Transports, CanaryTest,
+                         testing::Values(comm::Transport::kSharedMemory, comm::Transport::kTcp, comm::Transport::kUcx,
+                                         comm::Transport::kUcxTcp),
+                         [](const auto& suite) { return comm::transport_option(suite.param); });
 
 }  // namespace
 }  // namespace tandem::sim

@@ -131,7 +131,7 @@ void Checker::check_bounds(int node, const transfer::AgentCore& core, int64_t nu
     if (is > limit) throw Violation("bounds", fmt::format("{} of node {}: {}, the limit is {}", what, node, is, limit));
   };
   expect("transfers", core.num_open(), transfer::kMaxTransfers);
-  expect("staging buffers", core.num_staged(), transfer::kMaxStagingBuffers);
+  expect("staging buffers", core.num_staged(), transfer::kMaxStaged);
   expect("connections", num_connections, comm::kMaxConnections);
 }
 

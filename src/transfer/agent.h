@@ -50,17 +50,20 @@ struct Done {
   int64_t duration_us = 0;
 };
 
+// Whether each message carries a checksum of its payload. kAuto: where payloads leave the memory of this host.
+enum class KvChecksum : uint8_t { kAuto, kOn, kOff };
+
 struct AgentOptions {
   std::string engine_id;
   std::string listen_host = "127.0.0.1";  // address that peers connect to
   int64_t listen_port = 0;                // 0: any free port
   std::string model_fingerprint;          // must be equal on both sides
-  bool checksum = true;                   // per message, over the payload
+  KvChecksum checksum = KvChecksum::kAuto;  // of what this side sends
   int64_t lease_us = 30'000'000;          // of published blocks without a reader or heartbeat
   int64_t connect_timeout_us = 5'000'000;
   int64_t idle_timeout_us = 10'000'000;   // no progress of a transfer for this long fails it
   KvRole role = KvRole::kBoth;            // two producers or two consumers refuse each other
-  bool shared_memory = true;              // with peers on this host; false: TCP everywhere
+  comm::Transport transport = comm::Transport::kAuto;
 };
 
 class Agent {
@@ -112,6 +115,6 @@ using MakeMessenger =
 // Binds to the KV memory (registered with the transport) and starts the thread. The cache must outlive the agent.
 Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const AgentOptions& options,
                                               std::function<void()> wake,
-                                              const MakeMessenger& make_messenger = comm::make_ucx_messenger);
+                                              const MakeMessenger& make_messenger = comm::make_messenger);
 
 }  // namespace tandem::transfer

@@ -186,20 +186,30 @@ AgentCore::Transfer* AgentCore::find(Side side, const Handle& handle) {
   return found == by_handle_.end() ? nullptr : find(found->second);
 }
 
-void AgentCore::perform(Transfer& transfer, Actions&& actions, std::span<const std::byte> payload) {
+void AgentCore::perform(Transfer& transfer, Actions&& actions, const Payload& payload) {
   for (Action& action : actions) {
     if (Tell* tell_action = std::get_if<Tell>(&action)) {
       const auto link = links_.find(transfer.link);
       if (link != links_.end()) tell(link->second, std::move(tell_action->message));
     } else if (const Write* write = std::get_if<Write>(&action)) {
-      write_payload(transfer, *write, payload);
+      if (payload.borrowed == nullptr) write_payload(transfer, *write, payload.bytes);
     } else {
       return end_transfer(transfer, std::move(std::get<Finish>(action)));
     }
   }
 }
 
+// What the messenger still reads in our blocks must not count any more, because Done gives them back.
+void AgentCore::take_back(Transfer& transfer) {
+  for (const uint64_t token : transfer.lent) {
+    messenger_->revoke(transfer.link, token);
+    CHECK_EQ(staged_.erase(token), 1U);
+  }
+  transfer.lent.clear();
+}
+
 void AgentCore::end_transfer(Transfer& transfer, Finish&& finish) {
+  take_back(transfer);
   Done done{transfer.id, std::move(finish.status), std::move(finish.first_token), finish.bytes,
             clock_.now_us() - transfer.start_us};
   const comm::ConnectionId link_id = transfer.link;
@@ -252,16 +262,52 @@ void AgentCore::write_payload(const Transfer& transfer, const Write& write, std:
   CHECK_EQ(position, payload.size());
 }
 
-// Copies the parts into `buffer`; gives their checksum if they shall have one.
-std::optional<uint64_t> AgentCore::stage(const Transfer& transfer, const PartRange& range, std::byte* buffer) const {
-  size_t position = 0;
-  for (int64_t part = range.first_part; part < range.first_part + range.num_parts; ++part) {
-    const size_t size = static_cast<size_t>(transfer.grid.bytes_of(part));
-    std::memcpy(buffer + position, part_address(transfer, range.layer, part), size);
-    position += size;
+void AgentCore::copy_borrowed(const Transfer& transfer, const Write& write, const comm::BorrowedPayload& payload) {
+  int64_t part = write.first_part;
+  int64_t position = 0;  // in the part
+  for (comm::ByteSpan piece : payload.pieces()) {
+    while (!piece.empty()) {
+      CHECK_LT(part, write.first_part + write.num_parts);
+      const int64_t left = transfer.grid.bytes_of(part) - position;
+      const size_t count = std::min(piece.size(), static_cast<size_t>(left));
+      std::memcpy(part_address(transfer, write.layer, part) + position, piece.data(), count);
+      piece = piece.subspan(count);
+      position += static_cast<int64_t>(count);
+      if (static_cast<int64_t>(count) < left) continue;
+      ++part;
+      position = 0;
+    }
   }
-  if (!options_.checksum) return std::nullopt;
-  return checksum(std::span<const std::byte>(buffer, position));
+  CHECK_EQ(part, write.first_part + write.num_parts);
+}
+
+// Where parts lie in our blocks, in order; neighbours are one piece.
+std::vector<comm::ByteSpan> AgentCore::list_pieces(const Transfer& transfer, int64_t layer, int64_t first_part,
+                                                   int64_t num_parts) const {
+  std::vector<comm::ByteSpan> pieces;
+  for (int64_t part = first_part; part < first_part + num_parts; ++part) {
+    const comm::ByteSpan piece(part_address(transfer, layer, part), static_cast<size_t>(transfer.grid.bytes_of(part)));
+    if (!pieces.empty() && pieces.back().data() + pieces.back().size() == piece.data()) {
+      pieces.back() = {pieces.back().data(), pieces.back().size() + piece.size()};
+    } else {
+      pieces.push_back(piece);
+    }
+  }
+  return pieces;
+}
+
+comm::ByteSpan AgentCore::stage(std::span<const comm::ByteSpan> pieces, std::byte* buffer) const {
+  size_t size = 0;
+  for (const comm::ByteSpan piece : pieces) {
+    std::memcpy(buffer + size, piece.data(), piece.size());
+    size += piece.size();
+  }
+  return {buffer, size};
+}
+
+bool AgentCore::wants_checksum(comm::ConnectionId link) const {
+  if (options_.checksum != KvChecksum::kAuto) return options_.checksum == KvChecksum::kOn;
+  return messenger_->wants_checksum(link);
 }
 
 std::unique_ptr<std::byte[]> AgentCore::take_buffer() {
@@ -274,7 +320,7 @@ std::unique_ptr<std::byte[]> AgentCore::take_buffer() {
 // Senders take turns, one message each, so that a long prompt does not hold up a short one.
 bool AgentCore::pump() {
   for (int64_t i = 0; i < kMaxDataPerPump; ++i) {
-    if (senders_.empty() || std::ssize(staged_) >= kMaxStagingBuffers) return false;
+    if (senders_.empty() || std::ssize(staged_) >= kMaxStaged) return false;
     const TransferId id = senders_.front();
     senders_.pop_front();
     sender_queued_.erase(id);
@@ -286,32 +332,37 @@ bool AgentCore::pump() {
   return true;
 }
 
+// Hands one message to the messenger; false if the link is closing.
+bool AgentCore::send_part(Transfer& transfer, comm::ConnectionId link, const PartRange& range) {
+  const std::vector<comm::ByteSpan> pieces = list_pieces(transfer, range.layer, range.first_part, range.num_parts);
+  const uint64_t token = next_token_++;
+  Data data{transfer.handle(), range.layer, range.first_part, range.num_parts, std::nullopt};
+  if (wants_checksum(link)) data.checksum = checksum(pieces);
+  std::unique_ptr<std::byte[]> buffer;
+  comm::SendResult result = comm::SendResult::kClosed;
+  if (messenger_->takes_pieces(link) && std::ssize(pieces) <= comm::kMaxPieces) {
+    result = messenger_->send_pieces(link, encode(data), pieces, token);
+  } else {
+    buffer = take_buffer();
+    result = messenger_->send(link, encode(data), stage(pieces, buffer.get()), token);
+  }
+  if (result == comm::SendResult::kPending) {
+    if (buffer == nullptr) transfer.lent.insert(token);
+    staged_.emplace(token, StagedData{transfer.id, std::move(buffer)});
+    return true;
+  }
+  if (buffer != nullptr) spare_buffers_.push_back(std::move(buffer));
+  if (result == comm::SendResult::kSent) transfer.sender->data_sent(clock_.now_us());
+  return result == comm::SendResult::kSent;
+}
+
 // True if a message went out and another may follow.
 bool AgentCore::send_next(Transfer& transfer) {
-  const TransferId id = transfer.id;
   const auto link = links_.find(transfer.link);
   if (link == links_.end()) return false;
   const int64_t now_us = clock_.now_us();
   const std::optional<PartRange> range = transfer.sender->next_data(now_us);
-  if (range.has_value()) {
-    std::unique_ptr<std::byte[]> buffer = take_buffer();
-    const std::optional<uint64_t> sum = stage(transfer, *range, buffer.get());
-    const Data data{transfer.handle(), range->layer, range->first_part, range->num_parts, sum};
-    const size_t size = static_cast<size_t>(transfer.grid.bytes_of(range->first_part, range->num_parts));
-    const uint64_t token = next_token_++;
-    const std::span<const std::byte> payload(buffer.get(), size);
-    const comm::SendResult result = messenger_->send(link->first, encode(data), payload, token);
-    if (result == comm::SendResult::kClosed) {
-      spare_buffers_.push_back(std::move(buffer));
-      return false;  // on_closed follows
-    }
-    if (result == comm::SendResult::kPending) {
-      staged_.emplace(token, StagedData{id, std::move(buffer)});
-    } else {
-      spare_buffers_.push_back(std::move(buffer));
-      transfer.sender->data_sent(now_us);
-    }
-  }
+  if (range.has_value() && !send_part(transfer, link->first, *range)) return false;  // on_closed follows
   Actions actions;
   transfer.sender->advance(now_us, actions);
   perform(transfer, std::move(actions));
@@ -321,11 +372,12 @@ bool AgentCore::send_next(Transfer& transfer) {
 void AgentCore::on_sent(comm::ConnectionId, uint64_t token) {
   const auto found = staged_.find(token);
   CHECK(found != staged_.end());
-  spare_buffers_.push_back(std::move(found->second.buffer));
+  if (found->second.buffer != nullptr) spare_buffers_.push_back(std::move(found->second.buffer));
   const TransferId id = found->second.transfer;
   staged_.erase(found);
   Transfer* transfer = find(id);
   if (transfer == nullptr) return;
+  transfer->lent.erase(token);
   transfer->sender->data_sent(clock_.now_us());
   if (sender_queued_.insert(id).second) senders_.push_back(id);
 }

@@ -1,9 +1,11 @@
 // The agent without thread, socket and clock: tables of transfers and links, and the dispatch between engine commands,
 // messages and state machines. ucx_agent.cc runs it on a thread over UCX; tests run it over a made-up network.
 //
-// Ownership of blocks: the only places that touch KV memory are write_payload() and stage(), both called while the
-// transfer is in the table. A transfer leaves the table in the same step in which its Done is emitted. Hence nothing
-// can be read or written after Done, whatever the peer or the transport does: the transport reads staging buffers only.
+// Ownership of blocks: the only places that write KV memory are write_payload() and copy_borrowed(), both called while the
+// transfer is in the table. It is read by stage(), in the same way, and by a messenger that takes pieces: from send_part()
+// until the part is sent or end_transfer() has taken it back. A transfer leaves the table in the same step in which its
+// Done is emitted. Hence nothing is written after Done, whatever the peer or the transport does, and nothing that is read
+// after it counts anywhere.
 #pragma once
 
 #include <deque>
@@ -25,7 +27,7 @@ namespace tandem::transfer {
 
 inline constexpr int64_t kMaxTransfers = 8192;            // open at a time, publications included
 inline constexpr int64_t kMaxRetired = 16384;             // ended handles whose fate is remembered for error messages
-inline constexpr int64_t kMaxStagingBuffers = 256;        // of comm::kMaxPayloadBytes each
+inline constexpr int64_t kMaxStaged = 256;                // messages with payload in flight; each may need a buffer
 inline constexpr int64_t kMaxDataPerPump = 64;            // messages between two looks at commands and arrivals
 inline constexpr int64_t kMaxMessagesBeforeHello = 4096;  // waiting for a link to stand
 inline constexpr int64_t kLingerUs = 1'000'000;           // for a refusal to reach the peer
@@ -72,6 +74,8 @@ class AgentCore final : public comm::MessageHandler {
   void on_accept(comm::ConnectionId connection) override;
   void on_message(comm::ConnectionId connection, std::span<const std::byte> message,
                   std::span<const std::byte> payload) override;
+  void on_borrowed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                           const comm::BorrowedPayload& payload) override;
   void on_sent(comm::ConnectionId connection, uint64_t token) override;
   void on_closed(comm::ConnectionId connection, const Error& why) override;
 
@@ -100,13 +104,20 @@ class AgentCore final : public comm::MessageHandler {
     std::string wanted_engine;  // the peer's engine id in the handle's parameters; may be empty
     comm::ConnectionId link;    // 0: none yet
     int64_t start_us = 0;
+    std::set<uint64_t> lent;  // tokens of messages whose payload the messenger reads in our blocks
 
     const Handle& handle() const { return sender ? sender->handle() : receiver->handle(); }
     Side side() const { return sender ? Side::kSender : Side::kReceiver; }
   };
   struct StagedData {
     TransferId transfer;
-    std::unique_ptr<std::byte[]> buffer;
+    std::unique_ptr<std::byte[]> buffer;  // null: the payload is lent
+  };
+  // What came with a message: bytes that stay, or bytes that their owner may take back.
+  struct Payload {
+    std::span<const std::byte> bytes;
+    const comm::BorrowedPayload* borrowed = nullptr;
+    int64_t size() const { return borrowed != nullptr ? borrowed->bytes() : std::ssize(bytes); }
   };
   using HandleKey = std::pair<Side, Handle>;
 
@@ -115,13 +126,20 @@ class AgentCore final : public comm::MessageHandler {
   Transfer* find(TransferId id);
   Transfer* find(Side side, const Handle& handle);
   // Carries out what a machine asked for; the transfer may be gone afterwards. `payload` is that of the message being
-  // handled.
-  void perform(Transfer& transfer, Actions&& actions, std::span<const std::byte> payload = {});
+  // handled; a borrowed one has been written already.
+  void perform(Transfer& transfer, Actions&& actions, const Payload& payload);
+  void perform(Transfer& transfer, Actions&& actions) { perform(transfer, std::move(actions), Payload()); }
   void end_transfer(Transfer& transfer, Finish&& finish);
   void write_payload(const Transfer& transfer, const Write& write, std::span<const std::byte> payload);
+  void copy_borrowed(const Transfer& transfer, const Write& write, const comm::BorrowedPayload& payload);
+  std::vector<comm::ByteSpan> list_pieces(const Transfer& transfer, int64_t layer, int64_t first_part,
+                                          int64_t num_parts) const;
+  void take_back(Transfer& transfer);
   std::byte* part_address(const Transfer& transfer, int64_t layer, int64_t part) const;
   bool send_next(Transfer& transfer);
-  std::optional<uint64_t> stage(const Transfer& transfer, const PartRange& range, std::byte* buffer) const;
+  bool send_part(Transfer& transfer, comm::ConnectionId link, const PartRange& range);
+  comm::ByteSpan stage(std::span<const comm::ByteSpan> pieces, std::byte* buffer) const;
+  bool wants_checksum(comm::ConnectionId link) const;
   std::unique_ptr<std::byte[]> take_buffer();
 
   Result<Link*> open_link(const KvTransferParams& remote);
@@ -132,7 +150,10 @@ class AgentCore final : public comm::MessageHandler {
   void refuse_link(Link& link, const Error& why);
   void drop_link(comm::ConnectionId id, const Error& why);
   void fail_transfers(Link& link, const Error& why);
-  void dispatch(Link& link, const Message& message, std::span<const std::byte> payload);
+  void handle(comm::ConnectionId connection, std::span<const std::byte> message, const Payload& payload);
+  void dispatch(Link& link, const Message& message, const Payload& payload);
+  // Gives a message to the receiver; false if it is to be dropped as if it had never come.
+  bool receive(Transfer& transfer, const Message& message, const Payload& payload, Actions& actions);
   void answer_stray(Link& link, const Message& message);
   void retire(const Handle& handle, Side side, FaultCode fate);
 

@@ -172,8 +172,17 @@ void AgentCore::refuse_link(Link& link, const Error& why) {
 
 // --- messages ---
 
-void AgentCore::on_message(comm::ConnectionId connection, std::span<const std::byte> bytes,
+void AgentCore::on_message(comm::ConnectionId connection, std::span<const std::byte> message,
                            std::span<const std::byte> payload) {
+  handle(connection, message, Payload{payload});
+}
+
+void AgentCore::on_borrowed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                                    const comm::BorrowedPayload& payload) {
+  handle(connection, message, Payload{{}, &payload});
+}
+
+void AgentCore::handle(comm::ConnectionId connection, std::span<const std::byte> bytes, const Payload& payload) {
   const auto found = links_.find(connection);
   if (found == links_.end()) return;
   Link& link = found->second;
@@ -194,7 +203,7 @@ void AgentCore::on_message(comm::ConnectionId connection, std::span<const std::b
   dispatch(link, *message, payload);
 }
 
-void AgentCore::dispatch(Link& link, const Message& message, std::span<const std::byte> payload) {
+void AgentCore::dispatch(Link& link, const Message& message, const Payload& payload) {
   const std::pair<Side, Handle> target = *find_target(message);
   Transfer* transfer = find(target.first, target.second);
   if (transfer == nullptr) return answer_stray(link, message);
@@ -225,14 +234,30 @@ void AgentCore::dispatch(Link& link, const Message& message, std::span<const std
       return;
     }
     if (sender_queued_.insert(transfer->id).second) senders_.push_back(transfer->id);
-  } else {
-    bool intact = true;
-    if (const Data* data = std::get_if<Data>(&message)) {
-      intact = !data->checksum.has_value() || *data->checksum == checksum(payload);
-    }
-    transfer->receiver->receive(message, std::ssize(payload), intact, now_us, actions);
+  } else if (!receive(*transfer, message, payload, actions)) {
+    return;
   }
   perform(*transfer, std::move(actions), payload);
+}
+
+// A payload that stays is looked at before it is written. One that its owner may take back has to be written first, to
+// the place where it would go; it counts only if it was still lent when that was done.
+bool AgentCore::receive(Transfer& transfer, const Message& message, const Payload& payload, Actions& actions) {
+  bool intact = true;
+  const Data* data = std::get_if<Data>(&message);
+  if (data != nullptr && payload.borrowed != nullptr) {
+    const std::optional<Write> place = transfer.receiver->find_place(*data, payload.size());
+    if (place.has_value()) {
+      copy_borrowed(transfer, *place, *payload.borrowed);
+      if (!payload.borrowed->is_valid()) return false;
+      intact = !data->checksum.has_value() ||
+               *data->checksum == checksum(list_pieces(transfer, place->layer, place->first_part, place->num_parts));
+    }
+  } else if (data != nullptr) {
+    intact = !data->checksum.has_value() || *data->checksum == checksum(payload.bytes);
+  }
+  transfer.receiver->receive(message, payload.size(), intact, clock_.now_us(), actions);
+  return true;
 }
 
 // A message for a transfer that is not open here. What merely comes late is dropped: the peer knows, or will.

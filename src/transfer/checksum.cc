@@ -42,17 +42,42 @@ Lanes add_rows(Lanes lanes, const std::byte* row, size_t num_rows) {
   return lanes;
 }
 
-}  // namespace
-
-uint64_t checksum(std::span<const std::byte> data) {
-  const size_t num_rows = data.size() / kRowBytes;
-  Lanes lanes = add_rows(Lanes{}, data.data(), num_rows);
-  std::array<std::byte, kRowBytes> rest{};
-  std::copy(data.begin() + static_cast<ptrdiff_t>(num_rows * kRowBytes), data.end(), rest.begin());
+// `rest` are the last bytes, less than a row, and zeros behind them.
+uint64_t finish(Lanes lanes, const std::array<std::byte, kRowBytes>& rest, size_t size) {
   lanes = add_rows(lanes, rest.data(), 1);
-  uint64_t sum = mix(kStart, data.size());
+  uint64_t sum = mix(kStart, size);
   for (uint64_t lane : {lanes.a, lanes.b, lanes.c, lanes.d, lanes.e, lanes.f, lanes.g, lanes.h}) sum = mix(sum, lane);
   return sum ^ (sum >> 32);
+}
+
+}  // namespace
+
+uint64_t checksum(std::span<const std::byte> data) { return checksum(std::span(&data, 1)); }
+
+uint64_t checksum(std::span<const std::span<const std::byte>> pieces) {
+  Lanes lanes;
+  std::array<std::byte, kRowBytes> rest{};
+  size_t in_rest = 0;
+  size_t size = 0;
+  for (std::span<const std::byte> piece : pieces) {
+    size += piece.size();
+    if (in_rest > 0) {  // fill up the row that the piece before has begun
+      const size_t count = std::min(kRowBytes - in_rest, piece.size());
+      std::copy_n(piece.begin(), count, rest.begin() + static_cast<ptrdiff_t>(in_rest));
+      in_rest += count;
+      piece = piece.subspan(count);
+      if (in_rest < kRowBytes) continue;
+      lanes = add_rows(lanes, rest.data(), 1);
+      in_rest = 0;
+    }
+    const size_t num_rows = piece.size() / kRowBytes;
+    lanes = add_rows(lanes, piece.data(), num_rows);
+    piece = piece.subspan(num_rows * kRowBytes);
+    std::copy(piece.begin(), piece.end(), rest.begin());
+    in_rest = piece.size();
+  }
+  std::fill(rest.begin() + static_cast<ptrdiff_t>(in_rest), rest.end(), std::byte{0});
+  return finish(lanes, rest, size);
 }
 
 }  // namespace tandem::transfer

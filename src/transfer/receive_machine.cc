@@ -64,20 +64,37 @@ void ReceiveMachine::on_begin(const Begin& begin, int64_t now_us, Actions& out) 
   out.push_back(Tell{Accept{spec_.handle, spec_.first_block}});
 }
 
+bool ReceiveMachine::is_in_range(const Data& data) const {
+  // Numbers of the wire are below 2^48, so the sum cannot overflow.
+  return data.layer < spec_.grid.num_layers && data.num_parts >= 1 &&
+         data.first_part >= spec_.first_block * spec_.grid.parts_per_block() &&
+         data.first_part + data.num_parts <= spec_.grid.parts_per_layer();
+}
+
+int64_t ReceiveMachine::count_present(const Data& data) const {
+  const auto begin = have_.begin() + data.layer * spec_.grid.parts_per_layer() + data.first_part;
+  return std::count(begin, begin + data.num_parts, true);
+}
+
+std::optional<Write> ReceiveMachine::find_place(const Data& data, int64_t payload_bytes) const {
+  if (state_ == State::kEnded || state_ == State::kExpecting || !is_in_range(data)) return std::nullopt;
+  if (payload_bytes != spec_.grid.bytes_of(data.first_part, data.num_parts)) return std::nullopt;
+  if (count_present(data) != 0) return std::nullopt;
+  return Write{data.layer, data.first_part, data.num_parts};
+}
+
 void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intact, int64_t now_us, Actions& out) {
   if (state_ == State::kExpecting) {
     return refuse(FaultCode::kProtocol, ErrorKind::kInternal, "data came before 'begin'", out);
   }
   state_ = State::kReceiving;
   const PartGrid& grid = spec_.grid;
-  const int64_t lowest_part = spec_.first_block * grid.parts_per_block();
-  // Numbers of the wire are below 2^48, so the sum cannot overflow.
-  if (data.layer >= grid.num_layers || data.num_parts < 1 || data.first_part < lowest_part ||
-      data.first_part + data.num_parts > grid.parts_per_layer()) {
+  if (!is_in_range(data)) {
     return refuse(
         FaultCode::kOutOfRange, ErrorKind::kInternal,
         fmt::format("layer {} parts {} + {}; {} layers and parts {} … {} were asked for", data.layer, data.first_part,
-                    data.num_parts, grid.num_layers, lowest_part, grid.parts_per_layer() - 1),
+                    data.num_parts, grid.num_layers, spec_.first_block * grid.parts_per_block(),
+                    grid.parts_per_layer() - 1),
         out);
   }
   const int64_t bytes = grid.bytes_of(data.first_part, data.num_parts);
@@ -85,8 +102,7 @@ void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intac
     return refuse(FaultCode::kWrongLength, ErrorKind::kInternal,
                   fmt::format("{} bytes for {} parts that have {}", payload_bytes, data.num_parts, bytes), out);
   }
-  const auto begin = have_.begin() + data.layer * grid.parts_per_layer() + data.first_part;
-  const int64_t already = std::count(begin, begin + data.num_parts, true);
+  const int64_t already = count_present(data);
   if (already == data.num_parts) return;  // a repetition is never written
   if (already != 0) {
     return refuse(FaultCode::kProtocol, ErrorKind::kInternal,
@@ -98,7 +114,7 @@ void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intac
         fmt::format("the checksum of layer {} parts {} + {} is wrong", data.layer, data.first_part, data.num_parts),
         out);
   }
-  std::fill(begin, begin + data.num_parts, true);
+  std::fill_n(have_.begin() + data.layer * grid.parts_per_layer() + data.first_part, data.num_parts, true);
   received_bytes_ += bytes;
   last_progress_us_ = now_us;
   out.push_back(Write{data.layer, data.first_part, data.num_parts});

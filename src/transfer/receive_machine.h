@@ -37,6 +37,8 @@ class ReceiveMachine {
   // Begin, Data, Commit, Heartbeat, Abort or Fault of this handle. For Data, `payload_bytes` came with it and `intact`
   // is false if the checksum disagrees.
   void receive(const Message& message, int64_t payload_bytes, bool intact, int64_t now_us, Actions& out);
+  // Where the payload of `data` would be written if receive() got it now, intact; nothing if it would not be written.
+  std::optional<Write> find_place(const Data& data, int64_t payload_bytes) const;
   void lose_peer(const Error& why, Actions& out);
   void abort(Actions& out);
   void expire(int64_t now_us, Actions& out);
@@ -54,6 +56,8 @@ class ReceiveMachine {
   void refuse(FaultCode code, ErrorKind kind, std::string text, Actions& out);
   void finish(Status status, Actions& out);
   void try_complete(Actions& out);
+  bool is_in_range(const Data& data) const;
+  int64_t count_present(const Data& data) const;
   std::string describe_progress() const;
 
   ReceiveSpec spec_;

@@ -44,17 +44,17 @@ std::vector<BlockId> first_blocks(int64_t count, int64_t first) {
   return blocks;
 }
 
-AgentOptions make_options(const std::string& engine_id, bool shared_memory) {
+AgentOptions make_options(const std::string& engine_id, comm::Transport transport) {
   AgentOptions options;
   options.engine_id = engine_id;
   options.model_fingerprint = "model-a";
-  options.shared_memory = shared_memory;
+  options.transport = transport;
   options.idle_timeout_us = 2'000'000;
   return options;
 }
 
 LocalPeer::LocalPeer(const AgentOptions& options, const model::KvLayout& layout, int64_t num_blocks)
-    : ops_(kernels::make_ops("ref", 1).value()), cache_(std::make_unique<model::KvCache>(*ops_, layout, num_blocks)) {
+    : ops_(kernels::make_ops("ref", 1).value()), cache_(std::make_unique<model::KvCache>(*ops_, layout, num_blocks, /*shareable=*/true)) {
   agent_ = make_ucx_agent(*cache_, options, [this] {
              const std::lock_guard<std::mutex> lock(mutex_);
              has_news_ = true;
@@ -197,7 +197,7 @@ int run_child(int argc, char** argv) {
   CHECK_EQ(argc, 5);
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   init_log(LogLevel::kError, "child");
-  AgentOptions options = make_options(argv[2], std::string(argv[3]) == "shm");
+  AgentOptions options = make_options(argv[2], *comm::parse_transport(argv[3]));
   options.listen_port = std::stoll(argv[4]);
   LocalPeer peer(options, peer_layout(), kPeerBlocks);
   for (int32_t i = 0; i < kPeerBlocks; ++i) peer.fill(BlockId(i), kChildSeed + static_cast<uint64_t>(i));
@@ -208,7 +208,7 @@ int run_child(int argc, char** argv) {
   return 0;
 }
 
-ChildPeer::ChildPeer(const std::string& engine_id, bool shared_memory, int64_t port) {
+ChildPeer::ChildPeer(const std::string& engine_id, comm::Transport transport, int64_t port) {
   int in[2];
   int out[2];
   CHECK_EQ(pipe2(in, O_CLOEXEC), 0);
@@ -219,7 +219,7 @@ ChildPeer::ChildPeer(const std::string& engine_id, bool shared_memory, int64_t p
   if (pid_ == 0) {
     dup2(in[0], STDIN_FILENO);
     dup2(out[1], STDOUT_FILENO);
-    execl("/proc/self/exe", "transfer_test", kChildFlag, engine_id.c_str(), shared_memory ? "shm" : "tcp",
+    execl("/proc/self/exe", "transfer_test", kChildFlag, engine_id.c_str(), comm::transport_option(transport),
           port_text.c_str(), static_cast<char*>(nullptr));
     _exit(127);
   }

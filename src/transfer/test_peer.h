@@ -49,7 +49,7 @@ class LocalPeer {
 };
 
 std::vector<BlockId> first_blocks(int64_t count, int64_t first = 0);
-AgentOptions make_options(const std::string& engine_id, bool shared_memory);
+AgentOptions make_options(const std::string& engine_id, comm::Transport transport);
 
 // The same in another process: this program called with kChildFlag. Its block b is filled with seed 1000 + b.
 inline constexpr const char* kChildFlag = "--transfer-test-child";
@@ -57,7 +57,7 @@ int run_child(int argc, char** argv);
 
 class ChildPeer {
  public:
-  ChildPeer(const std::string& engine_id, bool shared_memory, int64_t port = 0);
+  ChildPeer(const std::string& engine_id, comm::Transport transport, int64_t port = 0);
   ~ChildPeer();
   ChildPeer(const ChildPeer&) = delete;
   ChildPeer& operator=(const ChildPeer&) = delete;

@@ -1,4 +1,4 @@
-// The agent in production: an AgentCore and a UCX messenger on one thread, fed by the engine through a queue.
+// The agent in production: an AgentCore and a messenger on one thread, fed by the engine through a queue.
 #include <atomic>
 #include <mutex>
 #include <thread>
@@ -16,11 +16,33 @@ constexpr int64_t kMaxSleepUs = 1'000'000;
 constexpr size_t kMaxCommands = 1 << 20;  // far above what an engine can have open; more is a bug
 constexpr size_t kIncarnationBytes = 8;
 
+const char* describe(comm::Transport transport, bool shareable) {
+  switch (transport) {
+    case comm::Transport::kAuto:
+      return shareable ? "shared memory within this host, TCP between hosts"
+                       : "TCP, because the KV memory is not shareable";
+    case comm::Transport::kSharedMemory:
+      return "shared memory only";
+    case comm::Transport::kTcp:
+      return "TCP everywhere";
+    case comm::Transport::kUcx:
+      return "UCX: its shared memory within this host, its TCP between hosts";
+    case comm::Transport::kUcxTcp:
+      return "UCX's TCP everywhere";
+  }
+  return "?";
+}
+
+const char* checksum_option(KvChecksum checksum) {
+  return checksum == KvChecksum::kAuto ? "auto" : checksum == KvChecksum::kOn ? "on" : "off";
+}
+
 class UcxAgent final : public Agent, private comm::MessageHandler {
  public:
   UcxAgent(model::KvCache& cache, const AgentOptions& options, std::function<void()> wake)
       : engine_id_(fmt::format("{}:{}", options.engine_id, random_hex(kIncarnationBytes))),
         wake_(std::move(wake)),
+        memory_{cache.base(), cache.bytes(), cache.shared_fd()},
         core_(KvMemory{cache.base(), cache.layer_stride_bytes(), cache.num_blocks(), cache.layout()}, options,
               engine_id_, clock_, [this](Done&& done) { add_done(std::move(done)); }) {}
 
@@ -35,7 +57,8 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
     comm::MessengerOptions messenger_options;
     messenger_options.listen_host = options.listen_host;
     messenger_options.listen_port = options.listen_port;
-    messenger_options.shared_memory = options.shared_memory;
+    messenger_options.transport = options.transport;
+    messenger_options.memory = memory_;
     TANDEM_ASSIGN(messenger_, make_messenger(messenger_options, *this));
     core_.set_messenger(messenger_.get());
     port_ = messenger_->port();
@@ -145,12 +168,18 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
     core_.on_message(connection, message, payload);
   }
   void on_accept(comm::ConnectionId connection) override { core_.on_accept(connection); }
+  void on_borrowed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                           const comm::BorrowedPayload& payload) override {
+    run_commands();
+    core_.on_borrowed_message(connection, message, payload);
+  }
   void on_sent(comm::ConnectionId connection, uint64_t token) override { core_.on_sent(connection, token); }
   void on_closed(comm::ConnectionId connection, const Error& why) override { core_.on_closed(connection, why); }
 
   const SteadyClock clock_;
   const std::string engine_id_;
   const std::function<void()> wake_;
+  const comm::LocalMemory memory_;
   AgentCore core_;
   std::unique_ptr<comm::Messenger> messenger_;  // goes before the core, which it calls
   int64_t port_ = 0;
@@ -179,9 +208,9 @@ Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const Agent
   }
   std::unique_ptr<UcxAgent> agent = std::make_unique<UcxAgent>(cache, options, std::move(wake));
   TANDEM_TRY(agent->start(options, make_messenger));
-  log_info("transfer", "agent {} listens on {}:{}; {}; checksum {}", agent->engine_id(), options.listen_host,
-           agent->port(), options.shared_memory ? "shared memory on this host, TCP between hosts" : "TCP everywhere",
-           options.checksum ? "on" : "off");
+  log_info("transfer", "agent {} listens on {}:{}; transport {} ({}); checksum {}", agent->engine_id(),
+           options.listen_host, agent->port(), comm::transport_option(options.transport),
+           describe(options.transport, cache.shared_fd() >= 0), checksum_option(options.checksum));
   return std::unique_ptr<Agent>(std::move(agent));
 }
 

@@ -1,4 +1,4 @@
-// Real agents over UCX: two in this process, and this process with children that are killed, frozen and restarted.
+// Real agents over every transport: two in this process, and this process with children that are killed, frozen and restarted.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -20,7 +20,7 @@ using testing::HasSubstr;
 
 constexpr uint64_t kChildSeed = 1000;
 
-class UcxAgentTest : public testing::TestWithParam<bool> {
+class AgentTest : public testing::TestWithParam<comm::Transport> {
  protected:
   static AgentOptions options(const std::string& engine_id) { return make_options(engine_id, GetParam()); }
   static int64_t blocks_of(int64_t tokens) { return (tokens + 15) / 16; }
@@ -43,7 +43,7 @@ class UcxAgentTest : public testing::TestWithParam<bool> {
   SteadyClock clock;
 };
 
-TEST_P(UcxAgentTest, PushesLayersAndChunksInOneProcess) {
+TEST_P(AgentTest, PushesLayersAndChunksInOneProcess) {
   LocalPeer prefill(options("prefill"), peer_layout(), 256);
   LocalPeer decode(options("decode"), peer_layout(), 256);
   for (int32_t i = 0; i < 256; ++i) prefill.fill(BlockId(i), 500 + static_cast<uint64_t>(i));
@@ -88,7 +88,7 @@ TEST_P(UcxAgentTest, PushesLayersAndChunksInOneProcess) {
   EXPECT_EQ(decode.agent().num_open() + prefill.agent().num_open(), 0);
 }
 
-TEST_P(UcxAgentTest, PushesAndPullsBetweenProcesses) {
+TEST_P(AgentTest, PushesAndPullsBetweenProcesses) {
   LocalPeer local(options("local"), peer_layout(), kPeerBlocks);
   ChildPeer child("child", GetParam());
   for (const int64_t tokens : {int64_t{1}, int64_t{16}, int64_t{17}, int64_t{2000}, int64_t{30'000}}) {
@@ -113,7 +113,7 @@ TEST_P(UcxAgentTest, PushesAndPullsBetweenProcesses) {
   }
 }
 
-TEST_P(UcxAgentTest, MismatchIsRefusedWithBothValues) {
+TEST_P(AgentTest, MismatchIsRefusedWithBothValues) {
   LocalPeer decode(options("decode"), peer_layout(), 16);
   AgentOptions other_model = options("other");
   other_model.model_fingerprint = "model-b";
@@ -137,7 +137,7 @@ TEST_P(UcxAgentTest, MismatchIsRefusedWithBothValues) {
   EXPECT_THAT(done->status.error().message, testing::AllOf(HasSubstr("512 B bf16"), HasSubstr("1024 B f32")));
 }
 
-TEST_P(UcxAgentTest, AHandleWorksOnce) {
+TEST_P(AgentTest, AHandleWorksOnce) {
   LocalPeer local(options("local"), peer_layout(), kPeerBlocks);
   ChildPeer child("child", GetParam());
   const std::string handle = child.ask("publish 160");
@@ -153,7 +153,7 @@ TEST_P(UcxAgentTest, AHandleWorksOnce) {
   }
 }
 
-TEST_P(UcxAgentTest, AKilledSenderIsNoticed) {
+TEST_P(AgentTest, AKilledSenderIsNoticed) {
   LocalPeer decode(options("decode"), peer_layout(), kPeerBlocks);
   for (int round = 0; round < 3; ++round) {
     ChildPeer child("prefill", GetParam());
@@ -174,7 +174,7 @@ TEST_P(UcxAgentTest, AKilledSenderIsNoticed) {
   }
 }
 
-TEST_P(UcxAgentTest, AKilledReceiverIsNoticed) {
+TEST_P(AgentTest, AKilledReceiverIsNoticed) {
   LocalPeer prefill(options("prefill"), peer_layout(), kPeerBlocks);
   ChildPeer child("decode", GetParam());
   const std::string handle = child.ask("expect 25600");
@@ -191,7 +191,7 @@ TEST_P(UcxAgentTest, AKilledReceiverIsNoticed) {
 }
 
 // A sender that dies while it writes into shared memory leaves its queue stuck; nobody else may feel it.
-TEST_P(UcxAgentTest, ADyingSenderHarmsNoOther) {
+TEST_P(AgentTest, ADyingSenderHarmsNoOther) {
   LocalPeer decode(options("decode"), peer_layout(), kPeerBlocks);
   ChildPeer healthy("healthy", GetParam());
   for (int round = 0; round < 4; ++round) {
@@ -223,7 +223,7 @@ TEST_P(UcxAgentTest, ADyingSenderHarmsNoOther) {
 
 // A frozen sender is given up after the idle time-out, or at once by abort; when it goes on, its late data lands
 // nowhere.
-TEST_P(UcxAgentTest, AFrozenSenderCanNeverWriteLater) {
+TEST_P(AgentTest, AFrozenSenderCanNeverWriteLater) {
   LocalPeer decode(options("decode"), peer_layout(), kPeerBlocks);
   ChildPeer child("prefill", GetParam());
   for (const bool by_abort : {true, false}) {
@@ -247,7 +247,7 @@ TEST_P(UcxAgentTest, AFrozenSenderCanNeverWriteLater) {
   }
 }
 
-TEST_P(UcxAgentTest, AFrozenReceiverIsGivenUp) {
+TEST_P(AgentTest, AFrozenReceiverIsGivenUp) {
   LocalPeer prefill(options("prefill"), peer_layout(), kPeerBlocks);
   ChildPeer child("decode", GetParam());
   const TransferId id = prefill.next_id();
@@ -268,7 +268,7 @@ TEST_P(UcxAgentTest, AFrozenReceiverIsGivenUp) {
 
 // Its queue is full of messages that nobody will ever read; its death must be told all the same, by the socket and long
 // before the idle time-out of 2 s.
-TEST_P(UcxAgentTest, AReceiverKilledWithAFullQueueIsNoticed) {
+TEST_P(AgentTest, AReceiverKilledWithAFullQueueIsNoticed) {
   LocalPeer prefill(options("prefill"), peer_layout(), kPeerBlocks);
   ChildPeer child("decode", GetParam());
   const TransferId id = prefill.next_id();
@@ -286,7 +286,7 @@ TEST_P(UcxAgentTest, AReceiverKilledWithAFullQueueIsNoticed) {
   EXPECT_LT(noticed_us, 1'500'000);
 }
 
-TEST_P(UcxAgentTest, ARestartedPeerOnTheSamePortIsUsableAtOnce) {
+TEST_P(AgentTest, ARestartedPeerOnTheSamePortIsUsableAtOnce) {
   LocalPeer decode(options("decode"), peer_layout(), 64);
   auto child = std::make_unique<ChildPeer>("prefill", GetParam());
   const int64_t port = child->port();
@@ -314,7 +314,7 @@ TEST_P(UcxAgentTest, ARestartedPeerOnTheSamePortIsUsableAtOnce) {
 }
 
 // Blocks that are freed by Done get their next owner's bytes at once; nothing may change them after that.
-TEST_P(UcxAgentTest, AbortStormLeavesNoForeignBytes) {
+TEST_P(AgentTest, AbortStormLeavesNoForeignBytes) {
   constexpr int kRounds = 400;
   constexpr int64_t kTokens = 25 * 16;
   LocalPeer prefill(options("prefill"), peer_layout(), 256);
@@ -408,7 +408,7 @@ int64_t cpu_time_us() {
   return (usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) * 1'000'000 + usage.ru_utime.tv_usec + usage.ru_stime.tv_usec;
 }
 
-TEST_P(UcxAgentTest, IdleAgentsSleep) {
+TEST_P(AgentTest, IdleAgentsSleep) {
   LocalPeer prefill(options("prefill"), peer_layout(), 64);
   LocalPeer decode(options("decode"), peer_layout(), 64);
   const TransferId pulling = decode.next_id();
@@ -429,7 +429,7 @@ TEST_P(UcxAgentTest, IdleAgentsSleep) {
   EXPECT_EQ(decode.agent().num_open(), 1);
 }
 
-TEST_P(UcxAgentTest, StopsAtOnceWithOpenTransfers) {
+TEST_P(AgentTest, StopsAtOnceWithOpenTransfers) {
   LocalPeer prefill(options("prefill"), peer_layout(), 64);
   LocalPeer decode(options("decode"), peer_layout(), 64);
   const TransferId receiving = decode.next_id();
@@ -443,7 +443,7 @@ TEST_P(UcxAgentTest, StopsAtOnceWithOpenTransfers) {
   EXPECT_EQ(kind_of(decode.wait_done(receiving, 1'000'000)), ErrorKind::kUnavailable);  // told by the closing
 }
 
-TEST_P(UcxAgentTest, BadAddressesAreErrors) {
+TEST_P(AgentTest, BadAddressesAreErrors) {
   LocalPeer decode(options("decode"), peer_layout(), 64);
   KvTransferParams remote = decode.address("1-00112233445566778899aabbccddeeff");
   remote.remote_host = "no-such-host.invalid";
@@ -463,8 +463,12 @@ TEST_P(UcxAgentTest, BadAddressesAreErrors) {
   EXPECT_THAT(done->status.error().message, HasSubstr("127.0.0.1:1"));
 }
 
-INSTANTIATE_TEST_SUITE_P(Transports, UcxAgentTest, testing::Bool(),
-                         [](const testing::TestParamInfo<bool>& param) { return param.param ? "Shm" : "Tcp"; });
+INSTANTIATE_TEST_SUITE_P(Transports, AgentTest,
+                         testing::Values(comm::Transport::kSharedMemory, comm::Transport::kTcp, comm::Transport::kUcx,
+                                         comm::Transport::kUcxTcp),
+                         [](const testing::TestParamInfo<comm::Transport>& param) {
+                           return comm::transport_option(param.param);
+                         });
 
 }  // namespace
 }  // namespace tandem::transfer
