@@ -228,6 +228,7 @@ void StreamMessenger::revoke(ConnectionId id, uint64_t token) {
   Link* link = find(id);
   if (link == nullptr || token == 0) return;
   std::erase_if(link->waiting, [token](const Waiting& waiting) { return waiting.token == token; });
+  std::erase(sent_, std::pair(id, token));
   for (Lent& lent : link->lent) {
     if (lent.token != token || lent.is_over) continue;
     tickets_->end(lent.ticket);
@@ -399,11 +400,13 @@ bool StreamMessenger::flush_all() {
     flush_link(*link);
     update_interest(*link);
   }
-  const std::vector<std::pair<ConnectionId, uint64_t>> sent = std::exchange(sent_, {});
-  for (const auto& [id, token] : sent) {
+  const bool any = !sent_.empty();
+  while (!sent_.empty()) {  // one by one: the handler may take others back
+    const auto [id, token] = sent_.front();
+    sent_.pop_front();
     if (!stopping_) handler_.on_sent(id, token);
   }
-  return !sent.empty();
+  return any;
 }
 
 void StreamMessenger::update_interest(Link& link) {

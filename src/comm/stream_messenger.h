@@ -157,7 +157,7 @@ class StreamMessenger final : public Messenger {
   std::vector<std::pair<ConnectionId, SocketAddress>> to_open_;  // connect() was called
   std::unique_ptr<LookUps> look_ups_;
   std::vector<std::unique_ptr<OutFrame>> blanks_;
-  std::vector<std::pair<ConnectionId, uint64_t>> sent_;  // to be reported
+  std::deque<std::pair<ConnectionId, uint64_t>> sent_;   // to be reported
   std::vector<std::unique_ptr<OutFrame>> written_;       // scratch
   std::vector<ByteSpan> borrowed_pieces_;                // scratch
   SteadyClock clock_;
