@@ -26,6 +26,7 @@ constexpr Row kRows[] = {
     {Subcommand::kBenchLatency, tandem::commands::run_bench_latency},
     {Subcommand::kBenchRouter, tandem::commands::run_bench_router},
     {Subcommand::kBenchA2a, tandem::commands::run_bench_a2a},
+    {Subcommand::kBenchKv, tandem::commands::run_bench_kv},
     {Subcommand::kQuantize, tandem::commands::run_quantize},
     {Subcommand::kEplb, tandem::commands::run_eplb},
     {Subcommand::kSim, tandem::commands::run_sim},

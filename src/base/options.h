@@ -31,6 +31,7 @@ enum class Subcommand : uint32_t {
   kEplb = 2048,
   kBenchRouter = 4096,
   kBenchA2a = 8192,
+  kBenchKv = 16384,
 };
 
 struct SubcommandInfo {

@@ -15,6 +15,7 @@ constexpr uint32_t kBenchKernels = static_cast<uint32_t>(Subcommand::kBenchKerne
 constexpr uint32_t kThroughput = static_cast<uint32_t>(Subcommand::kBenchThroughput);
 constexpr uint32_t kBenchRouter = static_cast<uint32_t>(Subcommand::kBenchRouter);
 constexpr uint32_t kBenchA2a = static_cast<uint32_t>(Subcommand::kBenchA2a);
+constexpr uint32_t kBenchKv = static_cast<uint32_t>(Subcommand::kBenchKv);
 constexpr uint32_t kLatency = static_cast<uint32_t>(Subcommand::kBenchLatency);
 // All that run an engine in this process.
 constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
@@ -36,6 +37,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchRouter, "bench router", "Measure the router by itself, on one core, between instant mock workers and a load."},
     {Subcommand::kBenchA2a, "bench a2a", "Measure dispatch and combine of the experts' rows beside a plain memcpy of the same bytes."},
+    {Subcommand::kBenchKv, "bench kv", "Measure the transfer of KV blocks between two processes of this machine, beside memcpy and sockets."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
     {Subcommand::kEplb, "eplb", "Compute which rank shall hold which expert, from recorded loads."},
@@ -173,7 +175,7 @@ constexpr OptionSpec kTable[] = {
      .help = "How KV travels to another worker: auto is shared memory within a host and several TCP streams between hosts; "
              "shm refuses peers on other hosts, tcp is TCP also within a host, ucx and ucx_tcp go through UCX. Both workers "
              "of a pair must choose one of the first three, or one of the last two.", .choices = "auto|shm|tcp|ucx|ucx_tcp"},
-    {.name = "kv-checksum", .commands = kServe, .group = "Prefill/decode", .type = kChoice, .default_text = "auto",
+    {.name = "kv-checksum", .commands = kServe | kBenchKv, .group = "Prefill/decode", .type = kChoice, .default_text = "auto",
      .help = "Whether the KV that this worker sends carries checksums of its own: auto is where it leaves the memory of this "
              "host.", .choices = "auto|on|off"},
     {.name = "first-token-from", .commands = kServe, .group = "Prefill/decode", .type = kChoice, .default_text = "prefill",
@@ -366,7 +368,7 @@ constexpr OptionSpec kTable[] = {
      .help = "Batches before the measurement.", .min = 0, .max = 10000},
     {.name = "num-iters", .commands = kLatency, .group = "Load", .type = kInteger, .default_text = "5",
      .help = "Batches measured.", .min = 1, .max = 10000},
-    {.name = "output-json", .commands = kThroughput | kLatency | kBenchRouter, .group = "Result", .type = kText,
+    {.name = "output-json", .commands = kThroughput | kLatency | kBenchRouter | kBenchKv, .group = "Result", .type = kText,
      .default_text = "", .help = "File for the result as JSON; of engines under vLLM's names."},
 
     // bench router
@@ -412,6 +414,13 @@ constexpr OptionSpec kTable[] = {
      .help = "Seconds of each line.", .min = 0.01, .max = 60},
     {.name = "seed", .commands = kBenchA2a, .group = "Shape", .type = kInteger, .default_text = "0",
      .help = "Seed of the routing, which is uniform.", .min = 0, .max = kMaxInt},
+    // bench kv
+    {.name = "transports", .commands = kBenchKv, .group = "Lines", .type = kList,
+     .default_text = "", .help = "What to measure, as of serve's --kv-transport. Default: shm tcp ucx ucx_tcp."},
+    {.name = "block-bytes", .commands = kBenchKv, .group = "Lines", .type = kList,
+     .default_text = "", .help = "Sizes of a block in one layer. Default: 4096 16384 65536 262144 1048576."},
+    {.name = "num-rounds", .commands = kBenchKv, .group = "Lines", .type = kInteger, .default_text = "5",
+     .help = "Rounds, of which the median is reported.", .min = 1, .max = 1000},
 
     // bench kernels
     {.name = "cpu-isa", .commands = kBenchKernels, .group = "Device", .type = kText, .default_text = "all",

@@ -16,6 +16,7 @@ int run_bench_throughput(const Options& options);
 int run_bench_latency(const Options& options);
 int run_bench_router(const Options& options);
 int run_bench_a2a(const Options& options);
+int run_bench_kv(const Options& options);
 int run_quantize(const Options& options);
 int run_eplb(const Options& options);
 int run_sim(const Options& options);
