@@ -20,7 +20,7 @@ struct KvBenchOptions {
   std::vector<int64_t> block_bytes;  // of one layer; multiples of 64
   transfer::KvChecksum checksum = transfer::KvChecksum::kAuto;
   int64_t num_rounds = 5;
-  int64_t total_bytes = int64_t{512} << 20;   // moved per measurement
+  int64_t total_bytes = int64_t{1} << 30;     // moved per measurement
   int64_t memory_bytes = int64_t{64} << 20;  // of each side: what is copied lies in memory, not in a cache
 };
 

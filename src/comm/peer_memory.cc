@@ -1,5 +1,6 @@
 #include "src/comm/peer_memory.h"
 
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -54,6 +55,8 @@ Result<PeerMemory> PeerMemory::open(const Greeting& greeting, const std::string&
   PeerMemory peer;
   TANDEM_ASSIGN(peer.memory_, open_offer(greeting.memory));
   TANDEM_ASSIGN(peer.tickets_, open_offer(greeting.tickets));
+  // An optimisation: refusal is harmless.
+  ::madvise(peer.memory_.data(), static_cast<size_t>(peer.memory_.bytes()), MADV_HUGEPAGE);
   return peer;
 }
 

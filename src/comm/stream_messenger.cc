@@ -18,9 +18,11 @@ namespace {
 constexpr int kMaxEvents = 64;               // taken from the kernel at a time
 constexpr int kMaxReads = 4;                 // of one stream, so that it does not starve the others
 constexpr int kMaxLastReads = 4096;          // when a peer is lost: it may have spoken before
-constexpr uint64_t kReadsPerNote = 8;        // borrowed payloads between two words to their owner
+constexpr uint64_t kReadsPerNote = 16;       // borrowed payloads between two words to their owner
+constexpr size_t kRunBytes = 256 * 1024;     // on one stream before the next has its turn; a receiver's buffer
 constexpr int64_t kFlushUs = 50'000;         // at the end, for what the peers have not taken
 constexpr int64_t kFlushStepUs = 500;
+constexpr int64_t kLookAgainUs = 20;         // after traffic, before sleeping
 constexpr int64_t kMaxSleepUs = 1'000'000;   // while somebody is greeting
 constexpr size_t kMaxBlanks = 256;
 
@@ -212,16 +214,30 @@ SendResult StreamMessenger::enqueue(Link& link, std::span<const std::byte> messa
     link.lent.push_back({*ticket, token, false});
   }
   hand_over(link, std::move(frame));
+  // While its checksum has just brought it into the cache, and so that the peer need not wait for the last one.
+  Stream& stream = *link.streams[link.current];
+  if (stream.unwritten_bytes() >= kRunBytes) (void)write_stream(link, stream);  // a failure shows at the next turn
   return payload_bytes > 0 ? SendResult::kPending : SendResult::kSent;
 }
 
 void StreamMessenger::hand_over(Link& link, std::unique_ptr<OutFrame> frame) {
   const uint64_t number = link.next_out++;
+  link.run_bytes += frame->bytes();
   std::memcpy(frame->head.data() + offsetof(FrameHeader, number), &number, sizeof number);
-  const auto emptiest = std::min_element(link.streams.begin(), link.streams.end(), [](const auto& a, const auto& b) {
-    return a->unwritten_bytes() < b->unwritten_bytes();
-  });
-  (*emptiest)->add(std::move(frame));
+  link.streams[choose_stream(link)]->add(std::move(frame));
+}
+
+// Runs of frames stay on one stream, so that the receiver can deliver what one read brings while it is in its cache.
+size_t StreamMessenger::choose_stream(Link& link) {
+  const auto unwritten = [&](size_t i) { return link.streams[i]->unwritten_bytes(); };
+  if (link.run_bytes < kRunBytes && unwritten(link.current) < 2 * kRunBytes) return link.current;
+  size_t emptiest = (link.current + 1) % link.streams.size();
+  for (size_t i = 0; i < link.streams.size(); ++i) {
+    if (unwritten(i) < unwritten(emptiest)) emptiest = i;
+  }
+  link.current = emptiest;
+  link.run_bytes = 0;
+  return emptiest;
 }
 
 void StreamMessenger::revoke(ConnectionId id, uint64_t token) {
@@ -466,7 +482,10 @@ void StreamMessenger::poll(int64_t timeout_us) {
     return !entry.second->is_open;
   });
   if (is_greeting) timeout_us = std::min(timeout_us, kMaxSleepUs);
-  if (handle_events(reported ? 0 : timeout_us) == 0) return;
+  // More often follows at once than not, and then sleeping would cost both sides: this one to wake, the other to wake it.
+  const bool is_recent = clock_.now_us() - last_event_us_ < kLookAgainUs;
+  if (handle_events(reported || is_recent ? 0 : timeout_us) == 0) return;
+  last_event_us_ = clock_.now_us();
   flush_all();
   sweep();
 }

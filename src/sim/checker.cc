@@ -132,6 +132,7 @@ void Checker::check_bounds(int node, const transfer::AgentCore& core, int64_t nu
   };
   expect("transfers", core.num_open(), transfer::kMaxTransfers);
   expect("staging buffers", core.num_staged(), transfer::kMaxStaged);
+  expect("lent payloads", core.num_lent(), transfer::kMaxLent);
   expect("connections", num_connections, comm::kMaxConnections);
 }
 

@@ -204,6 +204,7 @@ void AgentCore::take_back(Transfer& transfer) {
   for (const uint64_t token : transfer.lent) {
     messenger_->revoke(transfer.link, token);
     CHECK_EQ(staged_.erase(token), 1U);
+    --num_lent_;
   }
   transfer.lent.clear();
 }
@@ -320,7 +321,7 @@ std::unique_ptr<std::byte[]> AgentCore::take_buffer() {
 // Senders take turns, one message each, so that a long prompt does not hold up a short one.
 bool AgentCore::pump() {
   for (int64_t i = 0; i < kMaxDataPerPump; ++i) {
-    if (senders_.empty() || std::ssize(staged_) >= kMaxStaged) return false;
+    if (senders_.empty() || num_staged() >= kMaxStaged || num_lent_ >= kMaxLent) return false;
     const TransferId id = senders_.front();
     senders_.pop_front();
     sender_queued_.erase(id);
@@ -347,7 +348,10 @@ bool AgentCore::send_part(Transfer& transfer, comm::ConnectionId link, const Par
     result = messenger_->send(link, encode(data), stage(pieces, buffer.get()), token);
   }
   if (result == comm::SendResult::kPending) {
-    if (buffer == nullptr) transfer.lent.insert(token);
+    if (buffer == nullptr) {
+      transfer.lent.insert(token);
+      ++num_lent_;
+    }
     staged_.emplace(token, StagedData{transfer.id, std::move(buffer)});
     return true;
   }
@@ -372,7 +376,11 @@ bool AgentCore::send_next(Transfer& transfer) {
 void AgentCore::on_sent(comm::ConnectionId, uint64_t token) {
   const auto found = staged_.find(token);
   CHECK(found != staged_.end());
-  if (found->second.buffer != nullptr) spare_buffers_.push_back(std::move(found->second.buffer));
+  if (found->second.buffer != nullptr) {
+    spare_buffers_.push_back(std::move(found->second.buffer));
+  } else {
+    --num_lent_;
+  }
   const TransferId id = found->second.transfer;
   staged_.erase(found);
   Transfer* transfer = find(id);

@@ -27,7 +27,8 @@ namespace tandem::transfer {
 
 inline constexpr int64_t kMaxTransfers = 8192;            // open at a time, publications included
 inline constexpr int64_t kMaxRetired = 16384;             // ended handles whose fate is remembered for error messages
-inline constexpr int64_t kMaxStaged = 256;                // messages with payload in flight; each may need a buffer
+inline constexpr int64_t kMaxStaged = 256;                // payloads in flight that need a buffer of comm::kMaxPayloadBytes
+inline constexpr int64_t kMaxLent = 1024;                 // payloads in flight that lie in our blocks
 inline constexpr int64_t kMaxDataPerPump = 64;            // messages between two looks at commands and arrivals
 inline constexpr int64_t kMaxMessagesBeforeHello = 4096;  // waiting for a link to stand
 inline constexpr int64_t kLingerUs = 1'000'000;           // for a refusal to reach the peer
@@ -68,7 +69,8 @@ class AgentCore final : public comm::MessageHandler {
 
   int64_t num_open() const { return std::ssize(transfers_); }
   int64_t num_links() const { return std::ssize(links_); }
-  int64_t num_staged() const { return std::ssize(staged_); }
+  int64_t num_staged() const { return std::ssize(staged_) - num_lent_; }  // those with a buffer
+  int64_t num_lent() const { return num_lent_; }
 
   // comm::MessageHandler
   void on_accept(comm::ConnectionId connection) override;
@@ -174,6 +176,7 @@ class AgentCore final : public comm::MessageHandler {
   std::set<TransferId> sender_queued_;
   std::unordered_map<uint64_t, StagedData> staged_;  // by token: being sent
   std::vector<std::unique_ptr<std::byte[]>> spare_buffers_;
+  int64_t num_lent_ = 0;
   uint64_t next_token_ = 1;
 };
 

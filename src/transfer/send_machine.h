@@ -16,8 +16,9 @@
 
 namespace tandem::transfer {
 
-// Messages of one transfer that the transport has not finished; bounds its memory and its share of the line.
-inline constexpr int64_t kMaxDataInFlight = 32;
+// Messages of one transfer that the transport has not finished; bounds its memory and its share of the line. 8 MiB: what a
+// receiver copies within a host while it and the sender are woken once by turns.
+inline constexpr int64_t kMaxDataInFlight = 128;
 
 struct SendSpec {
   Handle handle;
