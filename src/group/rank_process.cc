@@ -123,7 +123,7 @@ void compute(Membership& membership, Orders& orders) {
       if (mine) --orders.rounds;
     } else {
       say("failed " + status.error().message);
-      membership.report(status.error());
+      membership.report(status.error(), std::nullopt);
       orders.rounds = 0;
       done = 0;
     }
