@@ -50,5 +50,21 @@ TEST(Checksum, IsFast) {
   std::printf("checksum: %.1f GB/s (%lu)\n", 2000.0 * 63 * 1024 / seconds * 1e-9, static_cast<unsigned long>(sum & 1));
 }
 
+TEST(Checksum, IsThatOfThePiecesTogether) {
+  std::mt19937_64 random(7);
+  std::vector<std::byte> data(5000);
+  for (std::byte& byte : data) byte = static_cast<std::byte>(random());
+  for (int round = 0; round < 200; ++round) {
+    const std::span<const std::byte> whole = std::span(data).first(random() % data.size());
+    std::vector<std::span<const std::byte>> pieces;
+    for (size_t at = 0; at < whole.size();) {
+      const size_t count = std::min<size_t>(random() % (round % 2 == 0 ? 100 : 1000), whole.size() - at);
+      pieces.push_back(whole.subspan(at, count));
+      at += count;
+    }
+    ASSERT_EQ(checksum(pieces), checksum(whole)) << round;
+  }
+}
+
 }  // namespace
 }  // namespace tandem::transfer

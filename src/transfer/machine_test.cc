@@ -56,9 +56,24 @@ class Receiver {
     seen.add(std::move(actions));
   }
   void get(const Message& message, int64_t payload_bytes = 0, bool intact = true) {
+    const Data* data = std::get_if<Data>(&message);
+    const std::optional<Write> place = data != nullptr ? machine.find_place(*data, payload_bytes) : std::nullopt;
     Actions actions;
     machine.receive(message, payload_bytes, intact, now_us, actions);
+    expect_same(place, actions, intact);
     seen.add(std::move(actions));
+  }
+  // A borrowed payload is written to where find_place() says, before receive() decides: both must mean the same.
+  static void expect_same(const std::optional<Write>& place, const Actions& actions, bool intact) {
+    std::optional<Write> written;
+    for (const Action& action : actions) {
+      if (const Write* write = std::get_if<Write>(&action)) written = *write;
+    }
+    ASSERT_EQ(place.has_value() && intact, written.has_value());
+    if (!written.has_value()) return;
+    EXPECT_EQ(place->layer, written->layer);
+    EXPECT_EQ(place->first_part, written->first_part);
+    EXPECT_EQ(place->num_parts, written->num_parts);
   }
   void begin() { get(Begin{handle, kTokens, 0, 0}); }
   void data(int64_t layer, int64_t part, int64_t count, bool intact = true) {
@@ -479,7 +494,7 @@ TEST(SendMachine, SmallBlocksShareAMessage) {
 }
 
 TEST(SendMachine, BytesInFlightAreBounded) {
-  Sender s(true, 0, 0, make_layout(40, 4, 24));
+  Sender s(true, 0, 0, make_layout(kMaxDataInFlight + 8, 4, 24));
   s.pull();
   int64_t in_flight = 0;
   while (s.machine.next_data(0).has_value()) ++in_flight;

@@ -266,6 +266,37 @@ TEST_P(AgentTest, AFrozenReceiverIsGivenUp) {
   child.signal(SIGCONT);
 }
 
+// The sender ends the transfer while the receiver is stopped with everything on its way, even the commit; its blocks are
+// somebody else's at once. When the receiver goes on, it must not take what it finds there for the prompt's.
+TEST_P(AgentTest, AStoppedReceiverNeverCountsWhatWasOverwritten) {
+  LocalPeer prefill(options("prefill"), peer_layout(), kPeerBlocks);
+  ChildPeer child("decode", GetParam());
+  constexpr int64_t kBlocks = 200;
+  for (int round = 0; round < 5; ++round) {
+    for (int32_t i = 0; i < kBlocks; ++i) prefill.fill(BlockId(i), kChildSeed + static_cast<uint64_t>(i));
+    const std::string handle = child.ask(fmt::format("expect {}", kBlocks * 16));
+    const TransferId id = prefill.next_id();
+    prefill.agent().begin_send(id, child.address(handle), {0, first_blocks(kBlocks), kBlocks * 16}, 0);
+    EXPECT_FALSE(prefill.wait_done(id, 50'000).has_value());  // accepted
+    child.signal(SIGSTOP);
+    for (int64_t layer = 0; layer < 4; ++layer) prefill.agent().send_blocks(id, layer, 0, kBlocks);
+    prefill.agent().commit_send(id, FirstToken{});
+    EXPECT_FALSE(prefill.wait_done(id, 20'000).has_value());
+    prefill.agent().abort(id);
+    const int64_t start_us = clock.now_us();
+    EXPECT_EQ(kind_of(prefill.wait_done(id)), ErrorKind::kAborted);
+    EXPECT_LT(clock.now_us() - start_us, 500'000);
+    for (int32_t i = 0; i < kBlocks; ++i) prefill.fill(BlockId(i), 77);
+    child.signal(SIGCONT);
+    const std::string end = child.ask("wait");
+    if (end == "ok") {  // all of it had left this process before
+      EXPECT_EQ(child.ask(fmt::format("check {}", kBlocks * 16)), "equal");
+    } else {
+      EXPECT_EQ(end, "aborted");
+    }
+  }
+}
+
 // Its queue is full of messages that nobody will ever read; its death must be told all the same, by the socket and long
 // before the idle time-out of 2 s.
 TEST_P(AgentTest, AReceiverKilledWithAFullQueueIsNoticed) {
