@@ -52,7 +52,8 @@ def main():
         generator = random.Random(1)
         taken = {"alone": [], "split": []}
         for round_number in range(options.rounds + 2):
-            for name, server in (("alone", alone), ("split", router)):
+            turn = (("alone", alone), ("split", router))
+            for name, server in turn if round_number % 2 else reversed(turn):
                 prompt = [generator.randrange(300, 4000) for _ in range(options.tokens)]
                 took = first_token_ms(server.url, prompt)
                 if round_number >= 2:  # the first ones grow buffers and connections
