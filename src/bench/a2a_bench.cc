@@ -48,16 +48,16 @@ Result<SharedMemory> make_memory(int64_t ranks, int64_t window_bytes) {
 
 // In a child process. Where more kinds of fabric can be measured, here is the place to choose among them.
 int run_rank(const A2aRankOptions& options, SharedMemory& memory, int64_t window_bytes, int32_t rank) {
-  const std::vector<int> cpus = usable_cpus();
   const int32_t ranks = static_cast<int32_t>(memory.windows.size());
-  pin_this_thread(cpus[static_cast<size_t>(rank) % cpus.size()]);
   std::vector<group::MappedRank> mapped;
   for (int32_t r = 0; r < ranks; ++r) {
     mapped.push_back({memory.windows[static_cast<size_t>(r)].data(), memory.bells[static_cast<size_t>(r)].data()});
   }
   const SteadyClock clock;
-  const group::FabricLimits limits{.rank_timeout_us = kRankTimeoutUs, .spin_us = group::spin_us_for(ranks, 1)};
-  group::MappedFabric fabric(group::RankId(rank), group::Epoch(1), mapped, window_bytes, limits, clock);
+  group::MappedFabric fabric(group::RankId(rank), group::Epoch(1), mapped, window_bytes,
+                             group::FabricLimits{.rank_timeout_us = kRankTimeoutUs}, clock);
+  const std::vector<int> cpus = usable_cpus();
+  pin_this_thread(cpus[static_cast<size_t>(rank) % cpus.size()]);  // the fabric has seen all processors
   const Status status = run_a2a_rank(options, fabric, *reinterpret_cast<A2aBoard*>(memory.board.data()),
                                      *reinterpret_cast<A2aRecord*>(memory.records[static_cast<size_t>(rank)].data()));
   if (!status.ok()) std::fprintf(stderr, "rank %d: %s\n", rank, status.error().message.c_str());

@@ -1,10 +1,12 @@
 #include "src/group/mapped_fabric.h"
 
-#include <unistd.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
+
+#include "src/base/control_group.h"
 
 namespace tandem::group {
 namespace {
@@ -18,14 +20,16 @@ int64_t header_bytes(int32_t size) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-constexpr int64_t kSpinUs = 100;  // about twice what sleeping and waking takes in a virtual machine
-constexpr int kSpinLooks = 16;    // between two looks at the clock
+constexpr int kSpinLooks = 16;  // between two looks at the clock
+
+bool has_processors_for(int64_t ranks) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  const bool is_known = ::sched_getaffinity(0, sizeof set, &set) == 0;
+  return is_known && CPU_COUNT(&set) >= ranks && processor_quota() >= static_cast<double>(ranks);
+}
 
 }  // namespace
-
-int64_t spin_us_for(int32_t num_ranks, int32_t threads) {
-  return int64_t{num_ranks} * threads > ::sysconf(_SC_NPROCESSORS_ONLN) ? 0 : kSpinUs;
-}
 
 const char* channel_name(Channel channel) {
   switch (channel) {
@@ -50,6 +54,7 @@ MappedFabric::MappedFabric(RankId rank, Epoch epoch, std::vector<MappedRank> ran
       window_bytes_(window_bytes),
       window_offset_(header_bytes(static_cast<int32_t>(ranks_.size()))),
       limits_(limits),
+      spin_us_(has_processors_for(std::ssize(ranks_)) ? limits.spin_us : 0),
       clock_(clock) {
   CHECK_LE(std::ssize(ranks_), kMaxRanks);
   CHECK_LT(rank.value, std::ssize(ranks_));
@@ -83,8 +88,8 @@ Status MappedFabric::wait(RankId from, Channel channel, uint64_t value) {
 
 // Whether the counter got there.
 bool MappedFabric::spin(RankId from, Channel channel, uint64_t value) const {
-  if (limits_.spin_us <= 0) return false;
-  const int64_t end_us = clock_.now_us() + limits_.spin_us;
+  if (spin_us_ <= 0) return false;
+  const int64_t end_us = clock_.now_us() + spin_us_;
   do {
     for (int i = 0; i < kSpinLooks; ++i) {
       if (signalled(from, channel) >= value) return true;

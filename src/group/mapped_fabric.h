@@ -22,11 +22,10 @@ struct FabricLimits {
   int64_t rank_timeout_us = 10'000'000;  // without a sign of life from whom we wait for
   // A rank that shows life but does not send what we wait for is given up after this many time-outs.
   static constexpr int64_t kMostTimeouts = 6;
-  // How long a wait looks before it sleeps: waking takes longer than a small exchange. spin_us_for(…), or 0.
-  int64_t spin_us = 0;
+  // How long a wait looks before it sleeps: to sleep and wake takes longer than a small exchange. Only as long as this
+  // process may use as many processors as there are ranks: else it would take them from those it waits for.
+  int64_t spin_us = 100;
 };
-// For ranks that share this host, each with `threads` compute threads: 0 if there are more of them than processors.
-int64_t spin_us_for(int32_t num_ranks, int32_t threads);
 
 class MappedFabric final : public Fabric {
  public:
@@ -65,6 +64,7 @@ class MappedFabric final : public Fabric {
   const int64_t window_bytes_;
   const int64_t window_offset_;
   const FabricLimits limits_;
+  const int64_t spin_us_;
   const Clock& clock_;
   std::vector<comm::Bell> bells_;
   std::atomic<bool> has_ended_ = false;
