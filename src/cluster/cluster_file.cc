@@ -86,19 +86,41 @@ Status take_options(const Section& section, Subcommand command, OptionMap& out) 
   return {};
 }
 
+// Also IPv6 addresses. What is not even a name is a slip of the file's writer.
+bool is_host_name(const std::string& host) {
+  return !host.empty() && host.size() <= 253 && std::all_of(host.begin(), host.end(), [](unsigned char c) {
+    return std::isalnum(c) != 0 || c == '.' || c == '-' || c == '_' || c == ':';
+  });
+}
+
 Status take_host(const Section& section, std::string& host) {
   TANDEM_TRY(take_text(section, "host", host));
   if (host == "localhost") host = "127.0.0.1";
-  if (host.rfind("127.", 0) == 0) return {};
-  return section.fault(
-      section.node["host"],
-      fmt::format("host '{}' is not a loopback address; `tandem up` starts processes on this host only, "
-                  "start `tandem serve` and `tandem route` there by hand",
-                  host));
+  if (is_host_name(host)) return {};
+  return section.fault(section.node["host"], fmt::format("host '{}' is neither a name nor an address", host));
+}
+
+Status take_nodes(const Section& section, WorkerGroup& group) {
+  const YAML::Node list = section.node["nodes"];
+  if (!list) return {};
+  if (section.node["host"]) return section.fault(list, "'host' and 'nodes' exclude each other");
+  if (group.count != 1) return section.fault(list, "'nodes' and 'count' exclude each other: the nodes are one worker");
+  if (!list.IsSequence() || list.size() < 2 || static_cast<int64_t>(list.size()) > kMaxWorkers) {
+    return section.fault(list, fmt::format("'nodes' must be a list of 2 to {} hosts", kMaxWorkers));
+  }
+  for (const YAML::Node& node : list) {
+    if (!node.IsScalar() || !is_host_name(node.Scalar())) return section.fault(node, "a node must be a name or an address");
+    group.nodes.push_back(node.Scalar());
+  }
+  if (std::set<std::string>(group.nodes.begin(), group.nodes.end()).size() != group.nodes.size()) {
+    return section.fault(list, "'nodes' has the same host twice");
+  }
+  group.host = group.nodes.front();
+  return {};
 }
 
 Result<WorkerGroup> read_worker(const Section& section) {
-  TANDEM_TRY(check_keys(section, {"name", "role", "count", "host", "port", "kv_port", "options"}));
+  TANDEM_TRY(check_keys(section, {"name", "role", "count", "host", "nodes", "port", "kv_port", "options"}));
   WorkerGroup group;
   group.line = section.node.Mark().line + 1;
   std::string role;
@@ -119,6 +141,7 @@ Result<WorkerGroup> read_worker(const Section& section) {
   TANDEM_ASSIGN(const std::optional<int64_t> count, take_integer(section, "count", 1, kMaxWorkers));
   group.count = count.value_or(1);
   TANDEM_TRY(take_host(section, group.host));
+  TANDEM_TRY(take_nodes(section, group));
   TANDEM_ASSIGN(group.port, take_integer(section, "port", 1, 65535));
   TANDEM_ASSIGN(group.kv_port, take_integer(section, "kv_port", 1, 65535));
   TANDEM_TRY(take_options(section, Subcommand::kServe, group.options));
@@ -206,6 +229,22 @@ Result<ClusterSpec> load_cluster_file(const std::string& path) {
   }
   TANDEM_TRY(check_roles(spec));
   return spec;
+}
+
+Status check_startable_here(const ClusterSpec& spec) {
+  const auto refuse = [&](int line, const std::string& what, const std::string& host) {
+    return invalid_argument("host",
+                            "{}:{}: host '{}' of {} is not a loopback address; `tandem up` starts processes on this host "
+                            "only. Start it there by hand, with the command line that `tandem up --dry-run` prints; `tandem "
+                            "check` examines the hosts",
+                            spec.file, line, host, what);
+  };
+  for (const WorkerGroup& group : spec.workers) {
+    if (!group.nodes.empty()) return refuse(group.line, fmt::format("worker '{}'", group.name), group.nodes.back());
+    if (group.host.rfind("127.", 0) != 0) return refuse(group.line, fmt::format("worker '{}'", group.name), group.host);
+  }
+  if (spec.router && spec.router->host.rfind("127.", 0) != 0) return refuse(spec.router->line, "the router", spec.router->host);
+  return {};
 }
 
 }  // namespace tandem::cluster

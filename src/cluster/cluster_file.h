@@ -7,6 +7,10 @@
 //     - {role: prefill, count: 1}
 //     - {role: decode, name: decode, port: 8200, kv_port: 14600, options: {threads: 1}}
 //   router: {port: 8000, policy: least_load}
+//
+// A worker or the router may be on another host (`host: 10.0.0.2`), and the ranks of a worker may be spread evenly over several
+// (`nodes: [10.0.0.1, 10.0.0.2]` beside the option data-parallel-size; the first has the endpoint). `tandem check` examines such
+// a cluster; `tandem up` starts processes of this host only.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +39,7 @@ struct WorkerGroup {
   std::string name;  // default: the role
   int64_t count = 1;
   std::string host = "127.0.0.1";
+  std::vector<std::string> nodes;  // hosts that share the ranks, instead of `host`; the first is also in `host`
   std::optional<int64_t> port;     // of the first worker of the group; the others follow
   std::optional<int64_t> kv_port;  // likewise
   OptionMap options;               // of tandem serve; over the common ones
@@ -56,5 +61,8 @@ struct ClusterSpec {
 };
 
 Result<ClusterSpec> load_cluster_file(const std::string& path);
+
+// An error that names the line of the first worker, or the router, that is not on a loopback address of this machine.
+Status check_startable_here(const ClusterSpec& spec);
 
 }  // namespace tandem::cluster

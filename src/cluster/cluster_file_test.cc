@@ -120,8 +120,8 @@ TEST(ClusterFile, SaysWhatIsWrongAndWhere) {
             "F:5: 'port' follows from the cluster file and cannot be an option");
   EXPECT_EQ(error_in("model: m\noptions: {max-num-seqs: lots}\nworkers: [{role: both}]\n"),
             "F:2: --max-num-seqs is 'lots'; it must be an integer from 1 to 65536");
-  EXPECT_EQ(error_in("model: m\nworkers:\n  - {role: both, host: 10.0.0.1}\n").substr(0, 51),
-            "F:3: host '10.0.0.1' is not a loopback address; `ta");
+  EXPECT_EQ(error_in("model: m\nworkers:\n  - {role: both, host: 10.0.0.1/8}\n"),
+            "F:3: host '10.0.0.1/8' is neither a name nor an address");
   EXPECT_EQ(error_in("model: m\nworkers:\n  - {role: both, name: a/b}\n"),
             "F:3: name 'a/b' may have letters, digits, '-' and '_'");
   EXPECT_EQ(error_in("model: m\nworkers: [{role: both}, {role: both, name: worker}]\n"),
@@ -129,6 +129,74 @@ TEST(ClusterFile, SaysWhatIsWrongAndWhere) {
   EXPECT_EQ(error_in("model: m\nmodel: n\n"), "F:2: 'model' is given twice");
   EXPECT_EQ(error_in("model: m\nworkers: [{role: both, kv_port: 5}]\n"),
             "F:2: worker 'worker' has a kv_port but role both hands no KV over");
+}
+
+std::string refusal_to_start(const std::string& text) {
+  const std::string path = write_file(text);
+  const Status status = check_startable_here(*load_cluster_file(path));
+  return status.ok() ? "ok" : status.error().message.substr(path.size());
+}
+
+TEST(ClusterFile, StartsOnlyWhatIsOnThisHost) {
+  EXPECT_EQ(refusal_to_start("model: m\nworkers: [{role: both, host: localhost}]\n"), "ok");
+  const std::string rest =
+      " is not a loopback address; `tandem up` starts processes on this host only. Start it there by hand, with the command "
+      "line that `tandem up --dry-run` prints; `tandem check` examines the hosts";
+  EXPECT_EQ(refusal_to_start("model: m\nworkers:\n  - {role: both, host: 10.0.0.1}\n"),
+            ":3: host '10.0.0.1' of worker 'worker'" + rest);
+  EXPECT_EQ(refusal_to_start("model: m\nworkers: [{role: both}]\nrouter: {host: gate.example}\n"),
+            ":3: host 'gate.example' of the router" + rest);
+  EXPECT_EQ(refusal_to_start("model: m\nworkers: [{role: both, nodes: [127.0.0.1, h2]}]\n"),
+            ":2: host 'h2' of worker 'worker'" + rest);
+}
+
+TEST(ClusterFile, SpreadsRanksOverNodes) {
+  const ClusterPlan plan = plan_of(
+      "model: m\noptions: {data-parallel-size: 4, enable-expert-parallel: true}\n"
+      "workers:\n  - {role: prefill, nodes: [10.0.0.1, 10.0.0.2]}\n  - {role: decode, host: 10.0.0.3}\n");
+  ASSERT_EQ(plan.processes.size(), 4u);
+  const ProcessSpec& first = plan.processes[0];
+  const ProcessSpec& second = plan.processes[1];
+  EXPECT_EQ(first.name, "prefill-0");
+  EXPECT_EQ(after(first, "--data-parallel-size-local"), "2");
+  EXPECT_EQ(after(first, "--data-parallel-address"), "10.0.0.1");
+  EXPECT_EQ(after(first, "--data-parallel-start-rank"), "");
+  EXPECT_EQ(after(second, "--host"), "10.0.0.2");
+  EXPECT_EQ(after(second, "--data-parallel-start-rank"), "2");
+  EXPECT_EQ(after(second, "--data-parallel-rpc-port"), "29550");
+  EXPECT_NE(std::find(second.arguments.begin(), second.arguments.end(), "--headless"), second.arguments.end());
+  EXPECT_EQ(nlohmann::json::parse(after(second, "--kv-transfer-config"))["kv_ip"], "10.0.0.2");
+  std::vector<std::string> ports;
+  for (const ProcessSpec& process : plan.processes) {
+    for (const PortUse& used : list_ports(process)) {
+      ports.push_back(fmt::format("{} {} {}", process.name, used.port, used.what));
+    }
+  }
+  EXPECT_EQ(ports, (std::vector<std::string>{
+                       "prefill-0 8100 port", "prefill-0 14579 kv_port of rank 0", "prefill-0 14580 kv_port of rank 1",
+                       "prefill-0 29550 data-parallel-rpc-port", "prefill-1 14581 kv_port of rank 2",
+                       "prefill-1 14582 kv_port of rank 3", "decode 8200 port", "decode 14583 kv_port of rank 0",
+                       "decode 14584 kv_port of rank 1", "decode 14585 kv_port of rank 2", "decode 14586 kv_port of rank 3",
+                       "router 8000 port"}));
+  EXPECT_EQ(after(plan.entrance(), "--prefill"), "http://10.0.0.1:8100");  // a headless node has no endpoint
+  EXPECT_EQ(after(plan.entrance(), "--decode"), "http://10.0.0.3:8200");
+  for (const ProcessSpec& process : plan.processes) EXPECT_TRUE(parse_command_line(process.arguments).ok());
+
+  EXPECT_EQ(error_in("model: m\nworkers: [{role: both, nodes: [a, b], options: {data-parallel-size: 3}}]\n"),
+            "F:2: 2 nodes cannot share data-parallel-size 3 evenly; give a multiple of 2");
+  EXPECT_EQ(error_in("model: m\nworkers: [{role: both, nodes: [a, b], options: {headless: true}}]\n"),
+            "F:2: 'headless' follows from 'nodes' of worker 'worker' and cannot be an option");
+  EXPECT_EQ(error_in("model: m\nworkers: [{role: both, host: c, nodes: [a, b]}]\n"),
+            "F:2: 'host' and 'nodes' exclude each other");
+  EXPECT_EQ(error_in("model: m\nworkers: [{role: both, nodes: [a, a]}]\n"), "F:2: 'nodes' has the same host twice");
+}
+
+TEST(ClusterFile, HostsHavePortsOfTheirOwn) {
+  EXPECT_EQ(error_in("model: m\nworkers: [{role: prefill, host: a, port: 8000, kv_port: 1}, {role: decode, host: b, port: 8000, "
+                     "kv_port: 1}]\n"),
+            "no error");
+  EXPECT_EQ(error_in("model: m\nworkers: [{role: prefill, host: a, port: 8001}, {role: decode, host: a, port: 8001}]\n"),
+            "F: prefill's port and decode's port are both 8001; change one");
 }
 
 TEST(ClusterFile, RefusesRolesThatCannotWork) {

@@ -12,6 +12,7 @@ namespace {
 
 Result<cluster::ClusterPlan> read_plan(const Options& options) {
   TANDEM_ASSIGN(const cluster::ClusterSpec spec, cluster::load_cluster_file(options.text("cluster")));
+  if (!options.flag("dry-run")) TANDEM_TRY(cluster::check_startable_here(spec));
   return cluster::plan_cluster(spec, options.text("log-level"));
 }
 
