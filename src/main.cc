@@ -19,6 +19,8 @@ constexpr Row kRows[] = {
     {Subcommand::kServe, tandem::commands::run_serve},
     {Subcommand::kRoute, tandem::commands::run_route},
     {Subcommand::kUp, tandem::commands::run_up},
+    {Subcommand::kCheck, tandem::commands::run_check},
+    {Subcommand::kCheckAgent, tandem::commands::run_check_agent},
     {Subcommand::kChat, tandem::commands::run_chat},
     {Subcommand::kBenchServe, tandem::commands::run_bench_serve},
     {Subcommand::kBenchKernels, tandem::commands::run_bench_kernels},

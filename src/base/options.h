@@ -32,6 +32,8 @@ enum class Subcommand : uint32_t {
   kBenchRouter = 4096,
   kBenchA2a = 8192,
   kBenchKv = 16384,
+  kCheck = 32768,
+  kCheckAgent = 65536,
 };
 
 struct SubcommandInfo {

@@ -22,6 +22,8 @@ constexpr uint32_t kEngine = kServe | kThroughput | kLatency;
 constexpr uint32_t kQuantize = static_cast<uint32_t>(Subcommand::kQuantize);
 constexpr uint32_t kSim = static_cast<uint32_t>(Subcommand::kSim);
 constexpr uint32_t kEplb = static_cast<uint32_t>(Subcommand::kEplb);
+constexpr uint32_t kCheck = static_cast<uint32_t>(Subcommand::kCheck);
+constexpr uint32_t kCheckAgent = static_cast<uint32_t>(Subcommand::kCheckAgent);
 constexpr uint32_t kOptions = static_cast<uint32_t>(Subcommand::kOptions);
 
 constexpr double kMaxInt = 9007199254740992.0;  // 2^53: exact as a double, beyond every limit we know
@@ -31,6 +33,8 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kServe, "serve", "Serve a model over the OpenAI API, alone or as a prefill or decode worker."},
     {Subcommand::kRoute, "route", "Serve the OpenAI API in front of prefill and decode workers."},
     {Subcommand::kUp, "up", "Start the workers and the router of a cluster file on this host and keep them running."},
+    {Subcommand::kCheck, "check", "Examine the hosts of a cluster file: addresses, ports, clocks, transport, limits, program and model."},
+    {Subcommand::kCheckAgent, "check-agent", "Answer `tandem check` on a host of the cluster, for a limited time."},
     {Subcommand::kChat, "chat", "Talk to a server, line by line."},
     {Subcommand::kBenchServe, "bench serve", "Measure a server: latencies and throughput under a chosen load."},
     {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
@@ -259,7 +263,7 @@ constexpr OptionSpec kTable[] = {
      .help = "Directory with config.json and tokenizer files; without it they are fetched from a worker."},
 
     // serve and route: the server
-    {.name = "host", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "127.0.0.1",
+    {.name = "host", .commands = kServe | kRoute | kCheckAgent, .group = "Server", .type = kText, .default_text = "127.0.0.1",
      .help = "Address to listen on."},
     {.name = "port", .commands = kServe | kRoute, .group = "Server", .type = kInteger, .default_text = "8000",
      .help = "TCP port to listen on; 0 is any free one, which the log names.", .min = 0, .max = 65535},
@@ -277,12 +281,25 @@ constexpr OptionSpec kTable[] = {
      .help = "Name of this process, put on every log line."},
 
     // up
-    {.name = "cluster", .commands = kUp, .group = "Cluster", .type = kText, .default_text = "",
+    {.name = "cluster", .commands = kUp | kCheck, .group = "Cluster", .type = kText, .default_text = "",
      .help = "Cluster file (YAML), for example examples/local-1p1d.yaml.", .positional = true},
     {.name = "run-dir", .commands = kUp, .group = "Cluster", .type = kText, .default_text = "run",
      .help = "Directory for the logs of the processes."},
     {.name = "dry-run", .commands = kUp, .group = "Cluster", .type = kFlag, .default_text = "false",
      .help = "Print the ports and command lines and start nothing."},
+
+    // check
+    {.name = "agent-port", .commands = kCheck | kCheckAgent, .group = "Agent", .type = kInteger, .default_text = "14500",
+     .help = "Port of `tandem check-agent`, on every host.", .min = 1, .max = 65535},
+    {.name = "lifetime-s", .commands = kCheckAgent, .group = "Agent", .type = kNumber, .default_text = "600",
+     .help = "Seconds after which the agent ends.", .min = 1, .max = 86400},
+    {.name = "timeout-s", .commands = kCheck, .group = "Check", .type = kNumber, .default_text = "2",
+     .help = "Seconds to wait for a connection and for an agent's first answer; what takes longer counts as cut off.",
+     .min = 0.1, .max = 10},
+    {.name = "verbose", .commands = kCheck, .group = "Check", .type = kFlag, .default_text = "false",
+     .help = "List what is good, too."},
+    {.name = "json", .commands = kCheck, .group = "Check", .type = kFlag, .default_text = "false",
+     .help = "Print every finding as JSON."},
 
     // chat
     {.name = "url", .commands = kChat, .group = "Server", .type = kText, .default_text = "",

@@ -254,10 +254,9 @@ class Launcher {
 
 int run_cluster(const ClusterPlan& plan, const LauncherOptions& options) {
   for (const ProcessSpec& process : plan.processes) {
-    for (const int64_t port : {process.port, process.kv_port}) {
-      if (port == 0) continue;
-      const std::string use = fmt::format("{}'s {}", process.name, port == process.kv_port ? "kv_port" : "port");
-      if (const Status free = check_port_free(process.host, port, use); !free.ok()) {
+    for (const PortUse& used : list_ports(process)) {
+      const std::string use = fmt::format("{}'s {}", process.name, used.what);
+      if (const Status free = check_port_free(process.host, used.port, use); !free.ok()) {
         options.print(free.error().message + "\n");
         return 1;
       }

@@ -9,6 +9,8 @@ namespace tandem::commands {
 int run_serve(const Options& options);
 int run_route(const Options& options);
 int run_up(const Options& options);
+int run_check(const Options& options);
+int run_check_agent(const Options& options);
 int run_chat(const Options& options);
 int run_bench_serve(const Options& options);
 int run_bench_kernels(const Options& options);
