@@ -30,9 +30,10 @@ constexpr int64_t kDeadlineGraceUs = 1'000'000;
 constexpr std::chrono::milliseconds kDeadlineCheck{250};
 constexpr size_t kMaxRequestIdBytes = 128;
 
-// Headers by which other systems steer requests inside a cluster. Obeying them is for the inside, ignoring them would
-// answer another request than the one meant.
-constexpr const char* kForbiddenHeaders[] = {"x-prefiller-host-port", "x-data-parallel-rank"};
+// Headers by which other systems steer requests inside a cluster. Where they cannot be obeyed they are refused: to
+// ignore them would answer another request than the one meant.
+constexpr const char* kForbiddenHeader = "x-prefiller-host-port";
+constexpr const char* kRankHeader = "x-data-parallel-rank";
 
 // Who serves now. Shared with text jobs and running requests.
 struct Serving {
@@ -78,12 +79,25 @@ Result<int64_t> read_timeout_us(const HttpRequest& request, int64_t longest_us) 
 }
 
 Status check_headers(const HttpRequest& request) {
-  for (const char* name : kForbiddenHeaders) {
-    if (find_header(request.headers, name) != nullptr) {
-      return field_error(name, "unsupported_parameter", fmt::format("the header {} is not supported", name));
-    }
+  if (find_header(request.headers, kForbiddenHeader) == nullptr) return {};
+  return field_error(kForbiddenHeader, "unsupported_parameter",
+                     fmt::format("the header {} is not supported", kForbiddenHeader));
+}
+
+// The rank that the request is for; -1: any.
+Result<int32_t> read_pinned_rank(const HttpRequest& request, const FrontendOptions& options) {
+  const std::string* text = find_header(request.headers, kRankHeader);
+  if (text == nullptr) return -1;
+  if (options.num_ranks == 0) {
+    return field_error(kRankHeader, "unsupported_parameter", "the header x-data-parallel-rank is for servers with ranks");
   }
-  return {};
+  int32_t rank = -1;
+  const std::from_chars_result parsed = std::from_chars(text->data(), text->data() + text->size(), rank);
+  const bool is_number = parsed.ec == std::errc() && parsed.ptr == text->data() + text->size();
+  if (is_number && rank >= options.first_rank && rank < options.first_rank + options.num_ranks) return rank;
+  return field_error(kRankHeader, "invalid_value",
+                     fmt::format("x-data-parallel-rank is '{}'; this server has ranks {} … {}", text->substr(0, 32),
+                                 options.first_rank, options.first_rank + options.num_ranks - 1));
 }
 
 Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& served, const OpenAiRequest& request) {
@@ -120,7 +134,7 @@ Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& serve
 // From the body's bytes to token requests; pure, so it may run on the text thread.
 Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, Endpoint endpoint,
                          const std::string& body, const std::string& request_id, const std::string& session,
-                         int64_t deadline_us) {
+                         int32_t pinned_rank, int64_t deadline_us) {
   TANDEM_ASSIGN(const Json json, parse_strict_json(body, "the request body"));
   Prepared out;
   TANDEM_ASSIGN(out.request, endpoint == Endpoint::kChat ? parse_chat_request(json, served.model, policy)
@@ -128,7 +142,10 @@ Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, 
   TANDEM_ASSIGN(std::vector<std::vector<TokenId>> prompts, encode_prompts(served, out.request));
   TANDEM_ASSIGN(out.choices,
                 make_token_requests(out.request, std::move(prompts), served.model, request_id, deadline_us));
-  for (engine::TokenRequest& choice : out.choices) choice.session = session;
+  for (engine::TokenRequest& choice : out.choices) {
+    choice.session = session;
+    choice.pinned_rank = pinned_rank;
+  }
   return out;
 }
 
@@ -224,6 +241,8 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     const Result<std::string> request_id = read_request_id(request);
     if (!request_id.ok()) return exchange->respond(error_response(request_id.error()));
     if (Status status = check_headers(request); !status.ok()) return refuse(*exchange, *request_id, status.error());
+    const Result<int32_t> pinned_rank = read_pinned_rank(request, options);
+    if (!pinned_rank.ok()) return refuse(*exchange, *request_id, pinned_rank.error());
     const Result<std::shared_ptr<Serving>> now_serving = find_serving();
     if (!now_serving.ok()) return refuse(*exchange, *request_id, now_serving.error());
     if (num_requests >= options.max_concurrent_requests) {
@@ -241,8 +260,8 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     run_text<Prepared>(
         body->size(),
         [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id,
-         session = session == nullptr ? std::string() : *session,
-         deadline_us] { return prepare(used->text, policy, endpoint, *body, id, session, deadline_us); },
+         session = session == nullptr ? std::string() : *session, rank = *pinned_rank,
+         deadline_us] { return prepare(used->text, policy, endpoint, *body, id, session, rank, deadline_us); },
         [this, used = *now_serving, exchange, id = *request_id, arrival_us, trace](Result<Prepared> prepared) {
           begin(used, exchange, id, arrival_us, trace, std::move(prepared));
         });

@@ -45,6 +45,9 @@ struct FrontendOptions {
   std::string model_name;  // the label of request metrics; empty: the first served name
   std::vector<std::string> api_keys;
   RequestPolicy policy;
+  // X-Data-Parallel-Rank may name one of ranks [first_rank, first_rank + num_ranks); none: the header is refused.
+  int32_t first_rank = 0;
+  int32_t num_ranks = 0;
   double request_timeout_s = 600;
   int64_t max_concurrent_requests = 4096;  // more are answered with 429
   std::string version;

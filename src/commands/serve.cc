@@ -47,7 +47,7 @@ class Server {
     TANDEM_ASSIGN(exporter_, open_exporter(options_, "tandem-serve", io_, registry_));
     config.spans = exporter_.get();
     config.model_name = served_.model.names.front();
-    has_group_ = config.group.has_value();
+    group_ = config.group;
     load_in_background(std::move(config));
     TANDEM_TRY(wait_until_checked());
     if (Status opened = open_port(); !opened.ok()) {
@@ -98,6 +98,10 @@ class Server {
   Status open_port() {
     api::FrontendOptions front = frontend_options(options_, served_.model.names.front());
     front.policy.accepts_kv_transfer = !options_.text("kv-transfer-config").empty();
+    if (group_) {
+      front.first_rank = group_->rank.value;
+      front.num_ranks = 1;
+    }
     front.health = [this] { return health(); };
     front.spans = exporter_.get();
     frontend_ = std::make_unique<api::Frontend>(io_, std::move(front), clock_, registry_);
@@ -141,7 +145,7 @@ class Server {
       return;
     }
     const std::string address = fmt::format("{}:{}", options_.text("host"), server_->port());
-    if (has_group_) {
+    if (group_) {
       if (Status joined = rank_->join_group(address, registry_); !joined.ok()) {
         fault_ = joined.error();
         return io_.stop();
@@ -176,7 +180,7 @@ class Server {
   LoadingBar bar_{"loading weights"};
   std::atomic<double> progress_{0};
   bool is_serving_ = false;
-  bool has_group_ = false;
+  std::optional<GroupConfig> group_;
 
   std::mutex mutex_;
   std::condition_variable changed_;

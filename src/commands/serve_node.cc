@@ -124,6 +124,8 @@ class NodeServer {
 
     api::FrontendOptions front = frontend_options(options_, served_.model.names.front());
     front.policy.accepts_kv_transfer = front.policy.accepts_resumed = false;
+    front.first_rank = config_.serves_node_only ? config_.first_rank : 0;
+    front.num_ranks = config_.serves_node_only ? config_.num_ranks : config_.shape.data;
     front.spans = exporter_.get();
     front.health = [this] { return health(); };
     frontend_ = std::make_unique<api::Frontend>(io_, std::move(front), clock_, metrics_);
@@ -180,7 +182,7 @@ class NodeServer {
       }
       workers_.erase(found);
     }
-    const Result<router::WorkerId> id = router_->add_worker(router::Role::kDecode, url);
+    const Result<router::WorkerId> id = router_->add_worker(router::Role::kDecode, url, member.rank.value);
     if (!id.ok()) return log_error("serve", "rank {} at {}: {}", member.rank, url, id.error().message);
     workers_[member.rank] = {url, *id};
   }

@@ -50,6 +50,7 @@ struct TokenRequest {
   std::vector<TokenId> resumed;
   bool is_one_of_several = false;  // of the choices of one request (n > 1)
   std::string session;             // for a router's session policy; "" for none
+  int32_t pinned_rank = -1;        // of a rank group: the only one that may compute it; -1: any
   TraceContext trace{};            // the span of this request; not valid: nobody traces
 };
 

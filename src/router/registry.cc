@@ -56,7 +56,7 @@ WorkerRegistry::WorkerRegistry(RegistryOptions options)
       prefill_policy_(options.prefill_policy, options.seed),
       decode_policy_(options.decode_policy, options.seed + 1) {}
 
-Result<WorkerId> WorkerRegistry::add(Role role, std::string url, int64_t weight) {
+Result<WorkerId> WorkerRegistry::add(Role role, std::string url, int64_t weight, int32_t rank) {
   for (RegisteredWorker& worker : workers_) {
     if (worker.role != role || worker.url != url) continue;
     if (worker.membership == Membership::kServing) {
@@ -65,6 +65,7 @@ Result<WorkerId> WorkerRegistry::add(Role role, std::string url, int64_t weight)
     if (worker.membership == Membership::kRemoved) worker.tracker = HealthTracker();
     worker.membership = Membership::kServing;
     worker.weight = weight;
+    worker.rank = rank;
     return worker.id;
   }
   if (workers_.size() >= kMaxWorkers) {
@@ -73,6 +74,7 @@ Result<WorkerId> WorkerRegistry::add(Role role, std::string url, int64_t weight)
   }
   const WorkerId id(static_cast<int32_t>(workers_.size()));
   workers_.emplace_back(id, role, std::move(url), weight, options_.breaker);
+  workers_.back().rank = rank;
   return id;
 }
 
@@ -104,6 +106,7 @@ bool WorkerRegistry::has_healthy(Role role) const {
 }
 
 bool WorkerRegistry::is_usable(const RegisteredWorker& worker, Role role, const PickContext& context) {
+  if (context.rank >= 0 && worker.rank != context.rank) return false;
   return worker.role == role && worker.membership == Membership::kServing && worker.tracker.health() == Health::kUp &&
          std::find(context.excluded.begin(), context.excluded.end(), worker.id) == context.excluded.end();
 }

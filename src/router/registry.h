@@ -76,6 +76,7 @@ struct RegisteredWorker {
   Role role;
   std::string url;
   int64_t weight;
+  int32_t rank = -1;  // in its rank group; -1: it is none
   Membership membership = Membership::kServing;
   HealthTracker tracker;
   CircuitBreaker breaker;
@@ -91,6 +92,7 @@ struct PickContext {
   std::span<const WorkerId> excluded{};       // have failed this request
   std::span<const uint64_t> prompt_blocks{};  // hash_prompt_blocks
   uint64_t session = 0;                       // 0: none
+  int32_t rank = -1;                          // the only rank that may be chosen; -1: any
   std::optional<WorkerId> partner{};          // the decode worker that a prefill worker must reach
 };
 
@@ -111,7 +113,7 @@ class WorkerRegistry {
 
   // A removed worker with this role and address serves again, under its old id. Faults: it is there already, or there
   // are kMaxWorkers.
-  Result<WorkerId> add(Role role, std::string url, int64_t weight = 1);
+  Result<WorkerId> add(Role role, std::string url, int64_t weight = 1, int32_t rank = -1);
   // Takes no new request; settle() removes it once it is idle.
   void drain(WorkerId id);
   void settle(WorkerId id);

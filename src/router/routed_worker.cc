@@ -70,10 +70,10 @@ RoutedWorker::~RoutedWorker() { *alive_ = false; }
 
 // ---- Workers -------------------------------------------------------------------------------------------------------
 
-Result<WorkerId> RoutedWorker::add_worker(Role role, const std::string& address) {
+Result<WorkerId> RoutedWorker::add_worker(Role role, const std::string& address, int32_t rank) {
   TANDEM_ASSIGN(const WorkerAddress parsed, parse_worker_address(address));
   TANDEM_ASSIGN(const api::HttpUrl url, api::parse_http_url(parsed.url));
-  TANDEM_ASSIGN(const WorkerId id, core_.add_worker(role, parsed.url, parsed.weight));
+  TANDEM_ASSIGN(const WorkerId id, core_.add_worker(role, parsed.url, parsed.weight, rank));
   if (id.value == std::ssize(remotes_)) {
     remotes_.push_back(std::make_unique<RemoteWorker>(client_, url, options_.worker_api_key));
   }

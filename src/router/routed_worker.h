@@ -56,7 +56,7 @@ class RoutedWorker final : public engine::Worker, private LegPort {
   int64_t num_requests() const { return num_requests_.load(std::memory_order_relaxed); }
 
   // On the thread of the io_context. A worker that is removed ends the requests it has.
-  Result<WorkerId> add_worker(Role role, const std::string& address);
+  Result<WorkerId> add_worker(Role role, const std::string& address, int32_t rank = -1);
   Status remove_worker(WorkerId id);
   // On the thread of the io_context: RouterCore::set_health.
   void set_health(std::span<const WorkerId> ids, bool is_up);

@@ -80,7 +80,7 @@ class RouterCore {
   RouterCore& operator=(const RouterCore&) = delete;
 
   // ---- Workers
-  Result<WorkerId> add_worker(Role role, std::string url, int64_t weight = 1);
+  Result<WorkerId> add_worker(Role role, std::string url, int64_t weight = 1, int32_t rank = -1);
   // Takes no new request; what it has goes on.
   void drain_worker(WorkerId id);
   const WorkerRegistry& workers() const { return registry_; }

@@ -27,7 +27,8 @@ std::vector<WorkerId> RouterCore::excluded(const Routed& routed, int64_t now_us)
 Result<Attempt> RouterCore::plan_attempt(const Routed& routed, bool resumes, int64_t now_us) {
   const std::vector<WorkerId> failed = excluded(routed, now_us);
   PickContext context{
-      .now_us = now_us, .excluded = failed, .prompt_blocks = routed.prompt_blocks, .session = routed.session};
+      .now_us = now_us, .excluded = failed, .prompt_blocks = routed.prompt_blocks, .session = routed.session,
+      .rank = routed.request.pinned_rank};
   // Before anything is chosen: a choice takes a breaker's trial.
   const char* reason = resumes ? "migration" : local_reason(routed, context);
   if (!registry_.has_role(Role::kPrefill)) {
@@ -88,8 +89,8 @@ void RouterCore::release_loads(Routed& routed) {
 
 // ---- Workers -------------------------------------------------------------------------------------------------------
 
-Result<WorkerId> RouterCore::add_worker(Role role, std::string url, int64_t weight) {
-  TANDEM_ASSIGN(const WorkerId id, registry_.add(role, std::move(url), weight));
+Result<WorkerId> RouterCore::add_worker(Role role, std::string url, int64_t weight, int32_t rank) {
+  TANDEM_ASSIGN(const WorkerId id, registry_.add(role, std::move(url), weight, rank));
   metrics_->add_worker(registry_.worker(id));
   metrics_->show(registry_.worker(id));
   return id;

@@ -77,6 +77,25 @@ def test_all_ranks_take_requests_and_hold_their_share(launcher):
     server.stop()
 
 
+def test_a_request_may_name_its_rank(launcher, expected):
+    server = start_ranks(launcher, 3)
+    body = body_of(0, PROMPTS[0])
+    before = {rank: rank_requests(url) for rank, url in rank_urls(server).items()}
+    for _ in range(5):
+        status, answer = http_json(server.url + "/v1/completions", body, {"X-Data-Parallel-Rank": "2"})
+        assert status == 200 and read_answer(answer) == expected[0]
+    after = {rank: rank_requests(url) for rank, url in rank_urls(server).items()}
+    assert {rank: after[rank] - before[rank] for rank in after} == {"0": 0, "1": 0, "2": 5}
+    status, answer = http_json(server.url + "/v1/completions", body, {"X-Data-Parallel-Rank": "3"})
+    assert status == 400 and "0 … 2" in answer["error"]["message"]
+    server.stop()
+
+
+def rank_urls(server):
+    # The log names the endpoint of every rank; the last ones are those that live.
+    return dict(re.findall(r"rank(\d+) \[serve\] serving demo on (http://\S+)", server.read_log()))
+
+
 def rank_requests(url):
     status, text = http_json(url + "/metrics")
     assert status == 200
@@ -102,10 +121,8 @@ EPLB = ["--enable-eplb", "--eplb-config", json.dumps({"window_size": 16, "step_i
 
 
 def rank_metric(server, name):
-    # The log names the endpoint of every rank; the last ones are those that live.
-    ranks = {rank: url for rank, url in re.findall(r"rank(\d+) \[serve\] serving demo on (http://\S+)", server.read_log())}
     total = 0.0
-    for url in ranks.values():
+    for url in rank_urls(server).values():
         status, text = http_json(url + "/metrics")
         assert status == 200
         total += sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith((name + " ", name + "{")))
