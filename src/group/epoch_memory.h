@@ -22,7 +22,7 @@ class EpochMemory {
   // How others open it; without the network's part.
   WindowAddress address() const;
   // This rank's region: counters and pulse, then the window.
-  std::span<std::byte> region() const { return {own_.data(), static_cast<size_t>(region_bytes_)}; }
+  std::byte* region() const { return own_.data(); }
 
   // Maps the region and the bell of another rank of this node. Errors name that rank.
   Status map(RankId rank, const WindowAddress& address);

@@ -146,14 +146,13 @@ Status MappedFabric::status() const {
   return *why_;
 }
 
-MappedFabric::Counter& MappedFabric::counter(RankId at, RankId of, Channel channel) const {
-  std::byte* const counters = ranks_[static_cast<size_t>(at.value)].region + kAlignment;
-  const int64_t index = int64_t{of.value} * kNumChannels + static_cast<int64_t>(channel);
-  return *reinterpret_cast<Counter*>(counters + index * static_cast<int64_t>(sizeof(Counter)));
+std::span<std::byte> MappedFabric::window_in(std::byte* region, int32_t size, int64_t window_bytes) {
+  return {region + header_bytes(size), static_cast<size_t>(window_bytes)};
 }
 
-MappedFabric::Counter& MappedFabric::pulse(RankId of) const {
-  return *reinterpret_cast<Counter*>(ranks_[static_cast<size_t>(of.value)].region);
+MappedFabric::Counter& MappedFabric::counter_in(std::byte* region, RankId of, Channel channel) {
+  const int64_t index = int64_t{of.value} * kNumChannels + static_cast<int64_t>(channel);
+  return *reinterpret_cast<Counter*>(region + kAlignment + index * static_cast<int64_t>(sizeof(Counter)));
 }
 
 }  // namespace tandem::group

@@ -1,4 +1,5 @@
-// The fabric of ranks whose windows are all mapped: processes of one host, or threads of one process.
+// The fabric of ranks whose windows are all mapped: processes of one host, or threads of one process. NetworkFabric
+// adds ranks of other hosts.
 #pragma once
 
 #include <atomic>
@@ -27,7 +28,7 @@ struct FabricLimits {
   int64_t spin_us = 100;
 };
 
-class MappedFabric final : public Fabric {
+class MappedFabric : public Fabric {
  public:
   // What a rank's region must hold: its counters and pulse, then its window.
   static int64_t region_bytes(int32_t size, int64_t window_bytes);
@@ -50,11 +51,24 @@ class MappedFabric final : public Fabric {
   void end(const Error& why) override;
   Status status() const override;
 
- private:
   using Counter = std::atomic<uint64_t>;
   static_assert(Counter::is_always_lock_free);
-  Counter& counter(RankId at, RankId of, Channel channel) const;
-  Counter& pulse(RankId of) const;
+  // In a region: its window, the pulse of its rank, and the counter that rank `of` raises there.
+  static std::span<std::byte> window_in(std::byte* region, int32_t size, int64_t window_bytes);
+  static Counter& pulse_in(std::byte* region) { return *reinterpret_cast<Counter*>(region); }
+  static Counter& counter_in(std::byte* region, RankId of, Channel channel);
+
+ protected:
+  comm::Bell& own_bell() { return bells_[static_cast<size_t>(rank_.value)]; }
+  int64_t window_bytes() const { return window_bytes_; }
+  const FabricLimits& limits() const { return limits_; }
+  const Clock& clock() const { return clock_; }
+
+ private:
+  Counter& counter(RankId at, RankId of, Channel channel) const {
+    return counter_in(ranks_[static_cast<size_t>(at.value)].region, of, channel);
+  }
+  Counter& pulse(RankId of) const { return pulse_in(ranks_[static_cast<size_t>(of.value)].region); }
   bool spin(RankId from, Channel channel, uint64_t value) const;
   Status wait_asleep(RankId from, Channel channel, uint64_t value);
 

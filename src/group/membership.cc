@@ -21,6 +21,8 @@
 #include "src/group/coordinator_core.h"
 #include "src/group/epoch_memory.h"
 #include "src/group/message_stream.h"
+#include "src/group/network_fabric.h"
+#include "src/group/network_port.h"
 
 namespace tandem::group {
 namespace {
@@ -29,10 +31,11 @@ constexpr int64_t kMinBackoffUs = 20'000;     // between attempts to join …
 constexpr int64_t kMaxBackoffUs = 1'000'000;  // … doubling up to this
 constexpr int64_t kIdleUs = 60'000'000;       // longest sleep while nothing is due
 
-// What one epoch needs. The fabric goes first.
+// What one epoch needs. The last goes first.
 struct EpochParts {
   std::unique_ptr<EpochMemory> memory;
-  std::unique_ptr<Fabric> fabric;
+  std::unique_ptr<NetworkPort> port;  // if there are ranks of other nodes
+  std::unique_ptr<Fabric> fabric;     // when all are reached
 };
 
 class RankMembership final : public Membership {
@@ -66,6 +69,11 @@ class RankMembership final : public Membership {
   void handle_open(Epoch epoch);
   void handle_ended(const EndedMessage& ended);
   void make_window();
+  bool is_remote(int32_t rank) const { return forming_->nodes[static_cast<size_t>(rank)] != options_.node; }
+  std::vector<bool> list_remote() const;
+  Result<std::string> find_network_host() const;
+  Status open_port();
+  void check_network();
   void fail_forming(const Error& why, int32_t suspect);
   void send_faults();
   void keep_time();
@@ -144,6 +152,11 @@ Fabric* RankMembership::fabric() {
       engine_has_it_ = true;
       return current_->fabric.get();
     }
+    // The network ended it, and nobody has told the coordinator yet.
+    if (!error_) {
+      error_ = current_->fabric->status().error();
+      fault_ = FaultMessage{current_->fabric->epoch(), -1, clip_text(error_->message)};
+    }
     old = std::exchange(current_, std::nullopt);
     engine_has_it_ = false;
   }
@@ -182,6 +195,7 @@ void RankMembership::run() {
     wait_for_events();
     send_faults();
     make_window();
+    check_network();
     keep_time();
   }
   end_epoch(make_error(ErrorKind::kAborted, "rank {} has left the group", options_.rank));
@@ -341,7 +355,48 @@ void RankMembership::make_window() {
   }
   parts_.emplace();
   parts_->memory = std::move(*memory);
-  stream_->send(WindowMessage{forming_->epoch, parts_->memory->address()});
+  WindowAddress address = parts_->memory->address();
+  if (const std::vector<bool> remote = list_remote(); std::find(remote.begin(), remote.end(), true) != remote.end()) {
+    if (const Status opened = open_port(); !opened.ok()) {
+      fail_forming(opened.error(), options_.rank.value);
+      return;
+    }
+    address.network = parts_->port->address();
+  }
+  stream_->send(WindowMessage{forming_->epoch, std::move(address)});
+}
+
+std::vector<bool> RankMembership::list_remote() const {
+  std::vector<bool> remote;
+  for (int32_t r = 0; r < options_.shape.size(); ++r) remote.push_back(is_remote(r));
+  return remote;
+}
+
+Result<std::string> RankMembership::find_network_host() const {
+  if (!options_.network_host.empty()) return options_.network_host;
+  comm::SocketAddress local;
+  local.length = sizeof local.storage;
+  if (::getsockname(stream_->socket(), reinterpret_cast<sockaddr*>(&local.storage), &local.length) != 0) {
+    return make_error(ErrorKind::kUnavailable, "the address of this machine: {}", std::strerror(errno));
+  }
+  const std::string text = local.to_string();  // "10.0.0.1:9000", "[::1]:9000"
+  const std::string host = text.substr(0, text.rfind(':'));
+  return host.starts_with('[') ? host.substr(1, host.size() - 2) : host;
+}
+
+Status RankMembership::open_port() {
+  TANDEM_ASSIGN(const std::string host, find_network_host());
+  std::byte* const region = parts_->memory->region();
+  TANDEM_ASSIGN(parts_->port, NetworkPort::open({.host = host,
+                                                 .rank = options_.rank,
+                                                 .size = options_.shape.size(),
+                                                 .region = region,
+                                                 .window = MappedFabric::window_in(region, options_.shape.size(),
+                                                                                   options_.window_bytes),
+                                                 .bell = bell_region_.data(),
+                                                 .rank_timeout_us = options_.rank_timeout_us,
+                                                 .on_outcome = [this] { wake(); }}));
+  return {};
 }
 
 Status RankMembership::handle_map(const MapMessage& map) {
@@ -349,23 +404,48 @@ Status RankMembership::handle_map(const MapMessage& map) {
   if (std::ssize(map.windows) != options_.shape.size()) {
     return make_error(ErrorKind::kDataLoss, "sent {} windows instead of {}", map.windows.size(), options_.shape.size());
   }
+  std::vector<NetworkPeer> peers;
   for (int32_t r = 0; r < options_.shape.size(); ++r) {
     if (RankId(r) == options_.rank) continue;
-    if (forming_->nodes[static_cast<size_t>(r)] != options_.node) {
-      fail_forming(make_error(ErrorKind::kUnsupported, "rank {} is on another node", r), r);
-      return {};
+    const WindowAddress& window = map.windows[static_cast<size_t>(r)];
+    if (is_remote(r)) {
+      parts_->memory->stand_in(RankId(r));
+      std::byte* const region = parts_->memory->ranks()[static_cast<size_t>(r)].region;
+      peers.push_back({RankId(r), window.network, &MappedFabric::pulse_in(region)});
+      continue;
     }
-    const Status mapped = parts_->memory->map(RankId(r), map.windows[static_cast<size_t>(r)]);
-    if (!mapped.ok()) {
+    if (const Status mapped = parts_->memory->map(RankId(r), window); !mapped.ok()) {
       fail_forming(mapped.error(), r);
       return {};
     }
   }
-  parts_->fabric = std::make_unique<MappedFabric>(options_.rank, map.epoch, parts_->memory->ranks(),
-                                                  options_.window_bytes,
-                                                  FabricLimits{.rank_timeout_us = options_.rank_timeout_us}, clock_);
-  stream_->send(MappedMessage{map.epoch});
+  const FabricLimits limits{.rank_timeout_us = options_.rank_timeout_us};
+  if (peers.empty()) {
+    parts_->fabric = std::make_unique<MappedFabric>(options_.rank, map.epoch, parts_->memory->ranks(),
+                                                    options_.window_bytes, limits, clock_);
+    stream_->send(MappedMessage{map.epoch});
+    return {};
+  }
+  // The rest is check_network()'s, when the port has reached all.
+  if (const Status connected = parts_->port->connect(std::move(peers)); !connected.ok()) {
+    fail_forming(connected.error(), -1);
+  }
   return {};
+}
+
+void RankMembership::check_network() {
+  if (!parts_ || parts_->port == nullptr || parts_->fabric != nullptr) return;
+  const std::optional<NetworkPort::Outcome> outcome = parts_->port->outcome();
+  if (!outcome) return;
+  if (outcome->error) {
+    fail_forming(*outcome->error, outcome->suspect);
+    return;
+  }
+  parts_->fabric = std::make_unique<NetworkFabric>(options_.rank, forming_->epoch, parts_->memory->ranks(), list_remote(),
+                                                   options_.window_bytes,
+                                                   FabricLimits{.rank_timeout_us = options_.rank_timeout_us}, clock_,
+                                                   *parts_->port);
+  stream_->send(MappedMessage{forming_->epoch});
 }
 
 void RankMembership::fail_forming(const Error& why, int32_t suspect) {
