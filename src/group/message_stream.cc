@@ -14,6 +14,8 @@ constexpr size_t kPrefixBytes = 4;
 constexpr size_t kReadBytes = 64 * 1024;
 constexpr int kMostReads = 16;  // per advance(), so that a peer that floods does not starve the others
 
+constexpr const char* kClosed = "its connection was closed";
+
 bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR; }
 
 uint32_t read_prefix(const char* bytes) {
@@ -23,6 +25,9 @@ uint32_t read_prefix(const char* bytes) {
 }
 
 Error make_lost(const std::string& why) { return make_error(ErrorKind::kUnavailable, "{}", why); }
+
+// A process that dies with unread bytes resets its connection instead of closing it.
+Error make_socket_error() { return make_lost(errno == ECONNRESET || errno == EPIPE ? kClosed : std::strerror(errno)); }
 
 }  // namespace
 
@@ -84,7 +89,7 @@ Status MessageStream::write_some() {
     const ssize_t count = ::send(socket_, out_.data() + written_, out_.size() - written_, MSG_NOSIGNAL);
     if (count < 0) {
       if (would_block() || errno == ENOTCONN) return {};
-      return make_lost(std::strerror(errno));
+      return make_socket_error();
     }
     written_ += static_cast<size_t>(count);
     if (written_ >= static_cast<size_t>(kMaxCoordinatorMessageBytes)) {
@@ -103,9 +108,9 @@ Status MessageStream::read_some() {
     const ssize_t count = ::recv(socket_, buffer.data(), buffer.size(), 0);
     if (count < 0) {
       if (would_block() || errno == ENOTCONN) return {};
-      return make_lost(std::strerror(errno));
+      return make_socket_error();
     }
-    if (count == 0) return make_lost("its connection was closed");
+    if (count == 0) return make_lost(kClosed);
     in_.append(buffer.data(), static_cast<size_t>(count));
   }
   return {};

@@ -2,6 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fcntl.h>
+#include <sched.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <memory>
 #include <thread>
@@ -110,6 +114,90 @@ TEST_F(GroupOfNodes, AKilledAndAStoppedRankAreNamed) {
   ranks[3]->signal(SIGCONT);
   wait_for_epoch();
   work(20);
+}
+
+// --- two network namespaces and a cable between them ---
+
+class GroupOfHosts : public GroupOfNodes {
+ protected:
+  void SetUp() override {
+    GroupOfNodes::SetUp();
+    if (::geteuid() != 0 || !ip("netns add " + host(0)) || !ip("netns add " + host(1))) {
+      GTEST_SKIP() << "network namespaces need root and iproute2";
+    }
+    ASSERT_TRUE(ip(fmt::format("link add tdm-v0 netns {} type veth peer name tdm-v1 netns {}", host(0), host(1))));
+    for (int i = 0; i < 2; ++i) {
+      ASSERT_TRUE(ip(fmt::format("-n {} addr add 10.78.0.{}/24 dev tdm-v{}", host(i), i + 1, i)));
+      ASSERT_TRUE(ip(fmt::format("-n {} link set tdm-v{} up", host(i), i)));
+      ASSERT_TRUE(ip(fmt::format("-n {} link set lo up", host(i))));
+    }
+    options.host = "10.78.0.1";
+    // The coordinator's thread and sockets are of the namespace in which they are made.
+    const int home = ::open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    const int there = ::open(("/run/netns/" + host(0)).c_str(), O_RDONLY | O_CLOEXEC);
+    ASSERT_EQ(::setns(there, CLONE_NEWNET), 0);
+    start_coordinator(4, kTimeoutUs);
+    ASSERT_EQ(::setns(home, CLONE_NEWNET), 0);
+    ::close(home);
+    ::close(there);
+    for (int32_t r = 0; r < 4; ++r) ranks.push_back(start_rank_there(r));
+    wait_for_epoch();
+  }
+  void TearDown() override {
+    ranks.clear();
+    coordinator.reset();
+    for (int i = 0; i < 2; ++i) ip("netns del " + host(i));
+  }
+
+  std::unique_ptr<RankProcess> start_rank_there(int32_t rank) {
+    options.before = {"ip", "netns", "exec", host(rank / 2)};
+    return start_rank(rank);
+  }
+  static std::string host(int i) { return fmt::format("tdm-test-{}-{}", ::getpid(), i); }
+  static bool ip(const std::string& arguments) { return std::system(("ip " + arguments + " 2>/dev/null").c_str()) == 0; }
+  static bool set_link(const char* state) { return ip(fmt::format("-n {} link set tdm-v0 {}", host(0), state)); }
+};
+
+TEST_F(GroupOfHosts, ACutLinkIsNoticedAndAMendedOneJoins) {
+  work(100);
+  for (const auto& rank : ranks) rank->tell("work 1000000");
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  const int64_t begin_us = clock.now_us();
+  ASSERT_TRUE(set_link("down"));
+  // On this side a rank of the other one is named, there the coordinator.
+  const auto names_other_side = [](const std::string& line) {
+    return line.find("rank 2 is gone: silent") != std::string::npos ||
+           line.find("connection to rank 2 is lost") != std::string::npos ||
+           line.find("connection to rank 3 is lost") != std::string::npos;
+  };
+  for (const size_t r : {0U, 1U}) {
+    EXPECT_TRUE(ranks[r]->hear_if(names_other_side, kLongUs)) << ranks[r]->said();
+    EXPECT_LE(clock.now_us() - begin_us, kTimeoutUs);
+  }
+  for (const size_t r : {2U, 3U}) {
+    EXPECT_TRUE(ranks[r]->hear_of("the coordinator at 10.78.0.1", kLongUs)) << ranks[r]->said();
+    EXPECT_LE(clock.now_us() - begin_us, kTimeoutUs);
+  }
+  std::this_thread::sleep_for(std::chrono::microseconds(2 * kTimeoutUs));
+  EXPECT_FALSE(coordinator->status().standing);
+  ASSERT_EQ(coordinator->status().missing.size(), 2U) << coordinator->status().text;
+  ASSERT_TRUE(set_link("up"));
+  wait_for_epoch();
+  work(100);
+}
+
+TEST_F(GroupOfHosts, AHostThatDiesIsReplaced) {
+  for (const auto& rank : ranks) rank->tell("work 1000000");
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  const int64_t begin_us = clock.now_us();
+  for (const size_t r : {2U, 3U}) ranks[r]->kill(SIGKILL);
+  for (const size_t r : {0U, 1U}) {
+    EXPECT_TRUE(ranks[r]->hear_of("is gone: its connection was closed", kLongUs)) << ranks[r]->said();
+    EXPECT_LE(clock.now_us() - begin_us, kTimeoutUs);
+  }
+  for (const int32_t r : {2, 3}) ranks[static_cast<size_t>(r)] = start_rank_there(r);
+  wait_for_epoch();
+  work(100);
 }
 
 }  // namespace
