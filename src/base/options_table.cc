@@ -166,6 +166,10 @@ constexpr OptionSpec kTable[] = {
     {.name = "eplb-config", .commands = kServe, .group = "Ranks", .type = kObject, .default_text = "",
      .help = "JSON: window_size and step_interval in steps, num_redundant_experts over all ranks, log_balancedness, "
              "use_async, policy (default, swift, flash); also as --eplb-config.policy swift."},
+    {.name = "dispatch-format", .commands = kServe, .group = "Ranks", .type = kChoice, .default_text = "exact",
+     .help = "How rows travel to their experts: exact as the experts take them anyway, so that answers are those of one "
+             "rank; the others round them first, int8 and fp8 with one scale for each row.",
+     .choices = "exact|bf16|int8|fp8"},
     {.name = "rank-timeout", .commands = kServe, .group = "Ranks", .type = kNumber, .default_text = "10",
      .help = "Seconds without a sign of life after which a rank is given up; the others then wait for it to come back.",
      .min = 0.1, .max = 3600},

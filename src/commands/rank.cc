@@ -41,6 +41,7 @@ Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config,
   if (!choice.note.empty()) log_info("serve", "{}", choice.note);
   ep::ExchangeOptions options;
   options.backend = choice.backend;
+  TANDEM_ASSIGN(options.row_format, kernels::parse_row_format(config.group->dispatch_format));
   options.window_offset = group::StepAgreement::window_bytes(size);
   return std::make_unique<ep::Exchange>(std::move(shard), options);
 }
@@ -241,6 +242,7 @@ std::vector<group::Fact> Rank::group_facts() const {
           {"model", info().fingerprint},
           {"instruction set (--cpu-isa)", ops_->name()},
           {"--all2all-backend", config_.group->backend},
+          {"--dispatch-format", config_.group->dispatch_format},
           {"--max-num-batched-tokens", std::to_string(config_.limits.max_num_batched_tokens)},
           {"--rank-timeout", fmt::format("{} us", config_.group->rank_timeout_us)}};
 }

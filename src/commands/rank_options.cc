@@ -29,6 +29,7 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   if (config.coordinator_port == 0) config.coordinator_port = kDefaultPort;
   config.hosts_coordinator = rank == 0 && options.text("data-parallel-coordinator") == "auto";
   config.backend = options.text("all2all-backend");
+  config.dispatch_format = options.text("dispatch-format");
   config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
   if (options.flag("enable-eplb")) {
     config.eplb_text = options.text("eplb-config");

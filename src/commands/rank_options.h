@@ -21,6 +21,7 @@ struct GroupConfig {
   int64_t coordinator_port = 0;
   bool hosts_coordinator = false;  // in this very process
   std::string backend;             // --all2all-backend
+  std::string dispatch_format;
   std::optional<eplb::EplbConfig> eplb;  // --enable-eplb
   std::string eplb_text;
   int64_t rank_timeout_us = 0;

@@ -70,7 +70,8 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
         "--data-parallel-size", std::to_string(config.shape.data), "--data-parallel-rank", std::to_string(rank),
         "--data-parallel-address", config.coordinator_host, "--data-parallel-rpc-port", std::to_string(coordinator_port),
         "--data-parallel-coordinator", "elsewhere", "--enable-expert-parallel",
-        "--all2all-backend", options.text("all2all-backend"), "--rank-timeout", std::to_string(options.number("rank-timeout"))};
+        "--all2all-backend", options.text("all2all-backend"), "--dispatch-format", options.text("dispatch-format"),
+        "--rank-timeout", std::to_string(options.number("rank-timeout"))};
     process.arguments.insert(process.arguments.end(), own.begin(), own.end());
     if (options.flag("enable-eplb")) process.arguments.push_back("--enable-eplb");
     if (const std::string& eplb = options.text("eplb-config"); !eplb.empty()) {

@@ -57,6 +57,19 @@ def test_four_ranks_answer_as_one(launcher, expected, backend):
     server.stop()
 
 
+@pytest.mark.parametrize("row_format", ["int8", "fp8"])
+def test_rounded_rows_answer_alike_everywhere(launcher, expected, row_format):
+    """By other backends and with other numbers of ranks."""
+    seen = []
+    for size, backend in ((4, "low_latency"), (2, "high_throughput")):
+        server = start_ranks(launcher, size, "--all2all-backend", backend, "--dispatch-format", row_format)
+        with ThreadPoolExecutor(8) as pool:
+            seen.append(list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS[:16]))))
+        server.stop()
+    assert seen[0] == seen[1]
+    assert seen[0] != expected[:16]  # they were rounded
+
+
 def test_eight_ranks_answer_as_one(launcher, expected):
     server = start_ranks(launcher, 8)
     with ThreadPoolExecutor(16) as pool:
