@@ -226,9 +226,9 @@ Finding judge_transport(const std::string& from, const Endpoint& to, const Resul
     return finding;
   }
   finding.state = State::kOk;
-  finding.value = fmt::format("{}: {} µs, {:.2f} GB/s ({:.0f} MB)", reading->transport, reading->round_trip_us,
+  finding.value = fmt::format("{}: {:.1f} µs, {:.2f} GB/s ({:.0f} MB)", reading->transport, reading->round_trip_us,
                               reading->bytes_per_s() / 1e9, static_cast<double>(reading->bytes) / 1e6);
-  finding.limit = fmt::format("{} µs, {:.2f} GB/s", kMostRoundTripUs, kLeastBytesPerS / 1e9);
+  finding.limit = fmt::format("{:.0f} µs, {:.2f} GB/s", kMostRoundTripUs, kLeastBytesPerS / 1e9);
   if (reading->round_trip_us > kMostRoundTripUs || reading->bytes_per_s() < kLeastBytesPerS) {
     finding.state = State::kWarn;
     finding.remedy = "the KV of long prompts will wait for this: use a faster network, or have the hosts idle during the check";

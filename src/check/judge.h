@@ -18,7 +18,7 @@ namespace tandem::check {
 inline constexpr int64_t kMostClockOffsetUs = 100'000;
 // 1 Gbit/s, less what TCP takes. The KV of a prompt of 1,000 tokens is about 70 MB for DeepSeek-V3, 100 MB for Qwen3-30B.
 inline constexpr double kLeastBytesPerS = 110e6;
-inline constexpr int64_t kMostRoundTripUs = 2'000;
+inline constexpr double kMostRoundTripUs = 2'000;
 // Each transfer connection of one host takes 2 MiB of /dev/shm per side.
 inline constexpr int64_t kLeastSharedBytes = int64_t{64} << 20;
 

@@ -1,6 +1,7 @@
 #include "src/check/transport.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <unordered_map>
 #include <vector>
@@ -78,15 +79,16 @@ class Measurement final : public comm::MessageHandler {
     options.listen_host = own_host;
     TANDEM_ASSIGN(messenger_, comm::make_ucx_messenger(options, *this));
     TANDEM_ASSIGN(connection_, messenger_->connect(host, port));
-    std::vector<int64_t> round_trips;
+    std::vector<double> round_trips_us;
     for (int64_t i = 0; i < kRoundTrips; ++i) {
-      const int64_t start_us = clock_.now_us();
+      const auto start = std::chrono::steady_clock::now();
       TANDEM_TRY(ask({Kind::kPing, i}));
-      round_trips.push_back(clock_.now_us() - start_us);  // the first includes the connection
+      const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
+      round_trips_us.push_back(time.count());  // the first includes the connection
     }
     TransportReading reading;
-    std::sort(round_trips.begin(), round_trips.end());
-    reading.round_trip_us = round_trips[kRoundTrips / 2];
+    std::sort(round_trips_us.begin(), round_trips_us.end());
+    reading.round_trip_us = round_trips_us[kRoundTrips / 2];
     const int64_t start_us = clock_.now_us();
     TANDEM_ASSIGN(reading.bytes, send_payloads(start_us + kSendingTimeUs));
     TANDEM_TRY(ask({Kind::kEnd, 0}));

@@ -20,7 +20,7 @@ inline constexpr int kRoundTrips = 32;
 
 struct TransportReading {
   std::string transport;       // "tcp/eth0", "posix/memory"
-  int64_t round_trip_us = 0;   // the median
+  double round_trip_us = 0;    // the median; below one where both sides watch shared memory
   int64_t bytes = 0;           // sent and confirmed …
   int64_t time_us = 0;         // … in this time
   double bytes_per_s() const { return time_us > 0 ? static_cast<double>(bytes) * 1e6 / static_cast<double>(time_us) : 0; }
