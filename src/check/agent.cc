@@ -14,7 +14,7 @@ namespace {
 
 namespace asio = boost::asio;
 
-constexpr int kThreads = 8;         // requests answered at once: those of one check and a few more
+constexpr int kThreads = 8;           // requests answered at once: those of one check and a few more
 constexpr int64_t kMaxRequests = 64;  // running and waiting
 constexpr std::chrono::seconds kExpiryCheck{5};
 
@@ -27,9 +27,8 @@ class Agent {
     limits.max_body_bytes = 4UL << 20;
     limits.max_connections = 256;
     TANDEM_ASSIGN(server_, api::HttpServer::listen(io_, options.host, static_cast<uint16_t>(options.port), limits));
-    server_->add_route({"POST", kAgentPath, false, [this](std::shared_ptr<api::HttpExchange> exchange) {
-                          take(std::move(exchange));
-                        }});
+    server_->add_route({"POST", kAgentPath, false,
+                        [this](std::shared_ptr<api::HttpExchange> exchange) { take(std::move(exchange)); }});
     server_->start();
     signals_.async_wait([this](const boost::system::error_code& error, int) {
       if (!error) io_.stop();
@@ -64,8 +63,8 @@ class Agent {
 
   // Faults of the operation are answers too; the other side shows them.
   static void respond(api::HttpExchange& exchange, const Result<nlohmann::json>& answer) {
-    const nlohmann::json body = answer.ok() ? nlohmann::json{{"answer", *answer}}
-                                            : nlohmann::json{{"fault", answer.error().message}};
+    const nlohmann::json body =
+        answer.ok() ? nlohmann::json{{"answer", *answer}} : nlohmann::json{{"fault", answer.error().message}};
     api::HttpResponse response;
     response.body = body.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
     exchange.respond(std::move(response));
@@ -92,7 +91,8 @@ class Agent {
 
 }  // namespace
 
-Status run_agent(const AgentOptions& options, ProcessExaminer examine, const std::function<void(int64_t port)>& on_ready) {
+Status run_agent(const AgentOptions& options, ProcessExaminer examine,
+                 const std::function<void(int64_t port)>& on_ready) {
   return Agent(std::move(examine)).run(options, on_ready);
 }
 

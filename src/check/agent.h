@@ -19,6 +19,7 @@ struct AgentOptions {
 };
 
 // Answers until the lifetime is over, SIGINT or SIGTERM. `on_ready` is called with the port once it listens.
-Status run_agent(const AgentOptions& options, ProcessExaminer examine, const std::function<void(int64_t port)>& on_ready);
+Status run_agent(const AgentOptions& options, ProcessExaminer examine,
+                 const std::function<void(int64_t port)>& on_ready);
 
 }  // namespace tandem::check

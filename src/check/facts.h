@@ -17,17 +17,17 @@ struct RdmaPort {
 };
 
 struct HostFacts {
-  std::string version;         // of the program
-  std::string program_sha256;  // of its file
-  std::string folder;          // where it was started: model paths are relative to it
-  int64_t locked_memory_bytes = 0;  // RLIMIT_MEMLOCK; -1: no limit
-  int64_t shm_free_bytes = -1;      // of /dev/shm; -1: there is none that can be written
-  std::string memfd_fault;          // why no anonymous shared memory can be made; "": it can
+  std::string version;                 // of the program
+  std::string program_sha256;          // of its file
+  std::string folder;                  // where it was started: model paths are relative to it
+  int64_t locked_memory_bytes = 0;     // RLIMIT_MEMLOCK; -1: no limit
+  int64_t shm_free_bytes = -1;         // of /dev/shm; -1: there is none that can be written
+  std::string memfd_fault;             // why no anonymous shared memory can be made; "": it can
   std::string transparent_huge_pages;  // "always", "madvise", "never"; "": unknown
   int64_t huge_pages = 0;              // reserved ones
   std::vector<RdmaPort> rdma_ports;
-  int64_t processors = 0;      // that the affinity mask leaves
-  double quota = -1;           // of the control group, in processors; -1: none
+  int64_t processors = 0;       // that the affinity mask leaves
+  double quota = -1;            // of the control group, in processors; -1: none
   int64_t available_bytes = 0;  // of memory, here and now
   std::string available_by;     // what says so
 };

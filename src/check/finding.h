@@ -15,7 +15,18 @@ enum class State : uint8_t {
 };
 const char* state_name(State state);  // "ok", "warn", "error"
 
-enum class Category : uint8_t { kHosts, kNames, kPorts, kClocks, kTransport, kLimits, kProcessors, kMemory, kProgram, kModel };
+enum class Category : uint8_t {
+  kHosts,
+  kNames,
+  kPorts,
+  kClocks,
+  kTransport,
+  kLimits,
+  kProcessors,
+  kMemory,
+  kProgram,
+  kModel
+};
 inline constexpr int kNumCategories = 10;
 const char* category_name(Category category);  // "hosts", "names", …
 
@@ -32,8 +43,8 @@ struct Finding {
 
 bool has_errors(std::span<const Finding> findings);
 
-// A table of the findings that are not ok, or of all if `verbose`, errors first; then one line per category that says how many
-// were looked at.
+// A table of the findings that are not ok, or of all if `verbose`, errors first; then one line per category that says
+// how many were looked at.
 std::string format_findings(std::span<const Finding> findings, bool verbose);
 
 // {"ok": false, "findings": [{"state": …, "category": …, "where": …, "what": …, "value": …, "limit": …, "remedy": …}]}

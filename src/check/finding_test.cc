@@ -25,7 +25,8 @@ TEST(Findings, DeviationsAreListedWithTheWorstFirst) {
 }
 
 TEST(Findings, VerboseListsAll) {
-  EXPECT_NE(format_findings(kFindings, true).find("ok     a       port 1        free        free   -\n"), std::string::npos);
+  EXPECT_NE(format_findings(kFindings, true).find("ok     a       port 1        free        free   -\n"),
+            std::string::npos);
   EXPECT_EQ(format_findings(std::vector<Finding>{kFindings[0]}, false), "ports       1 ok\n");
 }
 

@@ -27,10 +27,14 @@ std::string allow_text(const std::string& from, const Endpoint& to) {
 }  // namespace
 
 Finding judge_clock(const std::string& host, const ClockReading& reading) {
-  Finding finding{State::kOk, Category::kClocks, host, "clock",
+  Finding finding{State::kOk,
+                  Category::kClocks,
+                  host,
+                  "clock",
                   fmt::format("{:+.1f} ms ± {:.1f} ms", milliseconds_of(reading.offset_us),
                               milliseconds_of(reading.uncertainty_us)),
-                  fmt::format("{:.0f} ms", milliseconds_of(kMostClockOffsetUs)), ""};
+                  fmt::format("{:.0f} ms", milliseconds_of(kMostClockOffsetUs)),
+                  ""};
   const int64_t offset_us = reading.offset_us < 0 ? -reading.offset_us : reading.offset_us;
   if (offset_us - reading.uncertainty_us > kMostClockOffsetUs) {
     finding.state = State::kWarn;
@@ -70,7 +74,8 @@ void judge_same(const std::vector<ExaminedProcess>& processes, const char* what,
     if (first == nullptr) first = &process;
     const std::string& expected = first->facts.*property;
     const auto text = [&](const std::string& t) { return t.empty() ? "none" : is_hash ? t.substr(0, 12) : t; };
-    Finding finding{State::kOk, Category::kModel, fmt::format("{} on {}", process.name, process.host), what, text(value), "", ""};
+    Finding finding{
+        State::kOk, Category::kModel, fmt::format("{} on {}", process.name, process.host), what, text(value), "", ""};
     if (value != expected) {
       finding.state = state;
       finding.limit = fmt::format("{} as {} on {}", text(expected), first->name, first->host);
@@ -90,20 +95,23 @@ std::vector<Finding> judge_models(const std::vector<ExaminedProcess>& processes)
     if (process.role == "router") continue;
     if (!process.facts.fault.empty()) {
       findings.push_back({State::kError, Category::kModel, fmt::format("{} on {}", process.name, process.host),
-                          "options and model", process.facts.fault, "", "as it says; `tandem serve` would end with the same"});
+                          "options and model", process.facts.fault, "",
+                          "as it says; `tandem serve` would end with the same"});
     }
     if (process.facts.config_hash.empty()) continue;
     sound.push_back(process);
     if (process.role != "both" && process.facts.fault.empty()) transferring.push_back(process);
   }
-  const std::string copy = "copy the same model folder to every host; KV and experts of different models do not fit together";
+  const std::string copy =
+      "copy the same model folder to every host; KV and experts of different models do not fit together";
   judge_same(sound, "config.json", &ProcessFacts::config_hash, true, State::kError, copy, findings);
   judge_same(sound, "weights", &ProcessFacts::weights_hash, true, State::kError, copy, findings);
   judge_same(sound, "tokenizer.json", &ProcessFacts::tokenizer_hash, true, State::kError, copy, findings);
-  judge_same(sound, "instruction set", &ProcessFacts::instruction_set, false, State::kWarn,
-             "force one that all hosts have with the option cpu-isa, or answers may differ in their last bits; ranks of one "
-             "group refuse to start",
-             findings);
+  judge_same(
+      sound, "instruction set", &ProcessFacts::instruction_set, false, State::kWarn,
+      "force one that all hosts have with the option cpu-isa, or answers may differ in their last bits; ranks of one "
+      "group refuse to start",
+      findings);
   judge_same(transferring, "KV layout", &ProcessFacts::kv_layout, false, State::kError,
              "give all workers the same block-size, kv-cache-dtype and dtype", findings);
   return findings;
@@ -117,8 +125,8 @@ Finding judge_port(const Endpoint& endpoint, const ListenOutcome& outcome) {
   switch (outcome.state) {
     case PortState::kTaken:
       finding.value = "taken";
-      finding.remedy = fmt::format("stop its owner (on {}: ss -ltnp 'sport = :{}') or choose another port", endpoint.host,
-                                   endpoint.port);
+      finding.remedy = fmt::format("stop its owner (on {}: ss -ltnp 'sport = :{}') or choose another port",
+                                   endpoint.host, endpoint.port);
       break;
     case PortState::kNotHere:
       finding.value = fmt::format("{} is no address of this host", outcome.address);
@@ -148,7 +156,8 @@ Finding judge_reach(const std::string& from, const Endpoint& to, const ConnectOu
       break;
     case Reach::kOther:
       finding.value = fmt::format("another program answers at {}", outcome.address);
-      finding.remedy = fmt::format("{} leads elsewhere from {}: correct the address, or the redirection on the way", to.host, from);
+      finding.remedy =
+          fmt::format("{} leads elsewhere from {}: correct the address, or the redirection on the way", to.host, from);
       break;
     case Reach::kRefused:
       finding.value = "refused, though it is held open there";
@@ -159,7 +168,9 @@ Finding judge_reach(const std::string& from, const Endpoint& to, const ConnectOu
       finding.remedy = fmt::format("a firewall drops it: {}", allow_text(from, to));
       break;
     case Reach::kUnreachable:
-      finding.remedy = fmt::format("make a route from {} to {}", from, outcome.address);
+      finding.remedy =
+          fmt::format("nothing leads from {} to {}: correct the routes and the outgoing firewall rules of {}", from,
+                      outcome.address, from);
       break;
     case Reach::kUnknownName:
       finding.category = Category::kNames;
@@ -206,7 +217,9 @@ std::vector<Finding> judge_names(const Resolutions& addresses) {
     } else if (different.size() > 1) {
       finding.state = State::kWarn;
       finding.limit = "the same everywhere";
-      finding.remedy = "if these are not networks of one host, correct the DNS or /etc/hosts; an address instead of the name avoids it";
+      finding.remedy =
+          "if these are not networks of one host, correct the DNS or /etc/hosts; an address instead of the name avoids "
+          "it";
     }
     findings.push_back(std::move(finding));
   }
@@ -215,7 +228,8 @@ std::vector<Finding> judge_names(const Resolutions& addresses) {
 
 Finding judge_transport(const std::string& from, const Endpoint& to, const Result<TransportReading>& reading) {
   const bool is_itself = from == to.host;
-  Finding finding{State::kError, Category::kTransport, is_itself ? from : arrow(from, to.host), "KV transport", "", "", ""};
+  Finding finding{
+      State::kError, Category::kTransport, is_itself ? from : arrow(from, to.host), "KV transport", "", "", ""};
   if (!reading.ok()) {
     finding.value = reading.error().message;
     finding.limit = "an answer";
@@ -231,7 +245,8 @@ Finding judge_transport(const std::string& from, const Endpoint& to, const Resul
   finding.limit = fmt::format("{:.0f} µs, {:.2f} GB/s", kMostRoundTripUs, kLeastBytesPerS / 1e9);
   if (reading->round_trip_us > kMostRoundTripUs || reading->bytes_per_s() < kLeastBytesPerS) {
     finding.state = State::kWarn;
-    finding.remedy = "the KV of long prompts will wait for this: use a faster network, or have the hosts idle during the check";
+    finding.remedy =
+        "the KV of long prompts will wait for this: use a faster network, or have the hosts idle during the check";
   }
   return finding;
 }
@@ -247,9 +262,10 @@ Finding judge_missing_agent(const std::string& host, int64_t agent_port, const E
   finding.remedy = fmt::format("start one there, in the folder where tandem will run: {}; only this side was examined",
                                agent_command(host, agent_port));
   if (!is_refused) {
-    finding.remedy = fmt::format("correct `host` in the cluster file if {} is wrong, allow TCP port {} to it if a firewall drops "
-                                 "it; else {}",
-                                 host, agent_port, finding.remedy);
+    finding.remedy = fmt::format(
+        "correct `host` in the cluster file if {} is wrong, allow TCP port {} to it if a firewall drops "
+        "it; else {}",
+        host, agent_port, finding.remedy);
   }
   return finding;
 }

@@ -16,7 +16,8 @@ namespace tandem::check {
 
 // Nothing of Tandem waits by the wall clock; logs and traces of two hosts line up within this.
 inline constexpr int64_t kMostClockOffsetUs = 100'000;
-// 1 Gbit/s, less what TCP takes. The KV of a prompt of 1,000 tokens is about 70 MB for DeepSeek-V3, 100 MB for Qwen3-30B.
+// 1 Gbit/s, less what TCP takes. The KV of a prompt of 1,000 tokens is about 70 MB for DeepSeek-V3, 100 MB for
+// Qwen3-30B.
 inline constexpr double kLeastBytesPerS = 110e6;
 inline constexpr double kMostRoundTripUs = 2'000;
 // Each transfer connection of one host takes 2 MiB of /dev/shm per side.
@@ -28,9 +29,10 @@ struct ClockReading {
 };
 Finding judge_clock(const std::string& host, const ClockReading& reading);
 
-// The limits of a host, and what its processes take of processors and memory. `processes`: facts of target.processes, in order;
-// those of routers are left out of account.
-std::vector<Finding> judge_host(const Target& target, const HostFacts& host, const std::vector<ProcessFacts>& processes);
+// The limits of a host, and what its processes take of processors and memory. `processes`: facts of target.processes,
+// in order; those of routers are left out of account.
+std::vector<Finding> judge_host(const Target& target, const HostFacts& host,
+                                const std::vector<ProcessFacts>& processes);
 
 // All hosts must run the same program; the first is the measure.
 std::vector<Finding> judge_programs(const std::vector<std::pair<std::string, HostFacts>>& hosts);

@@ -49,21 +49,24 @@ TEST(JudgeHost, AGoodHostHasNoDeviation) {
 
 TEST(JudgeHost, TooManyThreadsAreAWarning) {
   EXPECT_EQ(deviations(judge_host(host_with_two_workers(), good_host(), needs(8, 0))),
-            (std::vector<Finding>{{State::kWarn, Category::kProcessors, "h", "compute threads", "16 threads on 8 processors", "8.0",
-                                   "give each of the 2 ranks here at most 4 threads (option threads), or more processors"}}));
+            (std::vector<Finding>{
+                {State::kWarn, Category::kProcessors, "h", "compute threads", "16 threads on 8 processors", "8.0",
+                 "give each of the 2 ranks here at most 4 threads (option threads), or more processors"}}));
   HostFacts limited = good_host();
   limited.quota = 2.5;
-  EXPECT_EQ(deviations(judge_host(host_with_two_workers(), limited, needs(2, 0))),
-            (std::vector<Finding>{{State::kWarn, Category::kProcessors, "h", "compute threads",
-                                   "4 threads on 8 processors, of which the control group gives the time of 2.5", "2.5",
-                                   "give each of the 2 ranks here at most 1 threads (option threads), or more processors"}}));
+  EXPECT_EQ(
+      deviations(judge_host(host_with_two_workers(), limited, needs(2, 0))),
+      (std::vector<Finding>{{State::kWarn, Category::kProcessors, "h", "compute threads",
+                             "4 threads on 8 processors, of which the control group gives the time of 2.5", "2.5",
+                             "give each of the 2 ranks here at most 1 threads (option threads), or more processors"}}));
 }
 
 TEST(JudgeHost, TheSumOfTheProcessesMustFit) {
-  EXPECT_EQ(deviations(judge_host(host_with_two_workers(), good_host(), needs(1, int64_t{3} << 30))),
-            (std::vector<Finding>{
-                {State::kError, Category::kMemory, "h", "memory", "6144 MiB needed", "4096 MiB available (MemAvailable)",
-                 "lower kv-cache-memory-bytes, use a quantization of fewer bits, or move a worker to another host"}}));
+  EXPECT_EQ(
+      deviations(judge_host(host_with_two_workers(), good_host(), needs(1, int64_t{3} << 30))),
+      (std::vector<Finding>{
+          {State::kError, Category::kMemory, "h", "memory", "6144 MiB needed", "4096 MiB available (MemAvailable)",
+           "lower kv-cache-memory-bytes, use a quantization of fewer bits, or move a worker to another host"}}));
 }
 
 TEST(JudgeHost, LimitsHaveRemedies) {
@@ -88,8 +91,8 @@ TEST(JudgeHost, LimitsHaveRemedies) {
   facts.rdma_ports = {{"mlx5_0/1", "4: ACTIVE"}};
   facts.shm_free_bytes = -1;
   EXPECT_EQ(deviations(judge_host(host_with_two_workers(), facts, needs(1, 0))),
-            (std::vector<Finding>{{State::kError, Category::kLimits, "h", "/dev/shm", "missing or not writable", "64 MiB",
-                                   "mount a tmpfs there: processes of one host pass KV through it"}}));
+            (std::vector<Finding>{{State::kError, Category::kLimits, "h", "/dev/shm", "missing or not writable",
+                                   "64 MiB", "mount a tmpfs there: processes of one host pass KV through it"}}));
 }
 
 TEST(JudgeClock, UncertaintyIsNotHeldAgainstAHost) {
@@ -130,13 +133,15 @@ TEST(JudgeModels, DifferencesNameBothSides) {
   other.facts.weights_hash = "";
   other.facts.instruction_set = "cpu-avx2";
   other.facts.kv_layout = "mla 6 layers";
-  const std::string copy = "copy the same model folder to every host; KV and experts of different models do not fit together";
+  const std::string copy =
+      "copy the same model folder to every host; KV and experts of different models do not fit together";
   EXPECT_EQ(deviations(judge_models({make_worker("p", "prefill"), other})),
             (std::vector<Finding>{
                 {State::kError, Category::kModel, "d on h-d", "config.json", "ffff", "0123456789ab as p on h-p", copy},
                 {State::kError, Category::kModel, "d on h-d", "weights", "none", "w as p on h-p", copy},
                 {State::kWarn, Category::kModel, "d on h-d", "instruction set", "cpu-avx2", "cpu-avx512 as p on h-p",
-                 "force one that all hosts have with the option cpu-isa, or answers may differ in their last bits; ranks of one "
+                 "force one that all hosts have with the option cpu-isa, or answers may differ in their last bits; "
+                 "ranks of one "
                  "group refuse to start"},
                 {State::kError, Category::kModel, "d on h-d", "KV layout", "mla 6 layers", "mla 5 layers as p on h-p",
                  "give all workers the same block-size, kv-cache-dtype and dtype"}}));
@@ -146,8 +151,9 @@ TEST(JudgeModels, AFaultIsShownAsItIs) {
   ExaminedProcess broken{"d", "decode", "h", {}};
   broken.facts.fault = "model/config.json: no such file";
   EXPECT_EQ(deviations(judge_models({make_worker("p", "prefill"), broken})),
-            (std::vector<Finding>{{State::kError, Category::kModel, "d on h", "options and model", "model/config.json: no such file",
-                                   "", "as it says; `tandem serve` would end with the same"}}));
+            (std::vector<Finding>{{State::kError, Category::kModel, "d on h", "options and model",
+                                   "model/config.json: no such file", "",
+                                   "as it says; `tandem serve` would end with the same"}}));
 }
 
 const Endpoint kKvPort{"h2", 14580, "d's kv_port", true};
@@ -159,38 +165,44 @@ TEST(JudgePort, EveryStateHasARemedy) {
             (Finding{State::kError, Category::kPorts, "h2", "d's kv_port 14580", "taken", "free",
                      "stop its owner (on h2: ss -ltnp 'sport = :14580') or choose another port"}));
   EXPECT_EQ(judge_port(kKvPort, {PortState::kNotHere, 0, "10.0.0.9", "x"}),
-            (Finding{State::kError, Category::kPorts, "h2", "d's kv_port 14580", "10.0.0.9 is no address of this host", "free",
-                     "correct `host` in the cluster file, or the name's entry in the DNS or /etc/hosts"}));
+            (Finding{State::kError, Category::kPorts, "h2", "d's kv_port 14580", "10.0.0.9 is no address of this host",
+                     "free", "correct `host` in the cluster file, or the name's entry in the DNS or /etc/hosts"}));
   EXPECT_EQ(judge_port(kKvPort, {PortState::kUnknownName, 0, "", "host 'h2': unknown"}),
             (Finding{State::kError, Category::kNames, "h2", "d's kv_port 14580", "host 'h2': unknown", "free",
                      "make h2 known in the DNS or /etc/hosts of this host"}));
-  EXPECT_EQ(judge_port(kKvPort, {PortState::kDenied, 0, "", "Permission denied"}).remedy, "choose a port of 1024 or more");
+  EXPECT_EQ(judge_port(kKvPort, {PortState::kDenied, 0, "", "Permission denied"}).remedy,
+            "choose a port of 1024 or more");
 }
 
 TEST(JudgeReach, TellsADropFromARejection) {
   const std::string allow = "allow TCP port 14580 from h1 in the firewall of h2 and those between";
-  EXPECT_EQ(judge_reach("h1", kKvPort, {Reach::kReached, 1234, "10.0.0.2", ""}),
-            (Finding{State::kOk, Category::kPorts, "h1 -> h2", "d's kv_port 14580", "reached in 1.2 ms", "reached", ""}));
+  EXPECT_EQ(
+      judge_reach("h1", kKvPort, {Reach::kReached, 1234, "10.0.0.2", ""}),
+      (Finding{State::kOk, Category::kPorts, "h1 -> h2", "d's kv_port 14580", "reached in 1.2 ms", "reached", ""}));
   EXPECT_EQ(judge_reach("h1", kKvPort, {Reach::kTimedOut, 0, "10.0.0.2", ""}),
-            (Finding{State::kError, Category::kPorts, "h1 -> h2", "d's kv_port 14580", "timed out, though it is held open there",
-                     "reached", "a firewall drops it: " + allow}));
+            (Finding{State::kError, Category::kPorts, "h1 -> h2", "d's kv_port 14580",
+                     "timed out, though it is held open there", "reached", "a firewall drops it: " + allow}));
   EXPECT_EQ(judge_reach("h1", kKvPort, {Reach::kRefused, 0, "10.0.0.2", ""}),
-            (Finding{State::kError, Category::kPorts, "h1 -> h2", "d's kv_port 14580", "refused, though it is held open there",
-                     "reached", "a firewall rejects it: " + allow}));
+            (Finding{State::kError, Category::kPorts, "h1 -> h2", "d's kv_port 14580",
+                     "refused, though it is held open there", "reached", "a firewall rejects it: " + allow}));
   EXPECT_EQ(judge_reach("h1", kKvPort, {Reach::kUnreachable, 0, "10.0.0.2", "No route to host"}),
             (Finding{State::kError, Category::kPorts, "h1 -> h2", "d's kv_port 14580", "No route to host", "reached",
-                     "make a route from h1 to 10.0.0.2"}));
-  EXPECT_EQ(judge_reach("h1", kKvPort, {Reach::kOther, 0, "10.0.0.2", ""}).value, "another program answers at 10.0.0.2");
+                     "nothing leads from h1 to 10.0.0.2: correct the routes and the outgoing firewall rules of h1"}));
+  EXPECT_EQ(judge_reach("h1", kKvPort, {Reach::kOther, 0, "10.0.0.2", ""}).value,
+            "another program answers at 10.0.0.2");
   EXPECT_EQ(judge_reach("h1", {"h2", 0, "a data port", false}, {Reach::kTimedOut, 0, "", ""}).remedy,
-            "a firewall drops it: allow TCP ports of net.ipv4.ip_local_port_range from h1 in the firewall of h2 and those between");
+            "a firewall drops it: allow TCP ports of net.ipv4.ip_local_port_range from h1 in the firewall of h2 and "
+            "those between");
 }
 
 TEST(JudgeReach, WithoutAnAgentARefusalOnlyMeansThatNothingListens) {
   EXPECT_EQ(judge_reach_unattended("here", kKvPort, {Reach::kRefused, 0, "10.0.0.2", ""}),
-            (Finding{State::kWarn, Category::kPorts, "here -> h2", "d's kv_port 14580", "refused: the host answers, nothing listens",
-                     "reached", "start an agent there to have the port tried"}));
+            (Finding{State::kWarn, Category::kPorts, "here -> h2", "d's kv_port 14580",
+                     "refused: the host answers, nothing listens", "reached",
+                     "start an agent there to have the port tried"}));
   EXPECT_EQ(judge_reach_unattended("here", kKvPort, {Reach::kTimedOut, 0, "10.0.0.2", ""}).state, State::kError);
-  EXPECT_EQ(judge_reach_unattended("here", kKvPort, {Reach::kReached, 0, "10.0.0.2", ""}).value, "a program listens already");
+  EXPECT_EQ(judge_reach_unattended("here", kKvPort, {Reach::kReached, 0, "10.0.0.2", ""}).value,
+            "a program listens already");
 }
 
 TEST(JudgeNames, ANameThatLeadsToItselfIsAnError) {
@@ -198,14 +210,15 @@ TEST(JudgeNames, ANameThatLeadsToItselfIsAnError) {
             (std::vector<Finding>{{State::kOk, Category::kNames, "h2", "address", "10.0.0.2", "", ""}}));
   EXPECT_EQ(judge_names({{"h2", {{"h1", "10.0.0.2"}, {"h2", "127.0.1.1"}}}}),
             (std::vector<Finding>{{State::kError, Category::kNames, "h2", "address", "10.0.0.2 on h1, 127.0.1.1 on h2",
-                                   "an address that the other hosts reach", "take h2 off the loopback lines of /etc/hosts"}}));
+                                   "an address that the other hosts reach",
+                                   "take h2 off the loopback lines of /etc/hosts"}}));
   EXPECT_EQ(judge_names({{"h2", {{"h1", "10.0.0.2"}, {"h3", "10.1.0.2"}}}}).front().state, State::kWarn);
 }
 
 TEST(JudgeTransport, ASlowOneIsAWarningAndNoneAnError) {
   EXPECT_EQ(judge_transport("h1", kKvPort, TransportReading{"tcp/eth0", 100, 50'000'000, 50'000}),
-            (Finding{State::kOk, Category::kTransport, "h1 -> h2", "KV transport", "tcp/eth0: 100.0 µs, 1.00 GB/s (50 MB)",
-                     "2000 µs, 0.11 GB/s", ""}));
+            (Finding{State::kOk, Category::kTransport, "h1 -> h2", "KV transport",
+                     "tcp/eth0: 100.0 µs, 1.00 GB/s (50 MB)", "2000 µs, 0.11 GB/s", ""}));
   EXPECT_EQ(judge_transport("h1", kKvPort, TransportReading{"tcp/eth0", 100, 5'000'000, 50'000}).state, State::kWarn);
   EXPECT_EQ(judge_transport("h1", kKvPort, TransportReading{"tcp/eth0", 2001, 50'000'000, 50'000}).state, State::kWarn);
   const Finding none = judge_transport("h1", kKvPort, make_error(ErrorKind::kUnavailable, "no answer within 4 s"));
@@ -215,14 +228,17 @@ TEST(JudgeTransport, ASlowOneIsAWarningAndNoneAnError) {
 
 TEST(JudgeMissingAgent, SaysHowToStartOne) {
   const Error refused = make_error(ErrorKind::kUnavailable, "10.0.0.2:14500 refused");
-  EXPECT_EQ(judge_missing_agent("h2", 14500, refused, true),
-            (Finding{State::kError, Category::kHosts, "h2", "agent", "no agent on h2: 10.0.0.2:14500 refused", "an answer",
-                     "start one there, in the folder where tandem will run: tandem check-agent --host h2; only this side was "
-                     "examined"}));
-  EXPECT_EQ(judge_missing_agent("h2", 14501, refused, false).remedy,
-            "correct `host` in the cluster file if h2 is wrong, allow TCP port 14501 to it if a firewall drops it; else start one "
-            "there, in the folder where tandem will run: tandem check-agent --host h2 --agent-port 14501; only this side was "
-            "examined");
+  EXPECT_EQ(
+      judge_missing_agent("h2", 14500, refused, true),
+      (Finding{State::kError, Category::kHosts, "h2", "agent", "no agent on h2: 10.0.0.2:14500 refused", "an answer",
+               "start one there, in the folder where tandem will run: tandem check-agent --host h2; only this side was "
+               "examined"}));
+  EXPECT_EQ(
+      judge_missing_agent("h2", 14501, refused, false).remedy,
+      "correct `host` in the cluster file if h2 is wrong, allow TCP port 14501 to it if a firewall drops it; else "
+      "start one "
+      "there, in the folder where tandem will run: tandem check-agent --host h2 --agent-port 14501; only this side was "
+      "examined");
 }
 
 }  // namespace

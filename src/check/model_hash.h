@@ -8,8 +8,9 @@
 namespace tandem::check {
 
 struct ModelHashes {
-  std::string config;     // of config.json, without what cannot change a result
-  std::string weights;    // of each safetensors file: name, size, header, and kSamples pieces of its data; "" if there is none
+  std::string config;  // of config.json, without what cannot change a result
+  std::string
+      weights;  // of each safetensors file: name, size, header, and kSamples pieces of its data; "" if there is none
   std::string tokenizer;  // of tokenizer.json, whole; "" if there is none
 };
 

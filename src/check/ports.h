@@ -1,7 +1,8 @@
-// Trying ports: listening on them for the moment of a check, and connecting to those of other hosts. The sockets of a check.
+// Trying ports: listening on them for the moment of a check, and connecting to those of other hosts. The sockets of a
+// check.
 //
-// A listener greets whoever connects with the check's token, so that a connection that ends at another program or another machine
-// is told from one that arrived.
+// A listener greets whoever connects with the check's token, so that a connection that ends at another program or
+// another machine is told from one that arrived.
 #pragma once
 
 #include <chrono>
@@ -15,16 +16,16 @@
 
 namespace tandem::check {
 
-inline constexpr int64_t kMaxPorts = 1024;      // of one check on one host, and to connect to at once
+inline constexpr int64_t kMaxPorts = 1024;  // of one check on one host, and to connect to at once
 inline constexpr size_t kMaxTokenBytes = 64;
 
 enum class PortState : uint8_t {
   kFree,
-  kTaken,     // another socket listens there
-  kNotHere,   // the address is not one of this machine
-  kDenied,    // by the system's rules
+  kTaken,    // another socket listens there
+  kNotHere,  // the address is not one of this machine
+  kDenied,   // by the system's rules
   kUnknownName,
-  kFailed,    // for another reason
+  kFailed,  // for another reason
 };
 NLOHMANN_JSON_SERIALIZE_ENUM(PortState, {{PortState::kFailed, "failed"},
                                          {PortState::kFree, "free"},
@@ -43,7 +44,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(ListenOutcome, state, port, addr
 
 enum class Reach : uint8_t {
   kReached,
-  kOther,        // something answered that is not part of this check
+  kOther,  // something answered that is not part of this check
   kRefused,
   kTimedOut,
   kUnreachable,  // said the network

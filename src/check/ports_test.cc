@@ -4,9 +4,9 @@
 #include <unistd.h>
 
 #include "src/base/clock.h"
+#include "src/check/transport.h"
 #include "src/comm/address.h"
 #include "src/comm/meeting.h"
-#include "src/check/transport.h"
 
 namespace tandem::check {
 namespace {
@@ -24,7 +24,8 @@ TEST(Ports, WhoConnectsIsGreetedWithTheToken) {
     EXPECT_EQ(outcome.address, "127.0.0.1");
     places.push_back({"127.0.0.1", outcome.port});
   }
-  for (const ConnectOutcome& outcome : connect_all(places, "token", kPatience)) EXPECT_EQ(outcome.reach, Reach::kReached);
+  for (const ConnectOutcome& outcome : connect_all(places, "token", kPatience))
+    EXPECT_EQ(outcome.reach, Reach::kReached);
   for (const ConnectOutcome& outcome : connect_all(places, "", kPatience)) EXPECT_EQ(outcome.reach, Reach::kReached);
   for (const ConnectOutcome& outcome : connect_all(places, "other", kPatience)) EXPECT_EQ(outcome.reach, Reach::kOther);
 }

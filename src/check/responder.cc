@@ -92,8 +92,8 @@ Result<nlohmann::json> Responder::facts(const nlohmann::json& request) const {
   if (std::ssize(processes) > kMaxProcesses) return too_many("processes", std::ssize(processes), kMaxProcesses);
   nlohmann::json list = nlohmann::json::array();
   for (const nlohmann::json& process : processes) {
-    list.push_back(examine_(process.at("arguments").get<std::vector<std::string>>(),
-                            process.at("num_ranks").get<int64_t>()));
+    list.push_back(
+        examine_(process.at("arguments").get<std::vector<std::string>>(), process.at("num_ranks").get<int64_t>()));
   }
   return nlohmann::json{{"host", read_host_facts()}, {"processes", std::move(list)}};
 }

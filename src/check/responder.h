@@ -1,7 +1,7 @@
 // What a host answers to the requests of a check, whether they come from this process or over HTTP to an agent.
 //
-// A request is {"op": …}: hello, facts, listen, connect, echo, measure, end. Listeners and echoes belong to a session, which the
-// check names; one session at a time, and it ends by itself.
+// A request is {"op": …}: hello, facts, listen, connect, echo, measure, end. Listeners and echoes belong to a session,
+// which the check names; one session at a time, and it ends by itself.
 #pragma once
 
 #include <cstdint>

@@ -24,8 +24,8 @@ TEST(Responder, TellsWhatTheHostIs) {
   const nlohmann::json hello = *responder.answer({{"op", "hello"}});
   EXPECT_EQ(hello["protocol"], kProtocol);
   EXPECT_EQ(hello["version"], kVersion);
-  const nlohmann::json answer = *responder.answer(
-      {{"op", "facts"}, {"processes", {{{"arguments", {"serve", "m"}}, {"num_ranks", 3}}}}});
+  const nlohmann::json answer =
+      *responder.answer({{"op", "facts"}, {"processes", {{{"arguments", {"serve", "m"}}, {"num_ranks", 3}}}}});
   const HostFacts host = *from_peer<HostFacts>(answer["host"], "facts");
   EXPECT_EQ(host.program_sha256.size(), 64U);
   EXPECT_GT(host.processors, 0);
@@ -38,7 +38,8 @@ TEST(Responder, TellsWhatTheHostIs) {
 
 TEST(Responder, AnswersOneCheckAtATime) {
   Responder responder(examine);
-  const nlohmann::json listen = {{"op", "listen"}, {"session", "one"}, {"places", {{{"host", "127.0.0.1"}, {"port", 0}}}}};
+  const nlohmann::json listen = {
+      {"op", "listen"}, {"session", "one"}, {"places", {{{"host", "127.0.0.1"}, {"port", 0}}}}};
   const nlohmann::json answer = *responder.answer(listen);
   const auto outcomes = *from_peer<std::vector<ListenOutcome>>(answer["outcomes"], "ports");
   ASSERT_EQ(outcomes.at(0).state, PortState::kFree);
@@ -61,10 +62,12 @@ TEST(Responder, AnswersOneCheckAtATime) {
 
 TEST(Responder, TransportsAreMeasuredAtThePortThatWasListenedOn) {
   Responder responder(examine);
-  const nlohmann::json listen = {{"op", "listen"}, {"session", "s"}, {"places", {{{"host", "127.0.0.1"}, {"port", 0}}}}};
+  const nlohmann::json listen = {
+      {"op", "listen"}, {"session", "s"}, {"places", {{{"host", "127.0.0.1"}, {"port", 0}}}}};
   const nlohmann::json answer = *responder.answer(listen);
   const int64_t port = answer["outcomes"][0]["port"].get<int64_t>();
-  const nlohmann::json echo = *responder.answer({{"op", "echo"}, {"session", "s"}, {"host", "127.0.0.1"}, {"port", port}});
+  const nlohmann::json echo =
+      *responder.answer({{"op", "echo"}, {"session", "s"}, {"host", "127.0.0.1"}, {"port", port}});
   EXPECT_EQ(echo["port"], port);
   const nlohmann::json reading =
       *responder.answer({{"op", "measure"}, {"own_host", "127.0.0.1"}, {"host", "127.0.0.1"}, {"port", port}});
@@ -78,10 +81,11 @@ TEST(Responder, RefusesWhatIsNoRequest) {
   EXPECT_EQ(error_of(responder, {{"op", "connect"}, {"session", "s"}, {"places", {{{"host", "h"}, {"port", 65536}}}}}),
             "port 65536 is not in 0 … 65535");
   const std::vector<HostPort> many(static_cast<size_t>(kMaxPorts) + 1, HostPort{"127.0.0.1", 1});
-  EXPECT_EQ(error_of(responder, {{"op", "listen"}, {"session", "s"}, {"places", many}}), "1025 ports are more than 1024");
-  for (const nlohmann::json& odd : {nlohmann::json(), nlohmann::json(3), nlohmann::json::parse("[", nullptr, false),
-                                    nlohmann::json{{"op", 7}}, nlohmann::json{{"op", "facts"}},
-                                    nlohmann::json{{"op", "listen"}, {"session", "s"}, {"places", "x"}}}) {
+  EXPECT_EQ(error_of(responder, {{"op", "listen"}, {"session", "s"}, {"places", many}}),
+            "1025 ports are more than 1024");
+  for (const nlohmann::json& odd :
+       {nlohmann::json(), nlohmann::json(3), nlohmann::json::parse("[", nullptr, false), nlohmann::json{{"op", 7}},
+        nlohmann::json{{"op", "facts"}}, nlohmann::json{{"op", "listen"}, {"session", "s"}, {"places", "x"}}}) {
     EXPECT_EQ(error_of(responder, odd).substr(0, 27), "not a request of a check: [");
   }
 }

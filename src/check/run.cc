@@ -34,9 +34,9 @@ struct Host {
   std::vector<Finding> findings;  // of the running phase
   std::optional<HostFacts> facts;
   std::vector<ProcessFacts> processes;
-  std::vector<ListenOutcome> ports;  // of target.endpoints
+  std::vector<ListenOutcome> ports;                // of target.endpoints
   std::vector<std::pair<size_t, size_t>> reached;  // host and endpoint, from here
-  Endpoint echo;                     // what transports are measured against; port 0: none
+  Endpoint echo;                                   // what transports are measured against; port 0: none
 };
 
 class Check {
@@ -89,9 +89,9 @@ class Check {
   nlohmann::json request(const char* op) const { return {{"op", op}, {"session", session_}}; }
 
   void report_fault(Host& host, const char* what, const Error& error) const {
-    host.findings.push_back({State::kError, Category::kHosts, host.target.host, what, error.message, "an answer",
-                             fmt::format("start the agent there again: {}",
-                                         agent_command(host.target.host, options_.agent_port))});
+    host.findings.push_back(
+        {State::kError, Category::kHosts, host.target.host, what, error.message, "an answer",
+         fmt::format("start the agent there again: {}", agent_command(host.target.host, options_.agent_port))});
     host.answers = false;
   }
 
@@ -126,7 +126,8 @@ class Check {
       const int64_t end_us = unix_time_us();
       if (!hello.ok()) return report_fault(host, "agent", hello.error());
       if (!check_hello(host, *hello)) return;
-      const ClockReading reading{hello->value("time_us", int64_t{0}) - (start_us + end_us) / 2, (end_us - start_us) / 2};
+      const ClockReading reading{hello->value("time_us", int64_t{0}) - (start_us + end_us) / 2,
+                                 (end_us - start_us) / 2};
       if (!best || reading.uncertainty_us < best->uncertainty_us) best = reading;
     }
     host.answers = true;
@@ -141,7 +142,8 @@ class Check {
     const std::string version =
         hello.is_object() && hello.contains("version") ? hello["version"].dump() : std::string("unknown");
     host.findings.push_back({State::kError, Category::kProgram, host.target.host, "agent", "tandem " + version,
-                             fmt::format("tandem {}", kVersion), "install the same tandem there and start its agent again"});
+                             fmt::format("tandem {}", kVersion),
+                             "install the same tandem there and start its agent again"});
     return false;
   }
 
@@ -203,11 +205,13 @@ class Check {
   }
 
   template <typename Outcome>
-  Result<std::vector<Outcome>> ask_places(const Host& host, nlohmann::json asked, const std::vector<HostPort>& places) const {
+  Result<std::vector<Outcome>> ask_places(const Host& host, nlohmann::json asked,
+                                          const std::vector<HostPort>& places) const {
     asked["places"] = places;
     TANDEM_ASSIGN(const nlohmann::json answer, host.peer.ask(asked, kOperationTime));
     TANDEM_ASSIGN(std::vector<Outcome> outcomes,
-                  from_peer<std::vector<Outcome>>(answer.value("outcomes", nlohmann::json()), asked["op"].get_ref<const std::string&>().c_str()));
+                  from_peer<std::vector<Outcome>>(answer.value("outcomes", nlohmann::json()),
+                                                  asked["op"].get_ref<const std::string&>().c_str()));
     if (outcomes.size() == places.size()) return outcomes;
     return make_error(ErrorKind::kDataLoss, "{} answers for {} ports", outcomes.size(), places.size());
   }
@@ -275,15 +279,15 @@ class Check {
     asked["host"] = host.echo.host;
     asked["port"] = host.echo.port;
     const Result<nlohmann::json> answer = host.peer.ask(asked, kOperationTime);
-    const Result<int64_t> port =
-        answer.ok() ? from_peer<int64_t>(answer->value("port", nlohmann::json()), "port") : Result<int64_t>(answer.error());
+    const Result<int64_t> port = answer.ok() ? from_peer<int64_t>(answer->value("port", nlohmann::json()), "port")
+                                             : Result<int64_t>(answer.error());
     if (port.ok()) {
       host.echo.port = *port;
       return;
     }
     host.echo.host.clear();
-    host.findings.push_back({State::kError, Category::kTransport, host.target.host, "KV transport", port.error().message, "",
-                             "UCX cannot start on this address: correct `host`"});
+    host.findings.push_back({State::kError, Category::kTransport, host.target.host, "KV transport",
+                             port.error().message, "", "UCX cannot start on this address: correct `host`"});
   }
 
   // One pair after the other, or they would share the network.

@@ -1,4 +1,5 @@
-// The check of a cluster: asks every host, this one directly and the others through their agents, and judges the answers.
+// The check of a cluster: asks every host, this one directly and the others through their agents, and judges the
+// answers.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,8 @@
 
 namespace tandem::check {
 
-// Pairs of hosts whose transport is measured, one after the other, each in about half a second: all of up to 8 hosts. Of more
-// hosts only each with the next.
+// Pairs of hosts whose transport is measured, one after the other, each in about half a second: all of up to 8 hosts.
+// Of more hosts only each with the next.
 inline constexpr int64_t kMaxMeasuredPairs = 56;
 
 struct RunOptions {

@@ -22,7 +22,8 @@ std::vector<Target> list_targets(const cluster::ClusterPlan& plan,
     }
     if (is_loopback(target->host)) target->host = process.host;
     for (const cluster::PortUse& used : cluster::list_ports(process)) {
-      target->endpoints.push_back({process.host, used.port, fmt::format("{}'s {}", process.name, used.what), used.is_kv});
+      target->endpoints.push_back(
+          {process.host, used.port, fmt::format("{}'s {}", process.name, used.what), used.is_kv});
     }
     target->processes.push_back(process);
   }
@@ -40,9 +41,10 @@ std::vector<Finding> judge_addresses(const std::vector<Target>& targets) {
   for (const Target& target : targets) {
     for (const cluster::ProcessSpec& process : target.processes) {
       if (process.role == "router" || !is_loopback(process.host)) continue;  // a router's clients may all be here
-      findings.push_back({State::kError, Category::kNames, process.name, "address", process.host,
-                          "an address that the other hosts reach",
-                          fmt::format("give {} the address of this machine as `host` in the cluster file", process.name)});
+      findings.push_back(
+          {State::kError, Category::kNames, process.name, "address", process.host,
+           "an address that the other hosts reach",
+           fmt::format("give {} the address of this machine as `host` in the cluster file", process.name)});
     }
   }
   return findings;

@@ -28,8 +28,8 @@ struct Target {
 
 bool is_loopback(const std::string& host);  // 127.*, ::1, localhost
 
-// In the order of the plan. All names for which `is_here` holds are one target. Where a cluster has several hosts, each gets a
-// data port to be tried besides the named ones.
+// In the order of the plan. All names for which `is_here` holds are one target. Where a cluster has several hosts, each
+// gets a data port to be tried besides the named ones.
 std::vector<Target> list_targets(const cluster::ClusterPlan& plan,
                                  const std::function<bool(const std::string& host)>& is_here);
 

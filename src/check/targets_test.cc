@@ -5,8 +5,8 @@
 namespace tandem::check {
 namespace {
 
-cluster::ProcessSpec make_process(const std::string& name, const std::string& role, const std::string& host, int64_t port,
-                                  int64_t kv_port) {
+cluster::ProcessSpec make_process(const std::string& name, const std::string& role, const std::string& host,
+                                  int64_t port, int64_t kv_port) {
   cluster::ProcessSpec process;
   process.name = name;
   process.role = role;
@@ -20,7 +20,8 @@ bool is_here(const std::string& host) { return is_loopback(host) || host == "10.
 
 TEST(Targets, NamesOfThisMachineAreOneHost) {
   cluster::ClusterPlan plan;
-  plan.processes = {make_process("p", "prefill", "10.0.0.1", 8100, 14579), make_process("d", "decode", "h2", 8200, 14580),
+  plan.processes = {make_process("p", "prefill", "10.0.0.1", 8100, 14579),
+                    make_process("d", "decode", "h2", 8200, 14580),
                     make_process("router", "router", "127.0.0.1", 8000, 0)};
   const std::vector<Target> targets = list_targets(plan, is_here);
   ASSERT_EQ(targets.size(), 2U);
@@ -47,7 +48,8 @@ TEST(Targets, OneHostNeedsNoDataPort) {
 
 TEST(Targets, AWorkerAtLoopbackBesideOtherHostsIsAnError) {
   cluster::ClusterPlan plan;
-  plan.processes = {make_process("p", "prefill", "127.0.0.1", 8100, 14579), make_process("d", "decode", "h2", 8200, 14580)};
+  plan.processes = {make_process("p", "prefill", "127.0.0.1", 8100, 14579),
+                    make_process("d", "decode", "h2", 8200, 14580)};
   EXPECT_EQ(judge_addresses(list_targets(plan, is_here)),
             (std::vector<Finding>{{State::kError, Category::kNames, "p", "address", "127.0.0.1",
                                    "an address that the other hosts reach",

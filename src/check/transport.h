@@ -14,16 +14,18 @@
 namespace tandem::check {
 
 inline constexpr int64_t kMostTransportBytes = int64_t{64} << 20;  // of one measurement …
-inline constexpr int64_t kSendingTimeUs = 300'000;               // … which ends earlier on a slow link
-inline constexpr int64_t kAnswerTimeUs = 4'000'000;              // for any answer of the other side
+inline constexpr int64_t kSendingTimeUs = 300'000;                 // … which ends earlier on a slow link
+inline constexpr int64_t kAnswerTimeUs = 4'000'000;                // for any answer of the other side
 inline constexpr int kRoundTrips = 32;
 
 struct TransportReading {
-  std::string transport;       // "tcp/eth0", "posix/memory"
-  double round_trip_us = 0;    // the median; below one where both sides watch shared memory
-  int64_t bytes = 0;           // sent and confirmed …
-  int64_t time_us = 0;         // … in this time
-  double bytes_per_s() const { return time_us > 0 ? static_cast<double>(bytes) * 1e6 / static_cast<double>(time_us) : 0; }
+  std::string transport;     // "tcp/eth0", "posix/memory"
+  double round_trip_us = 0;  // the median; below one where both sides watch shared memory
+  int64_t bytes = 0;         // sent and confirmed …
+  int64_t time_us = 0;       // … in this time
+  double bytes_per_s() const {
+    return time_us > 0 ? static_cast<double>(bytes) * 1e6 / static_cast<double>(time_us) : 0;
+  }
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(TransportReading, transport, round_trip_us, bytes, time_us)
 

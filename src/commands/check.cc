@@ -82,7 +82,9 @@ int run_check(const Options& options) {
   run.examine = examine_process;
   const std::vector<check::Finding> findings = check::run_check(*plan, run);
   if (options.flag("json")) {
-    std::printf("%s\n", check::findings_as_json(findings).dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+    std::printf(
+        "%s\n",
+        check::findings_as_json(findings).dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
     std::fputs(check::format_findings(findings, options.flag("verbose")).c_str(), stdout);
   }
