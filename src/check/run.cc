@@ -1,7 +1,9 @@
 #include "src/check/run.h"
 
 #include <algorithm>
+#include <chrono>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <thread>
 

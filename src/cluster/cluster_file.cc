@@ -109,7 +109,8 @@ Status take_nodes(const Section& section, WorkerGroup& group) {
     return section.fault(list, fmt::format("'nodes' must be a list of 2 to {} hosts", kMaxWorkers));
   }
   for (const YAML::Node& node : list) {
-    if (!node.IsScalar() || !is_host_name(node.Scalar())) return section.fault(node, "a node must be a name or an address");
+    if (!node.IsScalar() || !is_host_name(node.Scalar()))
+      return section.fault(node, "a node must be a name or an address");
     group.nodes.push_back(node.Scalar());
   }
   if (std::set<std::string>(group.nodes.begin(), group.nodes.end()).size() != group.nodes.size()) {
@@ -233,17 +234,19 @@ Result<ClusterSpec> load_cluster_file(const std::string& path) {
 
 Status check_startable_here(const ClusterSpec& spec) {
   const auto refuse = [&](int line, const std::string& what, const std::string& host) {
-    return invalid_argument("host",
-                            "{}:{}: host '{}' of {} is not a loopback address; `tandem up` starts processes on this host "
-                            "only. Start it there by hand, with the command line that `tandem up --dry-run` prints; `tandem "
-                            "check` examines the hosts",
-                            spec.file, line, host, what);
+    return invalid_argument(
+        "host",
+        "{}:{}: host '{}' of {} is not a loopback address; `tandem up` starts processes on this host "
+        "only. Start it there by hand, with the command line that `tandem up --dry-run` prints; `tandem "
+        "check` examines the hosts",
+        spec.file, line, host, what);
   };
   for (const WorkerGroup& group : spec.workers) {
     if (!group.nodes.empty()) return refuse(group.line, fmt::format("worker '{}'", group.name), group.nodes.back());
     if (group.host.rfind("127.", 0) != 0) return refuse(group.line, fmt::format("worker '{}'", group.name), group.host);
   }
-  if (spec.router && spec.router->host.rfind("127.", 0) != 0) return refuse(spec.router->line, "the router", spec.router->host);
+  if (spec.router && spec.router->host.rfind("127.", 0) != 0)
+    return refuse(spec.router->line, "the router", spec.router->host);
   return {};
 }
 

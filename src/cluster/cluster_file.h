@@ -8,9 +8,9 @@
 //     - {role: decode, name: decode, port: 8200, kv_port: 14600, options: {threads: 1}}
 //   router: {port: 8000, policy: least_load}
 //
-// A worker or the router may be on another host (`host: 10.0.0.2`), and the ranks of a worker may be spread evenly over several
-// (`nodes: [10.0.0.1, 10.0.0.2]` beside the option data-parallel-size; the first has the endpoint). `tandem check` examines such
-// a cluster; `tandem up` starts processes of this host only.
+// A worker or the router may be on another host (`host: 10.0.0.2`), and the ranks of a worker may be spread evenly over
+// several (`nodes: [10.0.0.1, 10.0.0.2]` beside the option data-parallel-size; the first has the endpoint). `tandem
+// check` examines such a cluster; `tandem up` starts processes of this host only.
 #pragma once
 
 #include <cstdint>

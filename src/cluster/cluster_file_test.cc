@@ -140,8 +140,8 @@ std::string refusal_to_start(const std::string& text) {
 TEST(ClusterFile, StartsOnlyWhatIsOnThisHost) {
   EXPECT_EQ(refusal_to_start("model: m\nworkers: [{role: both, host: localhost}]\n"), "ok");
   const std::string rest =
-      " is not a loopback address; `tandem up` starts processes on this host only. Start it there by hand, with the command "
-      "line that `tandem up --dry-run` prints; `tandem check` examines the hosts";
+      " is not a loopback address; `tandem up` starts processes on this host only. Start it there by hand, with the "
+      "command line that `tandem up --dry-run` prints; `tandem check` examines the hosts";
   EXPECT_EQ(refusal_to_start("model: m\nworkers:\n  - {role: both, host: 10.0.0.1}\n"),
             ":3: host '10.0.0.1' of worker 'worker'" + rest);
   EXPECT_EQ(refusal_to_start("model: m\nworkers: [{role: both}]\nrouter: {host: gate.example}\n"),
@@ -176,8 +176,8 @@ TEST(ClusterFile, SpreadsRanksOverNodes) {
                        "prefill-0 8100 port", "prefill-0 14579 kv_port of rank 0", "prefill-0 14580 kv_port of rank 1",
                        "prefill-0 29550 data-parallel-rpc-port", "prefill-1 14581 kv_port of rank 2",
                        "prefill-1 14582 kv_port of rank 3", "decode 8200 port", "decode 14583 kv_port of rank 0",
-                       "decode 14584 kv_port of rank 1", "decode 14585 kv_port of rank 2", "decode 14586 kv_port of rank 3",
-                       "router 8000 port"}));
+                       "decode 14584 kv_port of rank 1", "decode 14585 kv_port of rank 2",
+                       "decode 14586 kv_port of rank 3", "router 8000 port"}));
   EXPECT_EQ(after(plan.entrance(), "--prefill"), "http://10.0.0.1:8100");  // a headless node has no endpoint
   EXPECT_EQ(after(plan.entrance(), "--decode"), "http://10.0.0.3:8200");
   for (const ProcessSpec& process : plan.processes) EXPECT_TRUE(parse_command_line(process.arguments).ok());
@@ -192,11 +192,14 @@ TEST(ClusterFile, SpreadsRanksOverNodes) {
 }
 
 TEST(ClusterFile, HostsHavePortsOfTheirOwn) {
-  EXPECT_EQ(error_in("model: m\nworkers: [{role: prefill, host: a, port: 8000, kv_port: 1}, {role: decode, host: b, port: 8000, "
-                     "kv_port: 1}]\n"),
-            "no error");
-  EXPECT_EQ(error_in("model: m\nworkers: [{role: prefill, host: a, port: 8001}, {role: decode, host: a, port: 8001}]\n"),
-            "F: prefill's port and decode's port are both 8001; change one");
+  EXPECT_EQ(
+      error_in(
+          "model: m\nworkers: [{role: prefill, host: a, port: 8000, kv_port: 1}, {role: decode, host: b, port: 8000, "
+          "kv_port: 1}]\n"),
+      "no error");
+  EXPECT_EQ(
+      error_in("model: m\nworkers: [{role: prefill, host: a, port: 8001}, {role: decode, host: a, port: 8001}]\n"),
+      "F: prefill's port and decode's port are both 8001; change one");
 }
 
 TEST(ClusterFile, RefusesRolesThatCannotWork) {

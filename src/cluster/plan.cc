@@ -71,11 +71,11 @@ int64_t integer_of(const OptionMap& options, const char* name, int64_t otherwise
 // The ranks of one node of a worker that is spread over several: first, number, and the options that say so.
 Status plan_node(const ClusterSpec& spec, const WorkerGroup& group, int64_t index, OptionMap& options,
                  ProcessSpec& process) {
-  for (const char* derived : {"data-parallel-size-local", "data-parallel-start-rank", "data-parallel-address", "headless",
-                              "data-parallel-rank"}) {
+  for (const char* derived : {"data-parallel-size-local", "data-parallel-start-rank", "data-parallel-address",
+                              "headless", "data-parallel-rank"}) {
     if (options.contains(derived)) {
-      return invalid_argument(derived, "{}:{}: '{}' follows from 'nodes' of worker '{}' and cannot be an option", spec.file,
-                              group.line, derived, group.name);
+      return invalid_argument(derived, "{}:{}: '{}' follows from 'nodes' of worker '{}' and cannot be an option",
+                              spec.file, group.line, derived, group.name);
     }
   }
   const int64_t num_nodes = std::ssize(group.nodes);
@@ -176,11 +176,13 @@ Status check_overlaps(const ClusterSpec& spec, const ClusterPlan& plan) {
     }
     for (const PortUse& used : list_ports(process)) {
       const std::string use = fmt::format("{}'s {}", process.name, used.what);
-      if (used.port > 65535) return invalid_argument("port", "{}: {} would be {}, above 65535", spec.file, use, used.port);
+      if (used.port > 65535)
+        return invalid_argument("port", "{}: {} would be {}, above 65535", spec.file, use, used.port);
       const std::string host = process.host.rfind("127.", 0) == 0 ? "127.0.0.1" : process.host;
       const auto [owner, is_new] = owners.emplace(std::pair(host, used.port), use);
       if (!is_new) {
-        return invalid_argument("port", "{}: {} and {} are both {}; change one", spec.file, owner->second, use, used.port);
+        return invalid_argument("port", "{}: {} and {} are both {}; change one", spec.file, owner->second, use,
+                                used.port);
       }
     }
   }
@@ -228,7 +230,8 @@ std::string describe_plan(const ClusterPlan& plan, const std::string& run_dir) {
   for (const ProcessSpec& process : plan.processes) {
     const std::string kv = process.kv_port > 0 ? std::to_string(process.kv_port) : "-";
     out += fmt::format("{:<14} {:<8} {:<28} {:<8} {}/{}.log\n", process.name, process.role,
-                       process.has_endpoint() ? process.url() : process.host + " (no endpoint)", kv, run_dir, process.name);
+                       process.has_endpoint() ? process.url() : process.host + " (no endpoint)", kv, run_dir,
+                       process.name);
   }
   return out;
 }

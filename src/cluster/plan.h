@@ -14,10 +14,10 @@ struct ProcessSpec {
   std::string name;  // "prefill", "decode-1", "router"; also the log's name
   std::string role;  // "prefill", "decode", "both", "router"
   std::string host;
-  int64_t port = 0;                    // 0: none, on a node whose ranks are served by another one's endpoint
-  int64_t kv_port = 0;                 // 0: none; of the first rank of all, the others follow
-  int64_t rpc_port = 0;                // where ranks of several nodes meet, on the node of rank 0; 0: none
-  int64_t first_rank = 0;              // of those that this process starts
+  int64_t port = 0;        // 0: none, on a node whose ranks are served by another one's endpoint
+  int64_t kv_port = 0;     // 0: none; of the first rank of all, the others follow
+  int64_t rpc_port = 0;    // where ranks of several nodes meet, on the node of rank 0; 0: none
+  int64_t first_rank = 0;  // of those that this process starts
   int64_t num_ranks = 1;
   std::vector<std::string> arguments;  // of the tandem program
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import time
 
 import pytest
 
@@ -113,7 +115,7 @@ def test_a_good_cluster_passes(pair):
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (f"{ADDRESSES[0]} -> {ADDRESSES[1]}  decode's kv_port 14580",
                  f"{ADDRESSES[1]} -> {ADDRESSES[0]}  prefill's kv_port 14579"):
-        assert line in " ".join(done.stdout.split(" ")), done.stdout
+        assert line in done.stdout, done.stdout
     for pair_name in (f"{ADDRESSES[0]} -> {ADDRESSES[1]}", f"{ADDRESSES[1]} -> {ADDRESSES[0]}"):
         lines = [line for line in done.stdout.splitlines() if pair_name in line and "KV transport" in line]
         assert len(lines) == 1 and "tcp/" in lines[0], done.stdout
@@ -200,6 +202,17 @@ def test_a_differing_program_is_found(pair, tmp_path):
     errors = pair.errors()
     assert [(e["where"], e["what"]) for e in errors] == [(ADDRESSES[1], "tandem")]
     assert f"install the same tandem on {ADDRESSES[0]} and {ADDRESSES[1]}" in errors[0]["remedy"]
+
+
+def test_an_agent_that_stands_still_costs_a_bounded_time(pair):
+    pair.start_agent()
+    outer = pair.processes[0].pid  # unshare, whose child is the agent
+    with open(f"/proc/{outer}/task/{outer}/children") as children:
+        os.kill(int(children.read().split()[0]), signal.SIGSTOP)
+    begin = time.time()
+    errors = pair.errors()
+    assert time.time() - begin < 10
+    assert [(e["where"], e["what"]) for e in errors] == [(ADDRESSES[1], "agent")], errors
 
 
 def test_one_host_is_checked_without_an_agent(tmp_path):
