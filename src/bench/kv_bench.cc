@@ -41,7 +41,7 @@ class Side {
       : layout(make_layout(block_bytes)),
         num_blocks(options.memory_bytes / block_bytes),
         ops_(kernels::make_ops("ref", 1).value()),
-        cache_(*ops_, layout, num_blocks, /*shareable=*/true),
+        cache_(*ops_, layout, num_blocks, comm::may_share_memory(transport)),
         order_(shuffled(num_blocks)) {
     std::memset(cache_.base(), 1, static_cast<size_t>(cache_.bytes()));
     CHECK_EQ(pipe(news_), 0);

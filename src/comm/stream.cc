@@ -137,6 +137,19 @@ Result<bool> Stream::read_some() {
   return static_cast<size_t>(count) == room;
 }
 
+void Stream::await_whole_frame() {
+  FrameHeader header;
+  int missing = 1;
+  if (unread_bytes() >= sizeof header) {
+    std::memcpy(&header, buffer_.get() + begin_, sizeof header);
+    const size_t size = check_header(header).ok() ? frame_bytes(header) : 0;
+    if (size > unread_bytes()) missing = static_cast<int>(size - unread_bytes());
+  }
+  if (missing == awaited_bytes_) return;
+  awaited_bytes_ = missing;
+  setsockopt(socket_, SOL_SOCKET, SO_RCVLOWAT, &missing, sizeof missing);
+}
+
 void Stream::consume(size_t bytes) {
   CHECK_LE(bytes, end_ - begin_);
   begin_ += bytes;

@@ -50,6 +50,8 @@ class Stream {
   // Reads once, if wants_read(); true if there may be more. An error at the end of the stream comes only after all that
   // was sent has been read.
   Result<bool> read_some();
+  // Lets the kernel wake us only when the frame that has begun to arrive is complete: a part of it is of no use.
+  void await_whole_frame();
   // Less than a whole frame waits to be consumed.
   bool wants_read() const { return end_ - begin_ < static_cast<size_t>(kMaxFrameBytes); }
   size_t unread_bytes() const { return end_ - begin_; }
@@ -72,6 +74,7 @@ class Stream {
   std::unique_ptr<std::byte[]> buffer_;  // from the first read on
   size_t begin_ = 0;
   size_t end_ = 0;
+  int awaited_bytes_ = 1;
 };
 
 }  // namespace tandem::comm

@@ -18,7 +18,7 @@ namespace {
 constexpr int kMaxEvents = 64;               // taken from the kernel at a time
 constexpr int kMaxReads = 4;                 // of one stream, so that it does not starve the others
 constexpr int kMaxLastReads = 4096;          // when a peer is lost: it may have spoken before
-constexpr uint64_t kReadsPerNote = 16;       // borrowed payloads between two words to their owner
+constexpr uint64_t kReadsPerNote = 64;       // borrowed payloads between two words to their owner, half of what a transfer may lend
 constexpr size_t kRunBytes = 256 * 1024;     // on one stream before the next has its turn; a receiver's buffer
 constexpr int64_t kFlushUs = 50'000;         // at the end, for what the peers have not taken
 constexpr int64_t kFlushStepUs = 500;
@@ -268,8 +268,9 @@ void StreamMessenger::read_stream(Link& link, Stream& stream) {
       const char* what = link.is_open ? "lost the connection to" : "cannot connect to";
       return fail(link, make_error(ErrorKind::kUnavailable, "{} {}: {}", what, link.peer, more.error().message));
     }
-    if (!*more) return;
+    if (!*more) break;
   }
+  if (link.is_open && !link.is_dead()) stream.await_whole_frame();
 }
 
 // One of the streams has ended; what the peer said before may still lie in the others.

@@ -15,6 +15,10 @@ enum class Transport : uint8_t {
   kUcxTcp,         // UCX's TCP everywhere
 };
 
+// Whether payloads may be read by other processes, so that they should lie in shareable memory.
+inline bool may_share_memory(Transport transport) {
+  return transport == Transport::kAuto || transport == Transport::kSharedMemory;
+}
 const char* transport_option(Transport transport);  // "auto", "shm", "tcp", "ucx", "ucx_tcp"
 std::optional<Transport> parse_transport(std::string_view text);
 

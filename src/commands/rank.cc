@@ -190,9 +190,8 @@ Status Rank::load_weights(const RankConfig& config) {
   };
   TANDEM_ASSIGN(model_, model::load_model(*ops_, load));
   const model::KvLayout& layout = info().kv;
-  const bool shareable = config.kv_transfer && !config.kv_transfer->synthetic_fill &&
-                         (config.kv_transport == comm::Transport::kAuto ||
-                          config.kv_transport == comm::Transport::kSharedMemory);
+  const bool shareable =
+      config.kv_transfer && !config.kv_transfer->synthetic_fill && comm::may_share_memory(config.kv_transport);
   cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks, shareable);
   log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB; room for {:.1f} requests of {} tokens",
            layout.describe(), num_blocks, num_blocks * layout.block_size, mebibytes(cache_->bytes()),
