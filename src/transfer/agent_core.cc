@@ -11,6 +11,7 @@ namespace tandem::transfer {
 namespace {
 
 constexpr const char* kTag = "transfer";
+constexpr int64_t kMaxSummedPieces = 4;  // of a payload that is sent from where it lies although it has a checksum
 
 // `was_used`: a peer has presented the handle.
 FaultCode fate_of(const Status& status, bool was_used) {
@@ -338,14 +339,20 @@ bool AgentCore::send_part(Transfer& transfer, comm::ConnectionId link, const Par
   const std::vector<comm::ByteSpan> pieces = list_pieces(transfer, range.layer, range.first_part, range.num_parts);
   const uint64_t token = next_token_++;
   Data data{transfer.handle(), range.layer, range.first_part, range.num_parts, std::nullopt};
-  if (wants_checksum(link)) data.checksum = checksum(pieces);
   std::unique_ptr<std::byte[]> buffer;
   comm::SendResult result = comm::SendResult::kClosed;
-  if (messenger_->takes_pieces(link) && std::ssize(pieces) <= comm::kMaxPieces) {
+  // Many small pieces that have to be summed go faster through a copy: it fetches them from memory at full speed, and sum
+  // and kernel then find them in the cache (4 KiB: 1.45 times). Where only places travel nothing is copied here.
+  const bool sums = wants_checksum(link);
+  const bool copies = sums && messenger_->wants_checksum(link) && std::ssize(pieces) > kMaxSummedPieces;
+  if (messenger_->takes_pieces(link) && !copies && std::ssize(pieces) <= comm::kMaxPieces) {
+    if (sums) data.checksum = checksum(pieces);
     result = messenger_->send_pieces(link, encode(data), pieces, token);
   } else {
     buffer = take_buffer();
-    result = messenger_->send(link, encode(data), stage(pieces, buffer.get()), token);
+    const comm::ByteSpan payload = stage(pieces, buffer.get());
+    if (sums) data.checksum = checksum(payload);
+    result = messenger_->send(link, encode(data), payload, token);
   }
   if (result == comm::SendResult::kPending) {
     if (buffer == nullptr) {

@@ -13,7 +13,7 @@ constexpr uint64_t kMultiplier = 0x9e3779b97f4a7c15;
 constexpr uint64_t kStart = 0xbb67ae8584caa73b;
 constexpr size_t kLaneBytes = sizeof(uint64_t);
 constexpr size_t kRowBytes = 8 * kLaneBytes;
-constexpr size_t kPrefetchBytes = 1024;
+constexpr size_t kPrefetchBytes = 2048;
 
 uint64_t mix(uint64_t state, uint64_t word) { return std::rotl(state ^ word, 29) * kMultiplier; }
 
@@ -31,7 +31,7 @@ struct Lanes {
 
 Lanes add_rows(Lanes lanes, const std::byte* row, size_t num_rows) {
   for (; num_rows > 0; --num_rows, row += kRowBytes) {
-    __builtin_prefetch(row + kPrefetchBytes);  // the sender's bytes come from memory; past the end it does no harm
+    __builtin_prefetch(row + kPrefetchBytes);  // past the end it does no harm
     lanes.a = mix(lanes.a, load(row));
     lanes.b = mix(lanes.b, load(row + 1 * kLaneBytes));
     lanes.c = mix(lanes.c, load(row + 2 * kLaneBytes));
@@ -42,6 +42,12 @@ Lanes add_rows(Lanes lanes, const std::byte* row, size_t num_rows) {
     lanes.h = mix(lanes.h, load(row + 7 * kLaneBytes));
   }
   return lanes;
+}
+
+// The sender's bytes come from memory, where each piece is a new place that the processor cannot foresee.
+void fetch_begin(std::span<const std::byte> piece) {
+  const size_t end = std::min(piece.size(), kPrefetchBytes);
+  for (size_t at = 0; at < end; at += kRowBytes) __builtin_prefetch(piece.data() + at);
 }
 
 // `rest` are the last bytes, less than a row, and zeros behind them.
@@ -61,7 +67,9 @@ uint64_t checksum(std::span<const std::span<const std::byte>> pieces) {
   std::array<std::byte, kRowBytes> rest{};
   size_t in_rest = 0;
   size_t size = 0;
-  for (std::span<const std::byte> piece : pieces) {
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (i + 1 < pieces.size()) fetch_begin(pieces[i + 1]);
+    std::span<const std::byte> piece = pieces[i];
     size += piece.size();
     if (in_rest > 0) {  // fill up the row that the piece before has begun
       const size_t count = std::min(kRowBytes - in_rest, piece.size());
