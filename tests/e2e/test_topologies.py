@@ -71,6 +71,7 @@ def test_push_through_the_router(launcher, workers, expected):
     assert decode.metric("vllm:prompt_tokens_by_source_total", source="local_compute") == 0
     for worker in workers:
         wait_until(lambda: worker.metric("tandem:kv_blocks_pinned") == 0, what="no pinned blocks")
+        assert "over shared memory" in worker.read_log()  # what auto means within a host
 
 
 def pull(prefill, decode, index, prompt):
