@@ -60,10 +60,20 @@ TEST(CommandLine, ReadsTypedValues) {
   EXPECT_TRUE(std::isinf(options_of({"bench", "serve", "--request-rate", "inf"}).number("request-rate")));
 }
 
+TEST(Options, HandOnWhatIsSet) {
+  const Result<CommandLine> line =
+      parse_command_line({"serve", "folder", "--port", "8001", "--threads", "2", "--no-enable-prefix-caching", "--headless"});
+  ASSERT_TRUE(line.ok());
+  const std::vector<std::string_view> own = {"port"};
+  EXPECT_EQ(line->options.set_arguments("Ranks", own),
+            (std::vector<std::string>{"folder", "--no-enable-prefix-caching", "--threads", "2"}));
+}
+
 TEST(CommandLine, NamesTheFaultAndTheRemedy) {
   EXPECT_EQ(error_of({"serve", "m", "--prot", "1"}), "tandem serve: unknown option 'prot'; did you mean 'port'?");
-  EXPECT_EQ(error_of({"serve", "m", "--port", "0"}), "--port is '0'; it must be an integer from 1 to 65535");
-  EXPECT_EQ(error_of({"serve", "m", "--port", "8x"}), "--port is '8x'; it must be an integer from 1 to 65535");
+  EXPECT_EQ(error_of({"serve", "m", "--port", "65536"}),
+            "--port is '65536'; it must be an integer from 0 to 65535");
+  EXPECT_EQ(error_of({"serve", "m", "--port", "8x"}), "--port is '8x'; it must be an integer from 0 to 65535");
   EXPECT_EQ(error_of({"serve", "m", "--dtype", "fp64"}), "--dtype is 'fp64'; it must be one of auto|bfloat16|float32");
   EXPECT_EQ(error_of({"serve"}), "'model' is missing; give it as the first argument");
   EXPECT_EQ(error_of({"quantize", "m"}), "'target' is missing; give it as the second argument");
@@ -136,7 +146,7 @@ TEST(ConfigFile, NamesFileAndLine) {
     return message;
   };
   EXPECT_EQ(error_in("port: 1\nprt: 2\n"), "F:2: unknown option 'prt'; did you mean 'port'?");
-  EXPECT_EQ(error_in("\nport: ninety\n"), "F:2: --port is 'ninety'; it must be an integer from 1 to 65535");
+  EXPECT_EQ(error_in("\nport: ninety\n"), "F:2: --port is 'ninety'; it must be an integer from 0 to 65535");
   EXPECT_EQ(error_in("port: [1, 2]\n"), "F:1: 'port' must be one value");
   EXPECT_EQ(error_in("port: 1\nport: 2\n"), "F:2: 'port' is given twice");
   EXPECT_EQ(error_in("- 1\n"), "F: must be a map of names to values");
