@@ -232,6 +232,7 @@ TEST_P(StreamMessengerTest, ConnectionsAndGuestsAreLimited) {
 
 // Whoever speaks the protocol up to a point and then stops, dies or talks nonsense costs his own connection only.
 TEST_P(StreamMessengerTest, AnUnfinishedOrDamagedFrameIsNeverDelivered) {
+  if (GetParam() == Transport::kSharedMemory) GTEST_SKIP() << "it refuses whoever shares nothing, before any frame";
   connected();
   enum class How { kHalfPayload, kHalfHeader, kBadMagic, kBadNumber, kHugePayload, kUnlentSlot, kWrongMark };
   for (const How how : {How::kHalfPayload, How::kHalfHeader, How::kBadMagic, How::kBadNumber, How::kHugePayload,
@@ -242,11 +243,7 @@ TEST_P(StreamMessengerTest, AnUnfinishedOrDamagedFrameIsNeverDelivered) {
     const SocketAddress address = *parse_address("127.0.0.1", server->port());
     ASSERT_EQ(::connect(fd, address.get(), address.length), 0);
     Greeting greeting;
-    greeting.transport = GetParam() == Transport::kTcp ? Transport::kTcp : Transport::kAuto;
-    if (GetParam() == Transport::kSharedMemory) {  // it refuses whoever shares nothing
-      ::close(fd);
-      return;
-    }
+    greeting.transport = Transport::kTcp;
     ASSERT_EQ(::send(fd, &greeting, sizeof greeting, 0), static_cast<ssize_t>(sizeof greeting));
     const size_t accepted = server_events.accepted.size();
     ASSERT_TRUE(pump_until([&] { return server_events.accepted.size() == accepted + 1; }));
