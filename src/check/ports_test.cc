@@ -71,7 +71,7 @@ TEST(Transport, IsMeasuredToAnEcho) {
   for (int round = 0; round < 2; ++round) {  // an echo takes one measurement after the other
     const Result<TransportReading> reading = measure_transport("127.0.0.1", "127.0.0.1", (*echo)->port());
     ASSERT_TRUE(reading.ok()) << reading.error().message;
-    EXPECT_EQ(reading->transport, "posix/memory");
+    EXPECT_EQ(reading->transport, "shared memory");
     EXPECT_GT(reading->bytes, 0);
     EXPECT_LE(reading->bytes, kMostTransportBytes);
     EXPECT_GT(reading->round_trip_us, 0);

@@ -71,7 +71,7 @@ TEST(Responder, TransportsAreMeasuredAtThePortThatWasListenedOn) {
   EXPECT_EQ(echo["port"], port);
   const nlohmann::json reading =
       *responder.answer({{"op", "measure"}, {"own_host", "127.0.0.1"}, {"host", "127.0.0.1"}, {"port", port}});
-  EXPECT_EQ(reading["transport"], "posix/memory");
+  EXPECT_EQ(reading["transport"], "shared memory");
 }
 
 TEST(Responder, RefusesWhatIsNoRequest) {

@@ -6,6 +6,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "src/comm/shared_region.h"
+
 #include "src/base/clock.h"
 
 namespace tandem::check {
@@ -29,17 +31,28 @@ bool read_note(std::span<const std::byte> message, Note& note) {
   return true;
 }
 
+// As KV memory is: processes of this host may read it.
+Result<comm::SharedRegion> make_payload_memory() {
+  return comm::SharedRegion::create("tandem-check", comm::kMaxPayloadBytes);
+}
+comm::LocalMemory local_memory(const comm::SharedRegion& region) {
+  return {region.data(), region.bytes(), region.address().fd};
+}
+
 }  // namespace
 
 struct TransportEcho::Handler final : comm::MessageHandler {
   comm::Messenger* messenger = nullptr;
   std::unordered_map<comm::ConnectionId, int64_t> received_bytes;
+  std::vector<std::byte> taken;
+  comm::SharedRegion memory;  // both sides of shared memory must have some
 
   void on_accept(comm::ConnectionId connection) override { received_bytes[connection] = 0; }
   void on_message(comm::ConnectionId connection, std::span<const std::byte> message,
                   std::span<const std::byte> payload) override {
     Note note;
     if (!read_note(message, note)) return messenger->close(connection);
+    taken.assign(payload.begin(), payload.end());  // as an agent does: the copy is part of what is measured
     received_bytes[connection] += std::ssize(payload);
     if (note.kind == Kind::kData) return;
     if (note.kind == Kind::kEnd) note.number = received_bytes[connection];
@@ -56,7 +69,9 @@ Result<std::unique_ptr<TransportEcho>> TransportEcho::start(const std::string& h
   comm::MessengerOptions options;
   options.listen_host = host;
   options.listen_port = port;
-  TANDEM_ASSIGN(echo->messenger_, comm::make_ucx_messenger(options, *echo->handler_));
+  TANDEM_ASSIGN(echo->handler_->memory, make_payload_memory());
+  options.memory = local_memory(echo->handler_->memory);
+  TANDEM_ASSIGN(echo->messenger_, comm::make_messenger(options, *echo->handler_));
   echo->handler_->messenger = echo->messenger_.get();
   echo->thread_ = std::thread([raw = echo.get()] {
     while (!raw->ends_) raw->messenger_->poll(kPollUs);
@@ -77,7 +92,9 @@ class Measurement final : public comm::MessageHandler {
   Result<TransportReading> run(const std::string& own_host, const std::string& host, int64_t port) {
     comm::MessengerOptions options;
     options.listen_host = own_host;
-    TANDEM_ASSIGN(messenger_, comm::make_ucx_messenger(options, *this));
+    TANDEM_ASSIGN(payload_, make_payload_memory());
+    options.memory = local_memory(payload_);
+    TANDEM_ASSIGN(messenger_, comm::make_messenger(options, *this));
     TANDEM_ASSIGN(connection_, messenger_->connect(host, port));
     std::vector<double> round_trips_us;
     for (int64_t i = 0; i < kRoundTrips; ++i) {
@@ -125,25 +142,27 @@ class Measurement final : public comm::MessageHandler {
   Result<int64_t> send_payloads(int64_t end_us) {
     int64_t bytes = 0;
     const Note note{Kind::kData, 0};
-    while (clock_.now_us() < end_us && bytes + std::ssize(payload_) <= kMostTransportBytes) {
+    const std::span<const std::byte> payload = payload_.span().first(static_cast<size_t>(comm::kMaxPayloadBytes));
+    uint64_t token = 0;
+    while (clock_.now_us() < end_us && bytes + std::ssize(payload) <= kMostTransportBytes) {
       if (closed_) return *closed_;
       if (pending_ >= kMostPending) {
         messenger_->poll(kPollUs);
         continue;
       }
-      const comm::SendResult sent = messenger_->send(connection_, bytes_of(note), payload_, 1);
+      const comm::SendResult sent = messenger_->send(connection_, bytes_of(note), payload, ++token);
       if (sent == comm::SendResult::kClosed) {
         messenger_->poll(0);  // on_closed says why
         return closed_.value_or(make_error(ErrorKind::kUnavailable, "the connection closed"));
       }
-      bytes += std::ssize(payload_);
+      bytes += std::ssize(payload);
       if (sent == comm::SendResult::kPending) ++pending_;
     }
     return bytes;
   }
 
   const SteadyClock clock_;
-  const std::vector<std::byte> payload_ = std::vector<std::byte>(static_cast<size_t>(comm::kMaxPayloadBytes));
+  comm::SharedRegion payload_;
   comm::ConnectionId connection_;
   Note answer_;
   bool answered_ = false;

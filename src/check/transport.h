@@ -19,7 +19,7 @@ inline constexpr int64_t kAnswerTimeUs = 4'000'000;                // for any an
 inline constexpr int kRoundTrips = 32;
 
 struct TransportReading {
-  std::string transport;     // "tcp/eth0", "posix/memory"
+  std::string transport;     // "tcp/eth0 x4", "shared memory"
   double round_trip_us = 0;  // the median; below one where both sides watch shared memory
   int64_t bytes = 0;         // sent and confirmed …
   int64_t time_us = 0;       // … in this time

@@ -254,7 +254,12 @@ std::string ChildPeer::ask(const std::string& command) {
   return read_line();
 }
 
-void ChildPeer::signal(int number) const { ::kill(pid_, number); }
+void ChildPeer::signal(int number) const {
+  ::kill(pid_, number);
+  if (number != SIGSTOP) return;
+  siginfo_t stopped{};
+  ::waitid(P_PID, static_cast<id_t>(pid_), &stopped, WSTOPPED | WNOWAIT);  // on a busy machine that takes a while
+}
 
 void ChildPeer::kill_now() {
   if (pid_ < 0) return;
