@@ -76,27 +76,37 @@ TEST(NetworkPort, BytesAreThereBeforeTheirSignal) {
   EXPECT_EQ(zero.fabric->direct(RankId(0)), zero.fabric->window().data());
   const uint64_t seed = std::random_device()();
   SCOPED_TRACE(testing::Message() << "seed " << seed);
-  // Both send blocks of all sizes to places of all alignments, in two halves of the window in turn.
+  // Both send blocks of all sizes to places of all alignments, in two halves of the window in turn; often more than the
+  // sockets take at once.
+  constexpr size_t kBlocks = 8;
+  constexpr size_t kPlaceBytes = kWindowBytes / 2 / kBlocks;
   const auto body = [seed](Side& side) {
     Fabric& fabric = *side.fabric;
     const RankId other(1 - side.rank);
     std::mt19937_64 mine(seed + static_cast<uint64_t>(side.rank));
     std::mt19937_64 theirs(seed + static_cast<uint64_t>(other.value));
-    for (uint64_t round = 1; round <= 200; ++round) {
-      const auto draw = [round](std::mt19937_64& random) {
-        const size_t bytes = 1 + random() % (round % 10 == 0 ? 1'000'000 : 5000);
-        const size_t offset = (round % 2) * kWindowBytes / 2 + random() % 1'000'000;
-        std::vector<std::byte> data(bytes);
-        for (std::byte& byte : data) byte = static_cast<std::byte>(random());
-        return std::pair(offset, std::move(data));
-      };
-      const auto [to, sent] = draw(mine);
-      fabric.put(other, static_cast<int64_t>(to), sent);
+    struct Block {
+      size_t offset;
+      std::vector<std::byte> data;
+    };
+    const auto draw = [](std::mt19937_64& random, uint64_t round) {
+      std::vector<Block> blocks;
+      for (size_t i = 0; i < kBlocks; ++i) {
+        const size_t bytes = 1 + random() % (random() % 2 == 0 ? 500 : kPlaceBytes / 2);
+        blocks.push_back({(round % 2 * kBlocks + i) * kPlaceBytes + random() % (kPlaceBytes / 2), {}});
+        for (size_t at = 0; at < bytes; ++at) blocks.back().data.push_back(static_cast<std::byte>(random()));
+      }
+      return blocks;
+    };
+    for (uint64_t round = 1; round <= 60; ++round) {
+      const std::vector<Block> sent = draw(mine, round);
+      for (const Block& block : sent) fabric.put(other, static_cast<int64_t>(block.offset), block.data);
       fabric.signal(other, Channel::kDispatch, round);
       ASSERT_TRUE(fabric.flush().ok());
       ASSERT_TRUE(fabric.wait(other, Channel::kDispatch, round).ok());
-      const auto [from, expected] = draw(theirs);
-      ASSERT_EQ(std::memcmp(fabric.window().data() + from, expected.data(), expected.size()), 0) << round;
+      for (const Block& block : draw(theirs, round)) {
+        ASSERT_EQ(std::memcmp(fabric.window().data() + block.offset, block.data.data(), block.data.size()), 0) << round;
+      }
     }
   };
   std::thread thread([&] { body(one); });
