@@ -151,6 +151,11 @@ constexpr OptionSpec kTable[] = {
     {.name = "data-parallel-coordinator", .commands = kServe, .group = "Ranks", .type = kChoice, .default_text = "auto",
      .help = "Who brings the ranks together: auto is rank 0's process with --data-parallel-rank, else the command that "
              "starts rank 0; elsewhere is for ranks that were started by one.", .choices = "auto|elsewhere"},
+    {.name = "tensor-parallel-size", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
+     .help = "Ranks that share one attention. Only 1 is possible as yet: more are refused.", .min = 1, .max = 1024},
+    {.name = "api-server-count", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
+     .help = "Front ends that vLLM would start. Here one is enough for what a group computes (`tandem bench router`), so more "
+             "are not started, which the log says.", .min = 0, .max = 1024},
     {.name = "headless", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
      .help = "Only start ranks of this node; the endpoint is another node's."},
     {.name = "enable-expert-parallel", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",

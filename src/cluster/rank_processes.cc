@@ -15,6 +15,7 @@ using std::chrono::milliseconds;
 namespace {
 constexpr const char* kTag = "ranks";
 constexpr milliseconds kPatience{4'000};  // from SIGTERM to SIGKILL
+constexpr milliseconds kStartTime{30'000};  // who has lived so long did not fail at start, whatever ended it
 }  // namespace
 
 RankProcesses::RankProcesses(boost::asio::io_context& io, std::string program, std::vector<RankProcess> processes,
@@ -39,6 +40,7 @@ Status RankProcesses::start() {
 Status RankProcesses::start(Child& child) {
   TANDEM_ASSIGN(child.pid, spawn_process(program_, child.spec.arguments, kOwnErrors));
   child.is_ready = false;
+  child.started = std::chrono::steady_clock::now();
   log_info(kTag, "rank {} started, pid {}", child.spec.rank, child.pid);
   return {};
 }
@@ -73,15 +75,16 @@ void RankProcesses::reap() {
 
 void RankProcesses::take_death(Child& child, int status) {
   const int32_t rank = child.spec.rank;
-  if (!child.was_ready) {
+  const auto now = std::chrono::steady_clock::now();
+  if (!child.was_ready && WIFEXITED(status) && now - child.started < kStartTime) {
     if (on_fatal_) {
       std::exchange(on_fatal_, nullptr)(make_error(
           ErrorKind::kUnavailable, "rank {} failed at start ({}); its lines above say why", rank, describe_exit(status)));
     }
     return;
   }
-  const auto ready_for = std::chrono::steady_clock::now() - child.ready_since;
-  const int64_t ready_ms = child.is_ready ? std::chrono::duration_cast<milliseconds>(ready_for).count() : 0;
+  const auto lived = now - (child.is_ready ? child.ready_since : child.started);
+  const int64_t ready_ms = std::chrono::duration_cast<milliseconds>(lived).count();
   const std::optional<int64_t> delay_ms = child.restarts.next_delay_ms(ready_ms);
   if (!delay_ms) {
     if (on_fatal_) {

@@ -26,7 +26,8 @@ struct RankProcess {
 
 class RankProcesses {
  public:
-  // One that dies before it was ever ready, or too often, is a fault for which all have to end: `on_fatal` is told, once.
+  // One that ends by itself soon after its first start and before it was ready, or one that dies too often, is a fault for
+  // which all have to end: `on_fatal` is told, once. Those that were killed are started again.
   // Their output goes where this process's errors go.
   RankProcesses(boost::asio::io_context& io, std::string program, std::vector<RankProcess> processes,
                 std::function<void(const Error&)> on_fatal);
@@ -34,7 +35,7 @@ class RankProcesses {
 
   // From the main thread: children die with the thread that started them.
   Status start();
-  // The rank works: a later death is followed by a restart.
+  // The rank works: a later death is followed by a restart. A node that cannot know need not say so.
   void mark_ready(int32_t rank);
   // Asks all to end, kills those that do not, and calls `done` when none is left. No restarts any more.
   void stop(std::function<void()> done);
@@ -48,6 +49,7 @@ class RankProcesses {
     boost::asio::steady_timer timer;  // for the restart
     RestartPolicy restarts;
     pid_t pid = 0;
+    std::chrono::steady_clock::time_point started{};
     bool was_ready = false;  // ever
     bool is_ready = false;   // in its present life
     std::chrono::steady_clock::time_point ready_since{};

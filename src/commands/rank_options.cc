@@ -85,6 +85,12 @@ Result<RankOptions> read_rank_options(const Options& options) {
     return invalid_argument("data-parallel-external-lb",
                             "--data-parallel-external-lb needs --data-parallel-rank: every rank is started by itself");
   }
+  if (options.integer("tensor-parallel-size") != 1) {
+    return make_error(ErrorKind::kUnsupported,
+                      "--tensor-parallel-size {}: attention cannot be split over ranks yet; use 1 and a larger "
+                      "--data-parallel-size with --enable-expert-parallel",
+                      options.integer("tensor-parallel-size"));
+  }
   const std::string& eplb = options.text("eplb-config");
   if (!eplb.empty() && !options.flag("enable-eplb")) {
     return invalid_argument("eplb-config", "--eplb-config needs --enable-eplb");

@@ -22,6 +22,7 @@
 #include "src/cluster/process.h"
 #include "src/cluster/rank_processes.h"
 #include "src/comm/address.h"
+#include "src/comm/meeting.h"
 #include "src/commands/serve_text.h"
 #include "src/commands/server_common.h"
 #include "src/group/coordinator.h"
@@ -54,9 +55,20 @@ Result<std::string> own_address_facing(const std::string& host) {
   return text.substr(0, text.rfind(':'));
 }
 
+Result<int64_t> find_free_port(const std::string& host) {
+  TANDEM_ASSIGN(const comm::SocketAddress address, comm::look_up_address(host, 0));
+  TANDEM_ASSIGN(const int fd, comm::open_listener(address, "a rank of this node", "--data-parallel-address"));
+  comm::SocketAddress own;
+  own.length = sizeof own.storage;
+  const bool found = ::getsockname(fd, reinterpret_cast<sockaddr*>(&own.storage), &own.length) == 0;
+  ::close(fd);
+  CHECK(found);
+  return own.port();
+}
+
 // Everything that this node's ranks are told besides what the user said.
 std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeConfig& config, const std::string& host,
-                                             int64_t coordinator_port) {
+                                             const std::vector<int64_t>& ports, int64_t coordinator_port) {
   static constexpr std::array<std::string_view, 5> kOwn{"host", "port", "log-name", "otlp-endpoint", "config"};
   std::vector<cluster::RankProcess> ranks;
   for (int32_t rank = config.first_rank; rank < config.first_rank + config.num_ranks; ++rank) {
@@ -66,7 +78,7 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
     const std::vector<std::string> given = options.set_arguments(kRankOptionGroup, kOwn);
     process.arguments.insert(process.arguments.end(), given.begin(), given.end());
     const std::vector<std::string> own = {
-        "--host", host, "--port", "0", "--log-name", fmt::format("rank{}", rank),
+        "--host", host, "--port", std::to_string(ports[static_cast<size_t>(rank - config.first_rank)]), "--log-name", fmt::format("rank{}", rank),
         "--data-parallel-size", std::to_string(config.shape.data), "--data-parallel-rank", std::to_string(rank),
         "--data-parallel-address", config.coordinator_host, "--data-parallel-rpc-port", std::to_string(coordinator_port),
         "--data-parallel-coordinator", "elsewhere", "--enable-expert-parallel",
@@ -100,8 +112,10 @@ class NodeServer {
       coordinator_port = coordinator_->port();
     }
     TANDEM_ASSIGN(const std::string host, own_address_facing(config_.coordinator_host));
+    std::vector<int64_t> ports(static_cast<size_t>(config_.num_ranks), 0);  // any; the coordinator hears which
+    if (router_ != nullptr && !config_.hosts_coordinator) TANDEM_TRY(choose_ports(host, ports));
     ranks_ = std::make_unique<cluster::RankProcesses>(io_, cluster::kOwnProgram,
-                                                      plan_ranks(options_, config_, host, coordinator_port),
+                                                      plan_ranks(options_, config_, host, ports, coordinator_port),
                                                       [this](const Error& why) { give_up(why); });
     signals_.async_wait([this](const boost::system::error_code& error, int signal) {
       if (!error) shut_down(signal);
@@ -114,6 +128,9 @@ class NodeServer {
 
  private:
   Status open_front_end() {
+    if (const int64_t count = options_.integer("api-server-count"); count > 1) {
+      log_info("serve", "--api-server-count {}: one front end serves all ranks", count);
+    }
     router::RouterOptions routing;
     routing.may_begin_without_workers = true;
     routing.spans = exporter_.get();
@@ -138,6 +155,17 @@ class NodeServer {
     frontend_->open(served_, *router_);
     log_info("serve", "serving {} on http://{}:{} with {} ranks", served_.model.names.front(), options_.text("host"),
              server_->port(), config_.shape.data);
+    return {};
+  }
+
+  // A node with an endpoint but without the coordinator knows where its ranks listen only if it says so itself.
+  Status choose_ports(const std::string& host, std::vector<int64_t>& ports) {
+    for (size_t i = 0; i < ports.size(); ++i) {
+      TANDEM_ASSIGN(ports[i], find_free_port(host));
+      const int32_t rank = config_.first_rank + static_cast<int32_t>(i);
+      const std::string url = fmt::format("http://{}:{}", host, ports[i]);
+      TANDEM_TRY(router_->add_worker(router::Role::kDecode, url, rank));
+    }
     return {};
   }
 

@@ -1,0 +1,211 @@
+"""A rank group over two nodes, here two sets of namespaces joined by a veth pair: the commands are those of vLLM's guide to
+expert parallelism for two nodes, with only the program, the model, the sizes and the addresses changed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from conftest import DEMO, TANDEM, wait_until
+from prompts import make_prompts
+from test_topologies import body_of, read_answer
+
+NAMES, DEVICES, ADDRESSES = ("tandem-n1", "tandem-n2"), ("tandem-e1", "tandem-e2"), ("10.79.0.1", "10.79.0.2")
+PROMPTS = make_prompts(24)
+TIMEOUT_S = 3
+
+
+def ip(*arguments, check=True):
+    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
+
+
+def inside(name, *command):
+    return ["ip", "netns", "exec", name, *map(str, command)]
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    for name in NAMES:
+        ip("netns", "del", name, check=False)
+    made = ip("netns", "add", NAMES[0], check=False)
+    if made.returncode != 0:
+        pytest.skip(f"this machine gives no network namespaces: {made.stderr.strip()}")
+    ip("netns", "add", NAMES[1])
+    ip("link", "add", DEVICES[0], "netns", NAMES[0], "type", "veth", "peer", "name", DEVICES[1], "netns", NAMES[1])
+    for name, address, device in zip(NAMES, ADDRESSES, DEVICES):
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+        ip("-n", name, "link", "set", device, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+    for name, device in zip(NAMES, DEVICES):
+        wait_until(lambda: "state UP" in ip("-n", name, "link", "show", device).stdout, 5, f"{device} runs")
+    yield
+    for name in NAMES:
+        ip("netns", "del", name, check=False)
+
+
+CLIENT = """
+import json, sys, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+url, bodies = sys.argv[1], json.load(sys.stdin)
+def ask(body):
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=60) as r:
+            return r.status, r.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, json.dumps(str(error))
+with ThreadPoolExecutor(8) as pool:
+    json.dump(list(pool.map(ask, bodies)), sys.stdout)
+"""
+
+
+def ask_inside(path, bodies, background=False):
+    """POSTs (or GETs for None) from inside the first node; [(status, JSON)]."""
+    process = subprocess.Popen(inside(NAMES[0], "python3", "-c", CLIENT, f"http://127.0.0.1:8000{path}"),
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps(bodies))
+    process.stdin.close()
+
+    def finish():
+        text = process.stdout.read()
+        process.wait()
+        return [(status, json.loads(body) if body else None) for status, body in json.loads(text)]
+    return finish if background else finish()
+
+
+def health():
+    return ask_inside("/health", [None])[0]
+
+
+class Node:
+    def __init__(self, name, log_path, *options):
+        self.log_path = log_path
+        self.log = open(log_path, "w")
+        command = [TANDEM, "serve", DEMO, "--served-model-name", "demo", "--threads", 1, "--num-gpu-blocks-override", 600,
+                   "--rank-timeout", TIMEOUT_S, *options]
+        self.popen = subprocess.Popen(inside(name, *command), stdout=self.log, stderr=self.log)
+
+    def rank_pids(self):
+        return {int(r): int(p) for r, p in re.findall(r"rank (\d+) started, pid (\d+)", self.read_log())}
+
+    def read_log(self):
+        return self.log_path.read_text()
+
+    def stop(self):
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGTERM)
+            self.popen.wait(15)
+        self.log.close()
+
+
+def start_node_1(log_path, backend):
+    return Node(NAMES[0], log_path,
+                "--all2all-backend", backend,
+                "--tensor-parallel-size", 1,
+                "--enable-expert-parallel",
+                "--data-parallel-size", 4,
+                "--data-parallel-size-local", 2,
+                "--data-parallel-address", ADDRESSES[0],
+                "--data-parallel-rpc-port", 13345,
+                "--api-server-count=2")
+
+
+def start_node_2(log_path, backend):
+    return Node(NAMES[1], log_path,
+                "--all2all-backend", backend,
+                "--tensor-parallel-size", 1,
+                "--enable-expert-parallel",
+                "--data-parallel-size", 4,
+                "--data-parallel-size-local", 2,
+                "--data-parallel-start-rank", 2,
+                "--data-parallel-address", ADDRESSES[0],
+                "--data-parallel-rpc-port", 13345,
+                "--headless")
+
+
+@pytest.fixture(scope="module")
+def expected(launcher):
+    from conftest import http_json
+    alone = launcher.serve()
+    answers = [read_answer(http_json(alone.url + "/v1/completions", body_of(i, prompt))[1])
+               for i, prompt in enumerate(PROMPTS)]
+    alone.stop()
+    return answers
+
+
+def all_bodies():
+    return [body_of(i, prompt) for i, prompt in enumerate(PROMPTS)]
+
+
+def wait_until_standing(what):
+    wait_until(lambda: health()[0] == 200, 40, what)
+
+
+@pytest.mark.parametrize("backend", ["naive", "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency"])
+def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend):
+    first, second = start_node_1(tmp_path / "n1.log", backend), start_node_2(tmp_path / "n2.log", backend)
+    try:
+        wait_until_standing("both nodes stand")
+        answers = ask_inside("/v1/completions", all_bodies())
+        assert [status for status, _ in answers] == [200] * len(PROMPTS), answers
+        assert [read_answer(answer) for _, answer in answers] == expected
+    except AssertionError:
+        print(first.read_log()[-3000:], second.read_log()[-3000:])
+        raise
+    finally:
+        second.stop()
+        first.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(nodes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    first, second = start_node_1(folder / "n1.log", "low_latency"), start_node_2(folder / "n2.log", "low_latency")
+    yield first, second
+    second.stop()
+    first.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "cut"])
+def test_a_lost_node_is_noticed_in_time_and_taken_back(pair, expected, how):
+    first, second = pair
+    wait_until_standing("both nodes stand")
+    running = ask_inside("/v1/completions", [body | {"max_tokens": 400} for body in all_bodies()[:8]], background=True)
+    time.sleep(0.5)
+    pids = second.rank_pids()
+    lost_at = time.time()
+    if how == "cut":
+        ip("-n", NAMES[1], "link", "set", DEVICES[1], "down")
+    else:
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    wait_until(lambda: health()[0] == 503, TIMEOUT_S + 3, "the loss is told")
+    noticed_s = time.time() - lost_at
+    status, told = health()
+    assert status == 200 or re.search(r"rank [23] |ranks 2, 3", json.dumps(told)), told
+    assert noticed_s < (1.5 if how == "killed" else TIMEOUT_S + 1.5)
+    time.sleep(1)
+    if how == "cut":
+        ip("-n", NAMES[1], "link", "set", DEVICES[1], "up")
+    elif how == "stopped":
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+    wait_until_standing("both nodes stand again")
+    for status, answer in running():
+        # Moved to the next epoch, or a named error; never another answer (its length shows that it is whole).
+        if status == 200:
+            assert answer["usage"]["completion_tokens"] == 400
+        else:
+            assert status in (502, 503, 504) and answer["error"]["message"], answer
+    answers = ask_inside("/v1/completions", all_bodies())
+    assert [read_answer(answer) for _, answer in answers] == expected
+    assert (second.rank_pids() == pids) == (how != "killed")
