@@ -9,7 +9,12 @@ constexpr int64_t kDefaultPort = 29550;  // where ranks of several nodes meet, a
 
 Result<eplb::EplbConfig> read_eplb(const std::string& text) {
   if (text.empty()) return eplb::EplbConfig{};
-  return eplb::parse_eplb_config(text);
+  TANDEM_ASSIGN(const eplb::EplbConfig config, eplb::parse_eplb_config(text));
+  if (!config.use_async) {
+    return invalid_argument("eplb-config",
+                            "--eplb-config: use_async is false, but experts always move while steps go on; leave it out");
+  }
+  return config;
 }
 
 Result<RankOptions> read_group(const Options& options, const group::GroupShape& shape, int64_t rank) {
