@@ -6,6 +6,7 @@
 #include "src/base/log.h"
 #include "src/base/memory_info.h"
 #include "src/base/version.h"
+#include "src/ep/limits.h"
 #include "src/group/node.h"
 
 namespace tandem::commands {
@@ -32,6 +33,14 @@ Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config,
   if (num_experts < size) {
     return invalid_argument("data-parallel-size", "{} ranks cannot share {} experts; take at most {} ranks", size,
                             num_experts, num_experts);
+  }
+  const int64_t slots = size * config.limits.max_num_batched_tokens * config.model.moe.router.top_k;
+  if (config.limits.max_num_batched_tokens > ep::kMaxRows || slots > ep::kMaxSlotNumber) {
+    return invalid_argument("max-num-batched-tokens",
+                            "--max-num-batched-tokens {}: {} ranks with {} experts for each row can number {} slots; take "
+                            "at most {}",
+                            config.limits.max_num_batched_tokens, size, config.model.moe.router.top_k, slots,
+                            std::min<int64_t>(ep::kMaxRows, ep::kMaxSlotNumber / (size * config.model.moe.router.top_k)));
   }
   model::ExpertShard shard = balancing ? ep::Balancer::initial_shard(balancing->layout, rank)
                                        : ep::make_shard(rank, size, static_cast<int32_t>(num_experts));
@@ -279,7 +288,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
   }
   options.rank_timeout_us = config.rank_timeout_us;
   TANDEM_ASSIGN(membership_, group::Membership::start(options));
-  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, exchange_.get(), balancer_.get());
+  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, exchange_.get(), registry, balancer_.get());
   engine_->attach(lockstep_.get());
   return {};
 }

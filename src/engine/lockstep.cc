@@ -6,6 +6,16 @@
 
 namespace tandem::engine {
 
+Lockstep::Lockstep(group::RankGroup& group, group::FabricUser* user, Registry& registry, group::RoundUser* rounds)
+    : group_(group),
+      user_(user),
+      round_user_(rounds),
+      epochs_(registry.counter("tandem:group_epochs_total", "Formations of the rank group that this rank took part in.")),
+      rounds_(registry.counter("tandem:group_rounds_total", "Steps that this rank computed together with the group.")),
+      empty_rounds_(registry.counter("tandem:group_empty_rounds_total", "Of these, those without a row of its own.")),
+      waited_us_(registry.counter("tandem:group_wait_microseconds_total",
+                                  "Time that this rank waited for the others before a step.")) {}
+
 Lockstep::~Lockstep() { leave(); }
 
 bool Lockstep::is_standing() {
@@ -23,7 +33,7 @@ bool Lockstep::is_standing() {
       return false;
     }
   }
-  ++num_epochs_;
+  epochs_.add(1);
   log_info("group", "rank {} of {} stands in epoch {}", now->rank(), now->size(), now->epoch());
   return true;
 }
@@ -41,10 +51,12 @@ Result<AgreedStep> Lockstep::agree(int64_t rows, bool has_streams) {
   mine.rows = rows;
   mine.streams = has_streams ? 1 : 0;
   if (round_user_ != nullptr) TANDEM_TRY(round_user_->before_round(*fabric_, mine));
+  const int64_t begin_us = clock_.now_us();
   TANDEM_ASSIGN(const std::vector<group::StepIntent> intents, agreement_->agree(mine));
+  waited_us_.add(static_cast<uint64_t>(clock_.now_us() - begin_us));
   if (round_user_ != nullptr) TANDEM_TRY(round_user_->after_round(*fabric_, intents));
-  ++num_rounds_;
-  if (rows == 0) ++num_empty_rounds_;
+  rounds_.add(1);
+  if (rows == 0) empty_rounds_.add(1);
   AgreedStep step;
   for (size_t r = 0; r < intents.size(); ++r) {
     step.total_rows += intents[r].rows;

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "src/base/clock.h"
+#include "src/base/metrics.h"
 #include "src/group/rank_group.h"
 #include "src/group/step_agreement.h"
 
@@ -21,8 +23,7 @@ struct AgreedStep {
 class Lockstep {
  public:
   // All outlive this. `user` may be null (a test without experts), and `rounds` (nothing else rides along).
-  Lockstep(group::RankGroup& group, group::FabricUser* user, group::RoundUser* rounds = nullptr)
-      : group_(group), user_(user), round_user_(rounds) {}
+  Lockstep(group::RankGroup& group, group::FabricUser* user, Registry& registry, group::RoundUser* rounds = nullptr);
   ~Lockstep();
 
   comm::Bell& bell() { return group_.bell(); }
@@ -39,10 +40,6 @@ class Lockstep {
   // This rank's part of a step failed; the epoch is over for all.
   void abandon(const Error& why);
 
-  uint64_t num_epochs() const { return num_epochs_; }
-  int64_t num_rounds() const { return num_rounds_; }
-  int64_t num_empty_rounds() const { return num_empty_rounds_; }  // joined without rows
-
  private:
   void leave();
 
@@ -51,9 +48,11 @@ class Lockstep {
   group::RoundUser* const round_user_;
   group::Fabric* fabric_ = nullptr;  // of the epoch taken up
   std::optional<group::StepAgreement> agreement_;
-  uint64_t num_epochs_ = 0;
-  int64_t num_rounds_ = 0;
-  int64_t num_empty_rounds_ = 0;
+  const SteadyClock clock_;
+  Counter& epochs_;
+  Counter& rounds_;
+  Counter& empty_rounds_;
+  Counter& waited_us_;
 };
 
 }  // namespace tandem::engine

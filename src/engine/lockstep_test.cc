@@ -20,7 +20,7 @@ using testing::HasSubstr;
 
 // One rank: an engine, and how many steps it computed with and without rows of its own.
 struct TestRank {
-  TestRank(int32_t rank, int32_t size) : group(group::RankId(rank), size), lockstep(group, nullptr) {
+  TestRank(int32_t rank, int32_t size) : group(group::RankId(rank), size), lockstep(group, nullptr, registry) {
     model.before_forward = [this](const model::Batch& batch) { ++(batch.tokens.empty() ? empty_steps : own_steps); };
     EngineOptions options;
     options.model_name = "fake";

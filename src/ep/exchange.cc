@@ -31,6 +31,11 @@ Exchange::Exchange(model::ExpertShard shard, const ExchangeOptions& options)
 
 Exchange::~Exchange() = default;
 
+// The window's outputs take the place of a buffer that a rank with all experts has, too.
+int64_t Exchange::extra_bytes(const kernels::Ops& ops, const model::ExchangeShape& shape) const {
+  return plan_window(options_, ops, shape, shard_.num_ranks).outputs;
+}
+
 void Exchange::prepare(kernels::Ops& ops, kernels::Stream& stream, const model::ExchangeShape& shape) {
   CHECK(ops_ == nullptr);
   ops_ = &ops;

@@ -46,6 +46,7 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
   void take_counts(eplb::ExpertLoad& counts);
 
   const model::ExpertShard& shard() const override { return shard_; }
+  int64_t extra_bytes(const kernels::Ops& ops, const model::ExchangeShape& shape) const override;
   void prepare(kernels::Ops& ops, kernels::Stream& stream, const model::ExchangeShape& shape) override;
   Status dispatch(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& ids) override;
   Result<model::ReceivedSlots> receive() override;

@@ -29,6 +29,8 @@ class Decoder final : public Model {
   KvLayout make_kv_layout(int64_t block_size, kernels::DType kv_dtype) const;
   // Before allocate().
   void set_routing(bool is_kept, const RoutingSimulation& simulation) { mlp_.set_routing(is_kept, simulation); }
+  // Once listed: what an exchange has to carry.
+  ExchangeShape exchange_shape(const Capacity& capacity) const;
   // Allocates all scratch memory, once the weights are there.
   void allocate(const Capacity& capacity, int64_t block_size, kernels::DType kv_dtype, ModelInfo info);
   kernels::Stream& stream() { return *stream_; }
@@ -46,7 +48,6 @@ class Decoder final : public Model {
   };
   Status forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done);
   Status forward_without_rows();
-  ExchangeShape exchange_shape(const Capacity& capacity) const;
   void compute_logits(const Step& step);
 
   kernels::Ops& ops_;

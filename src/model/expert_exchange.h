@@ -54,6 +54,8 @@ class ExpertExchange {
   virtual ~ExpertExchange() = default;
 
   virtual const ExpertShard& shard() const = 0;
+  // What it will take of this rank's memory, beside what a rank that has all experts takes.
+  virtual int64_t extra_bytes(const kernels::Ops& ops, const ExchangeShape& shape) const = 0;
   // Allocates; once, before the first dispatch.
   virtual void prepare(kernels::Ops& ops, kernels::Stream& stream, const ExchangeShape& shape) = 0;
 

@@ -139,6 +139,9 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
     MemoryNeeds needs;
     count_weights(plan, needs);
     needs.workspace_bytes = workspace_bytes(decoder->config(), capacity, options.keep_routing);
+    if (options.exchange != nullptr) {
+      needs.workspace_bytes += options.exchange->extra_bytes(ops, decoder->exchange_shape(capacity));
+    }
     needs.max_model_len = max_model_len;
     needs.kv = decoder->make_kv_layout(options.block_size, kv_dtype);
     TANDEM_TRY(options.on_sized(needs));

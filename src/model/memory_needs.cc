@@ -58,7 +58,8 @@ void count_weights(const WeightPlan& plan, MemoryNeeds& needs) {
       bytes += packed_bytes(task.format, ref.n, ref.k, scale_bytes(plan.source(), task, ref));
     }
     needs.weight_bytes += bytes;
-    const bool is_of_experts = std::ssize(task.refs) > task.parts;  // a batch of matrices
+    // A batch of matrices, or one of it.
+    const bool is_of_experts = std::ssize(task.refs) > task.parts || !task.identity.empty();
     if (is_of_experts) needs.expert_bytes += bytes;
     needs.staging_bytes = std::max(needs.staging_bytes, staging_bytes(plan.source(), task));
   }

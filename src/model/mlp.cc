@@ -48,6 +48,7 @@ void MlpLayers::list_experts(WeightPlan& plan, Layer& layer) const {
     std::iota(chosen.begin(), chosen.end(), 0);
   }
   list_experts(plan, layer, chosen, layer.expert_gate_up, layer.expert_down);
+  layer.expert_format = plan.tasks()[plan.tasks().size() - 2].format;
 }
 
 // Experts lie either one by one, or stacked as gate_up_proj [E, 2 I, H] and down_proj [E, H, I].
@@ -219,7 +220,7 @@ Result<Tensor> MlpLayers::exchange_experts(const Layer& layer, const Tensor& hid
 std::vector<kernels::WeightFormat> MlpLayers::expert_formats() const {
   std::vector<kernels::WeightFormat> formats;
   for (const Layer& layer : layers_) {
-    if (layer.router != nullptr) formats.push_back(layer.expert_gate_up->format());
+    if (layer.router != nullptr) formats.push_back(layer.expert_format);
   }
   return formats;
 }

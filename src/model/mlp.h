@@ -29,7 +29,7 @@ class MlpLayers final : public ExpertStore {
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
   void allocate(int64_t max_rows);
-  // Once loaded: of the routed experts of each MoE layer.
+  // Once listed: of the routed experts of each MoE layer.
   std::vector<kernels::WeightFormat> expert_formats() const;
   // Where experts can be read again from; without it reload() is a bug.
   void keep_source(std::shared_ptr<const WeightSource> source, WeightFormats formats);
@@ -64,6 +64,7 @@ class MlpLayers final : public ExpertStore {
   struct Layer {
     int64_t moe_index = -1;                   // among the MoE layers
     std::string expert_prefix;                // "model.layers.3.mlp.experts."
+    kernels::WeightFormat expert_format;      // of gate_up
     Dense dense;                              // or the shared experts of an MoE layer
     std::unique_ptr<kernels::Weight> router;  // [E, H]; null in a dense layer
     DeviceTensor correction_bias;
