@@ -68,9 +68,9 @@ with ThreadPoolExecutor(8) as pool:
 """
 
 
-def ask_inside(path, bodies, background=False):
-    """POSTs (or GETs for None) from inside the first node; [(status, JSON)]."""
-    process = subprocess.Popen(inside(NAMES[0], "python3", "-c", CLIENT, f"http://127.0.0.1:8000{path}"),
+def ask_inside(path, bodies, background=False, node=0):
+    """POSTs (or GETs for None) from inside a node; [(status, JSON)]."""
+    process = subprocess.Popen(inside(NAMES[node], "python3", "-c", CLIENT, f"http://127.0.0.1:8000{path}"),
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdin.write(json.dumps(bodies))
     process.stdin.close()
@@ -82,8 +82,8 @@ def ask_inside(path, bodies, background=False):
     return finish if background else finish()
 
 
-def health():
-    return ask_inside("/health", [None])[0]
+def health(node=0):
+    return ask_inside("/health", [None], node=node)[0]
 
 
 class Node:
@@ -158,6 +158,24 @@ def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend):
         answers = ask_inside("/v1/completions", all_bodies())
         assert [status for status, _ in answers] == [200] * len(PROMPTS), answers
         assert [read_answer(answer) for _, answer in answers] == expected
+    except AssertionError:
+        print(first.read_log()[-3000:], second.read_log()[-3000:])
+        raise
+    finally:
+        second.stop()
+        first.stop()
+
+
+def test_an_endpoint_on_every_node(nodes, expected, tmp_path):
+    options = ["--enable-expert-parallel", "--data-parallel-size", 4, "--data-parallel-size-local", 2,
+               "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345, "--data-parallel-hybrid-lb"]
+    first = Node(NAMES[0], tmp_path / "n1.log", *options)
+    second = Node(NAMES[1], tmp_path / "n2.log", *options, "--data-parallel-start-rank", 2)
+    try:
+        for node in (0, 1):
+            wait_until(lambda: health(node)[0] == 200, 40, f"node {node} stands")
+            answers = ask_inside("/v1/completions", all_bodies(), node=node)
+            assert [read_answer(answer) for _, answer in answers] == expected
     except AssertionError:
         print(first.read_log()[-3000:], second.read_log()[-3000:])
         raise
