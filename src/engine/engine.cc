@@ -587,7 +587,7 @@ std::vector<BlockId> Engine::prompt_blocks(const Sequence& sequence, int64_t fir
 transfer::TransferId Engine::open_transfer(Sequence& sequence, std::vector<BlockId> blocks, bool sending) {
   const transfer::TransferId id(next_transfer_++);
   pool_.pin_all(blocks);
-  transfers_.emplace(id, OpenTransfer{std::move(blocks), sequence.id, sending});
+  transfers_.emplace(id, OpenTransfer{std::move(blocks), sequence.id, sequence.request.external_id, sending});
   sequence.transfer = id;
   return id;
 }
@@ -674,7 +674,11 @@ void Engine::finish_transfer(const transfer::Done& done) {
   CHECK(found != transfers_.end());
   const OpenTransfer open = std::move(found->second);
   transfers_.erase(found);
-  probe_.transfer_done(open.sending, done.status.ok(), done.bytes, done.duration_us);
+  probe_.transfer_done(open.sending, done.status, done.bytes, done.duration_us);
+  if (!done.status.ok() && done.status.error().kind != ErrorKind::kAborted) {  // then its own request has ended
+    log_warning(kTag, "[{}] KV was not {}: {}", open.external_id, open.sending ? "sent" : "received",
+                done.status.error().message);
+  }
   pool_.unpin_all(open.blocks);
 
   Sequence* sequence = scheduler_.find(open.sequence);

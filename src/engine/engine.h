@@ -83,6 +83,7 @@ class Engine final : public Worker {
   struct OpenTransfer {
     std::vector<BlockId> blocks;
     RequestId sequence;  // may be gone already
+    std::string external_id;
     bool sending = false;
   };
 

@@ -68,7 +68,9 @@ Probe::Probe(Registry& registry, const EngineFacts& facts)
                                        base_labels(facts))),
       transfer_seconds_(registry.histogram("tandem:kv_transfer_seconds", "Duration of KV transfers that ended well.",
                                            time_to_first_token_buckets(), base_labels(facts))),
-      num_blocks_(facts.num_blocks) {
+      num_blocks_(facts.num_blocks),
+      registry_(registry),
+      labels_(base_labels(facts)) {
   MetricLabels labels = base_labels(facts);
   labels.emplace_back("block_size", std::to_string(facts.block_size));
   labels.emplace_back("num_gpu_blocks", std::to_string(facts.num_blocks));
@@ -107,13 +109,16 @@ void Probe::finished(int64_t decode_us, int64_t inference_us) {
   inference_seconds_.observe(static_cast<double>(inference_us) * 1e-6);
 }
 
-void Probe::transfer_done(bool sent, bool ok, int64_t bytes, int64_t duration_us) {
-  if (sent) {
-    (ok ? sent_ok_ : sent_failed_).add();
-  } else {
-    (ok ? received_ok_ : received_failed_).add();
+void Probe::transfer_done(bool sent, const Status& status, int64_t bytes, int64_t duration_us) {
+  if (!status.ok()) {
+    (sent ? sent_failed_ : received_failed_).add();
+    MetricLabels labels = labels_;
+    labels.emplace_back("direction", sent ? "send" : "receive");
+    labels.emplace_back("cause", error_kind_name(status.error().kind));
+    registry_.counter("tandem:kv_transfer_failures_total", "KV transfers that failed, by cause.", labels).add();
+    return;
   }
-  if (!ok) return;
+  (sent ? sent_ok_ : received_ok_).add();
   transfer_bytes_.add(static_cast<uint64_t>(bytes));
   transfer_seconds_.observe(static_cast<double>(duration_us) * 1e-6);
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "src/base/metrics.h"
+#include "src/base/result.h"
 
 namespace tandem::engine {
 
@@ -35,7 +36,7 @@ class Probe {
   void queue_time(int64_t duration_us) { queue_seconds_.observe(static_cast<double>(duration_us) * 1e-6); }
   void prefill_time(int64_t duration_us) { prefill_seconds_.observe(static_cast<double>(duration_us) * 1e-6); }
   void finished(int64_t decode_us, int64_t inference_us);
-  void transfer_done(bool sent, bool ok, int64_t bytes, int64_t duration_us);
+  void transfer_done(bool sent, const Status& status, int64_t bytes, int64_t duration_us);
 
  private:
   Gauge& running_;
@@ -67,6 +68,8 @@ class Probe {
   Counter& transfer_bytes_;
   Histogram& transfer_seconds_;
   int64_t num_blocks_;
+  Registry& registry_;
+  const MetricLabels labels_;
 };
 
 }  // namespace tandem::engine

@@ -216,7 +216,7 @@ void AgentCore::end_transfer(Transfer& transfer, Finish&& finish) {
             clock_.now_us() - transfer.start_us};
   const comm::ConnectionId link_id = transfer.link;
   if (!done.status.ok() && done.status.error().kind != ErrorKind::kAborted) {
-    log_warning(kTag, "{}", done.status.error().message);
+    log_debug(kTag, "{}", done.status.error().message);  // its owner knows which request that was
   }
   retire(transfer.handle(), transfer.side(), fate_of(done.status, link_id != comm::ConnectionId()));
   const auto link = links_.find(link_id);
