@@ -29,7 +29,7 @@ Status check_header(const FrameHeader& header) {
     case FrameKind::kMessage: {
       const int64_t limit = header.payload_bytes > 0 ? kMaxHeaderBytes : kMaxMessageBytes;
       if (header.body_bytes > limit) return bad("the body", header.body_bytes, static_cast<uint64_t>(limit));
-      if (header.payload_bytes > kMaxPayloadBytes) return bad("the payload", header.payload_bytes, kMaxPayloadBytes);
+      if (header.payload_bytes > kMaxStreamPayloadBytes) return bad("the payload", header.payload_bytes, kMaxStreamPayloadBytes);
       if (header.num_pieces != 0) return bad("the number of pieces", header.num_pieces, 0);
       return {};
     }

@@ -45,12 +45,14 @@ struct BorrowPiece {
 // Behind a payload.
 enum class PayloadMark : uint32_t { kWhole = 0x4c4f4857, kVoid = 0x44494f56 };
 
+// Larger than over UCX, because each payload costs calls to the kernel on both sides.
+inline constexpr int64_t kMaxStreamPayloadBytes = 256 * 1024;
 inline constexpr int64_t kMaxBodyBytes =
     kMaxMessageBytes + static_cast<int64_t>(sizeof(BorrowNote)) + kMaxPieces * static_cast<int64_t>(sizeof(BorrowPiece));
 inline constexpr int64_t kMaxFrameBytes = static_cast<int64_t>(sizeof(FrameHeader) + sizeof(PayloadMark)) +
-                                          (kMaxBodyBytes > kMaxHeaderBytes + kMaxPayloadBytes
+                                          (kMaxBodyBytes > kMaxHeaderBytes + kMaxStreamPayloadBytes
                                                ? kMaxBodyBytes
-                                               : kMaxHeaderBytes + kMaxPayloadBytes);
+                                               : kMaxHeaderBytes + kMaxStreamPayloadBytes);
 
 FrameHeader make_header(FrameKind kind, size_t body_bytes, size_t payload_bytes, uint64_t number);
 // An error for what no sender of this version makes.
@@ -78,7 +80,7 @@ enum class GreetingKind : uint32_t {
 };
 
 inline constexpr uint32_t kGreetingMagic = 0x504e4454;  // "TDNP", as of UCX's meeting …
-inline constexpr uint32_t kGreetingVersion = 2;         // … which is version 1
+inline constexpr uint32_t kGreetingVersion = 3;         // … which is version 1
 
 struct Greeting {
   uint32_t magic = kGreetingMagic;

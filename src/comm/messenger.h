@@ -13,6 +13,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "src/base/ids.h"
 #include "src/base/result.h"
@@ -32,6 +33,7 @@ inline constexpr int64_t kMaxSendsPerConnection = 4096;  // not yet finished by 
 inline constexpr int64_t kMaxPieces = 1024;              // of one payload
 
 using ByteSpan = std::span<const std::byte>;
+using MutableByteSpan = std::span<std::byte>;
 
 // A payload that lies in the memory of another process, which may take it back at any moment: whoever uses it copies it
 // first and then asks is_valid(). Only if that is true, all that was copied is what was sent.
@@ -65,6 +67,18 @@ class MessageHandler {
   // As on_message, for a payload in the peer's memory. By default the handler is shown a copy, if that could be made.
   virtual void on_borrowed_message(ConnectionId connection, std::span<const std::byte> message,
                                    const BorrowedPayload& payload);
+  // Asked before each read of a payload that is only partly here: where its bytes shall go. True with pieces of together
+  // `payload_bytes` bytes, which are written before this call's caller does anything else and not later. False: the
+  // payload is shown with on_message when it is whole; or, if there was a place for its first bytes, nobody gets it.
+  virtual bool find_place(ConnectionId connection, std::span<const std::byte> message, int64_t payload_bytes,
+                          std::vector<MutableByteSpan>& pieces) {
+    (void)connection, (void)message, (void)payload_bytes, (void)pieces;
+    return false;
+  }
+  // As on_message, for a payload all of whose bytes went where find_place said, the last time just before.
+  virtual void on_placed_message(ConnectionId connection, std::span<const std::byte> message, int64_t payload_bytes) {
+    (void)connection, (void)message, (void)payload_bytes;
+  }
   // The payload sent with `token` is no longer read by the transport. Says nothing about its arrival.
   virtual void on_sent(ConnectionId connection, uint64_t token) = 0;
   // The peer is gone or could not be reached. Follows the last on_sent of the connection; the id is dead.
@@ -86,6 +100,8 @@ class Messenger {
   virtual int64_t port() const = 0;
   // Starts connecting; messages may be sent at once and wait. The outcome is a message from the peer, or on_closed.
   virtual Result<ConnectionId> connect(const std::string& host, int64_t port) = 0;
+  // The largest payload; the same on both sides of a connection.
+  virtual int64_t max_payload_bytes() const { return kMaxPayloadBytes; }
   // Messages of one connection arrive in order.
   virtual SendResult send(ConnectionId connection, std::span<const std::byte> message,
                           std::span<const std::byte> payload = {}, uint64_t token = 0) = 0;

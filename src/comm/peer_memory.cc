@@ -65,7 +65,7 @@ Status PeerMemory::find(std::span<const BorrowPiece> pieces, std::vector<ByteSpa
   uint64_t total = 0;
   out.clear();
   for (const BorrowPiece& piece : pieces) {
-    if (piece.bytes > static_cast<uint64_t>(kMaxPayloadBytes) || piece.offset > limit ||
+    if (piece.bytes > static_cast<uint64_t>(kMaxStreamPayloadBytes) || piece.offset > limit ||
         piece.bytes > limit - piece.offset) {
       return make_error(ErrorKind::kUnavailable, "a payload of {} bytes at {} of {} shared bytes", piece.bytes,
                         piece.offset, limit);
@@ -73,9 +73,9 @@ Status PeerMemory::find(std::span<const BorrowPiece> pieces, std::vector<ByteSpa
     total += piece.bytes;
     out.push_back(memory_.span().subspan(piece.offset, piece.bytes));
   }
-  if (total > static_cast<uint64_t>(kMaxPayloadBytes)) {
+  if (total > static_cast<uint64_t>(kMaxStreamPayloadBytes)) {
     return make_error(ErrorKind::kUnavailable, "a borrowed payload of {} bytes; at most {} are taken", total,
-                      kMaxPayloadBytes);
+                      kMaxStreamPayloadBytes);
   }
   return {};
 }

@@ -16,7 +16,9 @@ namespace {
 
 constexpr size_t kMaxIovecs = 512;  // per call; the kernel takes 1024
 constexpr int kMaxWrites = 8;       // calls per turn, so that no stream starves the others
-constexpr std::array<std::byte, static_cast<size_t>(kMaxPayloadBytes)> kZeros{};
+constexpr std::array<std::byte, static_cast<size_t>(kMaxStreamPayloadBytes)> kZeros{};
+constexpr size_t kTailBytes = 256;              // read behind a payload: its mark and, as a rule, the next header
+constexpr size_t kMostAwaited = 128 * 1024;  // so that reading begins while the rest arrives
 
 Error make_socket_error(const char* what) {
   return make_error(ErrorKind::kUnavailable, "{}: {}", what, std::strerror(errno));
@@ -116,7 +118,17 @@ bool Stream::is_delivered() const {
   return ioctl(socket_, SIOCOUTQ, &unsent) != 0 || unsent == 0;
 }
 
-Result<bool> Stream::read_some() {
+Result<size_t> Stream::count_read(ssize_t count) {
+  if (count < 0) {
+    if (would_block()) return size_t{0};
+    return make_socket_error("receive");
+  }
+  if (count == 0) return make_error(ErrorKind::kUnavailable, "closed by the peer");
+  num_read_ += static_cast<uint64_t>(count);
+  return static_cast<size_t>(count);
+}
+
+Result<bool> Stream::read_some(size_t most_bytes) {
   if (!wants_read()) return false;
   if (buffer_ == nullptr) buffer_.reset(new std::byte[kBufferBytes]);
   if (begin_ == end_) begin_ = end_ = 0;
@@ -126,25 +138,86 @@ Result<bool> Stream::read_some() {
     end_ -= begin_;
     begin_ = 0;
   }
-  const size_t room = kBufferBytes - end_;
-  const ssize_t count = recv(socket_, buffer_.get() + end_, room, 0);
-  if (count < 0) {
-    if (would_block()) return false;
-    return make_socket_error("receive");
+  const size_t room = std::min(most_bytes, kBufferBytes - end_);
+  TANDEM_ASSIGN(const size_t count, count_read(recv(socket_, buffer_.get() + end_, room, 0)));
+  end_ += count;
+  return count == room;
+}
+
+Result<bool> Stream::read_payload(const FrameHeader& header, std::span<const MutableByteSpan> place) {
+  MutableByteSpan nowhere;
+  if (place.empty()) {
+    has_lost_ = true;
+    if (nowhere_ == nullptr) nowhere_.reset(new std::byte[static_cast<size_t>(kMaxStreamPayloadBytes)]);
+    nowhere = {nowhere_.get(), header.payload_bytes};
+    place = std::span(&nowhere, 1);
   }
-  if (count == 0) return make_error(ErrorKind::kUnavailable, "closed by the peer");
-  end_ += static_cast<size_t>(count);
-  return static_cast<size_t>(count) == room;
+  const size_t ahead = sizeof header + header.body_bytes;
+  CHECK_GE(unread_bytes(), ahead);
+  ByteSpan early;  // bytes of the payload that are in the buffer
+  if (!is_placing_) {
+    if (begin_ > kBufferBytes / 2) {  // room for what follows
+      std::memmove(buffer_.get(), buffer_.get() + begin_, end_ - begin_);
+      end_ -= begin_;
+      begin_ = 0;
+    }
+    is_placing_ = true;
+    placed_bytes_ = 0;
+    early = unread().subspan(ahead);
+    CHECK_LT(early.size(), header.payload_bytes);
+    end_ = begin_ + ahead;
+  }
+  CHECK_LE(end_ + kTailBytes, kBufferBytes);
+  std::array<iovec, kMaxIovecs> list;
+  size_t num_pieces = 0;
+  size_t skip = placed_bytes_;
+  size_t room = 0;
+  for (MutableByteSpan piece : place) {
+    const size_t skipped = std::min(skip, piece.size());
+    skip -= skipped;
+    piece = piece.subspan(skipped);
+    const size_t known = std::min(early.size(), piece.size());
+    std::memcpy(piece.data(), early.data(), known);
+    early = early.subspan(known);
+    placed_bytes_ += known;
+    piece = piece.subspan(known);
+    if (piece.empty()) continue;
+    list[num_pieces++] = {piece.data(), piece.size()};
+    room += piece.size();
+    if (num_pieces == kMaxIovecs - 1) break;
+  }
+  CHECK_EQ(early.size(), 0U);
+  const size_t in_place = room;
+  if (placed_bytes_ + room == header.payload_bytes) {
+    list[num_pieces++] = {buffer_.get() + end_, kTailBytes};
+    room += kTailBytes;
+  }
+  msghdr message{};
+  message.msg_iov = list.data();
+  message.msg_iovlen = num_pieces;
+  TANDEM_ASSIGN(const size_t count, count_read(recvmsg(socket_, &message, 0)));
+  const size_t placed = std::min(count, in_place);
+  placed_bytes_ += placed;
+  end_ += count - placed;
+  return count == room;
+}
+
+size_t Stream::buffered_bytes(const FrameHeader& header) const {
+  return is_placing_ ? sizeof header + header.body_bytes + sizeof(PayloadMark) : frame_bytes(header);
+}
+
+// Of the frame that has begun; 1 if nothing is known of it.
+size_t Stream::missing_bytes() const {
+  FrameHeader header;
+  if (unread_bytes() < sizeof header) return 1;
+  std::memcpy(&header, buffer_.get() + begin_, sizeof header);
+  if (!check_header(header).ok()) return 1;
+  const size_t all = buffered_bytes(header) + (is_placing_ ? header.payload_bytes - placed_bytes_ : 0);
+  return all > unread_bytes() ? all - unread_bytes() : 1;
 }
 
 void Stream::await_whole_frame() {
-  FrameHeader header;
-  int missing = 1;
-  if (unread_bytes() >= sizeof header) {
-    std::memcpy(&header, buffer_.get() + begin_, sizeof header);
-    const size_t size = check_header(header).ok() ? frame_bytes(header) : 0;
-    if (size > unread_bytes()) missing = static_cast<int>(size - unread_bytes());
-  }
+  const int missing = static_cast<int>(std::min(missing_bytes(), kMostAwaited));
   if (missing == awaited_bytes_) return;
   awaited_bytes_ = missing;
   setsockopt(socket_, SOL_SOCKET, SO_RCVLOWAT, &missing, sizeof missing);
@@ -155,14 +228,26 @@ void Stream::consume(size_t bytes) {
   begin_ += bytes;
 }
 
-Result<std::optional<FrameHeader>> Stream::next_frame() const {
+void Stream::consume_frame(const FrameHeader& header) {
+  consume(buffered_bytes(header));
+  is_placing_ = has_lost_ = false;
+}
+
+Result<std::optional<FrameHeader>> Stream::first_header() const {
   FrameHeader header;
   const std::span<const std::byte> bytes = unread();
   if (bytes.size() < sizeof header) return std::optional<FrameHeader>();
   std::memcpy(&header, bytes.data(), sizeof header);
   TANDEM_TRY(check_header(header));
-  if (bytes.size() < frame_bytes(header)) return std::optional<FrameHeader>();
+  if (bytes.size() < sizeof header + header.body_bytes) return std::optional<FrameHeader>();
   return std::optional<FrameHeader>(header);
+}
+
+Result<std::optional<FrameHeader>> Stream::next_frame() const {
+  TANDEM_ASSIGN(const std::optional<FrameHeader> header, first_header());
+  if (!header.has_value() || unread_bytes() < buffered_bytes(*header)) return std::optional<FrameHeader>();
+  if (is_placing_ && placed_bytes_ < header->payload_bytes) return std::optional<FrameHeader>();
+  return header;
 }
 
 }  // namespace tandem::comm

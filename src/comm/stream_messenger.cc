@@ -16,7 +16,8 @@ namespace tandem::comm {
 namespace {
 
 constexpr int kMaxEvents = 64;               // taken from the kernel at a time
-constexpr int kMaxReads = 4;                 // of one stream, so that it does not starve the others
+constexpr int kMaxReads = 8;                 // of one connection, so that it does not starve the others
+constexpr size_t kAheadBytes = 4096;         // read into the buffer while it is not known what comes
 constexpr int kMaxLastReads = 4096;          // when a peer is lost: it may have spoken before
 constexpr uint64_t kReadsPerNote = 64;       // borrowed payloads between two words to their owner, half of what a transfer may lend
 constexpr size_t kRunBytes = 256 * 1024;     // on one stream before the next has its turn; a receiver's buffer
@@ -190,7 +191,7 @@ SendResult StreamMessenger::enqueue(Link& link, std::span<const std::byte> messa
                                     uint64_t token) {
   size_t payload_bytes = 0;
   for (const ByteSpan piece : pieces) payload_bytes += piece.size();
-  CHECK_LE(static_cast<int64_t>(payload_bytes), kMaxPayloadBytes);
+  CHECK_LE(static_cast<int64_t>(payload_bytes), kMaxStreamPayloadBytes);
   std::unique_ptr<OutFrame> frame = take_blank();
   const bool may_lend = payload_bytes > 0 && link.is_read && is_in_memory(pieces);
   const std::optional<Ticket> ticket = may_lend ? tickets_->take() : std::nullopt;
@@ -259,8 +260,9 @@ void StreamMessenger::revoke(ConnectionId id, uint64_t token) {
 // --- receiving ---
 
 void StreamMessenger::read_stream(Link& link, Stream& stream) {
+  Stream* at = &stream;
   for (int turn = 0; turn < kMaxReads && !link.is_dead(); ++turn) {
-    const Result<bool> more = stream.read_some();
+    const Result<bool> more = read_once(link, *at);
     if (!link.is_open) read_greeting(link);
     if (link.is_open) deliver(link);
     if (!more.ok()) {
@@ -268,9 +270,50 @@ void StreamMessenger::read_stream(Link& link, Stream& stream) {
       const char* what = link.is_open ? "lost the connection to" : "cannot connect to";
       return fail(link, make_error(ErrorKind::kUnavailable, "{} {}: {}", what, link.peer, more.error().message));
     }
-    if (!*more) break;
+    Stream* const next = find_stream_in_turn(link);
+    if (next != nullptr && next != at) {
+      at = next;
+    } else if (!*more) {
+      break;
+    }
   }
-  if (link.is_open && !link.is_dead()) stream.await_whole_frame();
+}
+
+// The stream whose first frame is the next of the connection, and not whole yet.
+Stream* StreamMessenger::find_stream_in_turn(Link& link) {
+  if (!link.is_open) return nullptr;
+  for (const std::unique_ptr<Stream>& stream : link.streams) {
+    const Result<std::optional<FrameHeader>> header = stream->first_header();
+    if (header.ok() && header->has_value() && (*header)->number == link.next_in) return stream.get();
+  }
+  return nullptr;
+}
+
+// A payload that is not next stays in the kernel, because it is not known yet where it will go.
+bool StreamMessenger::may_read(const Link& link, const Stream& stream) {
+  if (!link.is_open || link.shares()) return stream.wants_read();
+  const Result<std::optional<FrameHeader>> header = stream.first_header();
+  if (!header.ok()) return false;
+  return !header->has_value() || (*header)->number == link.next_in;
+}
+
+Result<bool> StreamMessenger::read_once(Link& link, Stream& stream) {
+  if (!link.is_open || link.shares()) return stream.read_some();
+  const Result<std::optional<FrameHeader>> first = stream.first_header();
+  if (!first.ok() || !first->has_value()) return stream.read_some(kAheadBytes);
+  const FrameHeader& header = **first;
+  if (header.number != link.next_in) return false;
+  const size_t ahead = sizeof header + header.body_bytes;
+  if (header.payload_bytes > 0 && (stream.is_placing() || stream.unread_bytes() < ahead + header.payload_bytes)) {
+    place_.clear();
+    const std::span<const std::byte> body = stream.unread().subspan(sizeof header, header.body_bytes);
+    if (!stopping_ && !body.empty() && handler_.find_place(link.id, body, header.payload_bytes, place_)) {
+      CHECK(!place_.empty());
+      return stream.read_payload(header, place_);
+    }
+    if (stream.is_placing()) return stream.read_payload(header, {});
+  }
+  return stream.read_some(std::max(kAheadBytes, frame_bytes(header) - std::min(frame_bytes(header), stream.unread_bytes())));
 }
 
 // One of the streams has ended; what the peer said before may still lie in the others.
@@ -280,9 +323,9 @@ void StreamMessenger::read_last_words(Link& link) {
   while (any && reads < kMaxLastReads && !link.is_dead()) {
     any = false;
     for (size_t i = 0; i < link.streams.size() && !link.is_dead(); ++i) {
-      const size_t before = link.streams[i]->unread_bytes();
-      const Result<bool> more = link.streams[i]->read_some();
-      any = any || (more.ok() && (*more || link.streams[i]->unread_bytes() != before));
+      const uint64_t before = link.streams[i]->num_read();
+      const Result<bool> more = read_once(link, *link.streams[i]);
+      any = any || (more.ok() && (*more || link.streams[i]->num_read() != before));
       ++reads;
       deliver(link);
     }
@@ -306,15 +349,15 @@ void StreamMessenger::deliver(Link& link) {
         }
         ++link.next_in;
         any = true;
-        const size_t size = frame_bytes(**header);
-        take_frame(link, **header, link.streams[i]->unread().first(size));
-        link.streams[i]->consume(size);
+        take_frame(link, **header, *link.streams[i]);
+        link.streams[i]->consume_frame(**header);
       }
     }
   }
 }
 
-void StreamMessenger::take_frame(Link& link, const FrameHeader& header, std::span<const std::byte> bytes) {
+void StreamMessenger::take_frame(Link& link, const FrameHeader& header, const Stream& stream) {
+  const std::span<const std::byte> bytes = stream.unread().first(stream.buffered_bytes(header));
   const std::span<const std::byte> body = bytes.subspan(sizeof header, header.body_bytes);
   if (header.kind == FrameKind::kRead) {
     uint64_t count = 0;
@@ -323,10 +366,9 @@ void StreamMessenger::take_frame(Link& link, const FrameHeader& header, std::spa
   }
   if (header.kind == FrameKind::kBorrowed) return take_borrowed(link, header, body);
   if (header.is_void != 0 || stopping_) return;
-  const std::span<const std::byte> payload = bytes.subspan(sizeof header + header.body_bytes, header.payload_bytes);
-  if (!payload.empty()) {
+  if (header.payload_bytes > 0) {
     PayloadMark mark = PayloadMark::kVoid;
-    std::memcpy(&mark, payload.data() + payload.size(), sizeof mark);
+    std::memcpy(&mark, bytes.last(sizeof mark).data(), sizeof mark);
     if (mark == PayloadMark::kVoid) return;
     if (mark != PayloadMark::kWhole) {
       return fail(link, make_error(ErrorKind::kUnavailable, "{}: damaged frame: a payload without its mark", link.peer));
@@ -335,7 +377,10 @@ void StreamMessenger::take_frame(Link& link, const FrameHeader& header, std::spa
   if (body.empty()) {
     return fail(link, make_error(ErrorKind::kUnavailable, "{}: damaged frame: an empty message", link.peer));
   }
-  handler_.on_message(link.id, body, payload);
+  if (!stream.is_placing()) {
+    return handler_.on_message(link.id, body, bytes.subspan(sizeof header + header.body_bytes, header.payload_bytes));
+  }
+  if (stream.is_placed()) handler_.on_placed_message(link.id, body, header.payload_bytes);
 }
 
 void StreamMessenger::take_borrowed(Link& link, const FrameHeader& header, std::span<const std::byte> body) {
@@ -429,7 +474,9 @@ bool StreamMessenger::flush_all() {
 void StreamMessenger::update_interest(Link& link) {
   for (size_t i = 0; i < link.streams.size(); ++i) {
     Stream& stream = *link.streams[i];
-    const uint32_t events = (stream.wants_read() && !link.is_dead() ? static_cast<uint32_t>(EPOLLIN) : 0U) |
+    const bool reads = !link.is_dead() && may_read(link, stream);
+    if (reads && link.is_open) stream.await_whole_frame();
+    const uint32_t events = (reads ? static_cast<uint32_t>(EPOLLIN) : 0U) |
                             (stream.wants_write() ? static_cast<uint32_t>(EPOLLOUT) : 0U);
     if (stream.interest == events) continue;
     watch(EPOLL_CTL_MOD, stream.socket(), kStreamEvent, link.id.value, i, events);

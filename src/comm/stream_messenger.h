@@ -6,6 +6,8 @@
 //  - Payloads are never copied here on their way out. Over TCP the kernel reads them where they lie; a payload that is
 //    taken back in the middle is filled up with zeros and marked. Within a host only its place travels: the receiver reads
 //    it in the sender's memory and says when it is done; one that is taken back is marked in its ticket (tickets.h).
+//  - Over TCP the receiver reads headers ahead, and payloads when their turn has come: then the handler says for each read
+//    where the bytes go, and the kernel writes them there. Nothing is remembered from one read to the next.
 //  - A lost peer is noticed by its sockets: the kernel closes them when a process dies.
 //  - 20 us after the last event the thread sleeps in the kernel.
 #pragma once
@@ -43,6 +45,7 @@ class StreamMessenger final : public Messenger {
   Result<ConnectionId> connect(const std::string& host, int64_t port) override;
   SendResult send(ConnectionId connection, std::span<const std::byte> message, std::span<const std::byte> payload,
                   uint64_t token) override;
+  int64_t max_payload_bytes() const override { return kMaxStreamPayloadBytes; }
   bool takes_pieces(ConnectionId) const override { return true; }
   SendResult send_pieces(ConnectionId connection, std::span<const std::byte> message, std::span<const ByteSpan> pieces,
                          uint64_t token) override;
@@ -127,9 +130,12 @@ class StreamMessenger final : public Messenger {
   bool is_in_memory(std::span<const ByteSpan> pieces) const;
   std::unique_ptr<OutFrame> take_blank();
   void read_stream(Link& link, Stream& stream);
+  Result<bool> read_once(Link& link, Stream& stream);
+  static bool may_read(const Link& link, const Stream& stream);
+  static Stream* find_stream_in_turn(Link& link);
   void read_last_words(Link& link);
   void deliver(Link& link);
-  void take_frame(Link& link, const FrameHeader& header, std::span<const std::byte> bytes);
+  void take_frame(Link& link, const FrameHeader& header, const Stream& stream);
   void take_borrowed(Link& link, const FrameHeader& header, std::span<const std::byte> body);
   void take_read(Link& link, uint64_t count);
   void tell_read(Link& link);
@@ -163,6 +169,7 @@ class StreamMessenger final : public Messenger {
   std::deque<std::pair<ConnectionId, uint64_t>> sent_;   // to be reported
   std::vector<std::unique_ptr<OutFrame>> written_;       // scratch
   std::vector<ByteSpan> borrowed_pieces_;                // scratch
+  std::vector<MutableByteSpan> place_;                   // scratch, of one read
   SteadyClock clock_;
   int64_t last_event_us_ = 0;
 };

@@ -11,7 +11,7 @@ namespace tandem::transfer {
 namespace {
 
 constexpr const char* kTag = "transfer";
-constexpr int64_t kMaxSummedPieces = 4;  // of a payload that is sent from where it lies although it has a checksum
+constexpr int64_t kMaxSummedPieces = PartGrid::kMaxFewParts;  // of a payload that is sent from where it lies although it has a checksum
 
 // `was_used`: a peer has presented the handle.
 FaultCode fate_of(const Status& status, bool was_used) {
@@ -49,7 +49,7 @@ void AgentCore::refuse_start(TransferId id, Error error) { on_done_(Done{id, std
 AgentCore::Transfer* AgentCore::add_transfer(TransferId id, const Handle& handle, Side side, const BlockSpan& span) {
   CHECK(!transfers_.contains(id));
   CHECK_GT(span.num_tokens, 0);
-  const PartGrid grid(memory_.layout, span.num_tokens);
+  const PartGrid grid(memory_.layout, span.num_tokens, messenger_->max_payload_bytes());
   CHECK_GE(span.first_block, 0);
   CHECK_LE(span.first_block, grid.num_blocks);
   CHECK_GE(std::ssize(span.blocks), grid.num_blocks - span.first_block);
@@ -193,7 +193,7 @@ void AgentCore::perform(Transfer& transfer, Actions&& actions, const Payload& pa
       const auto link = links_.find(transfer.link);
       if (link != links_.end()) tell(link->second, std::move(tell_action->message));
     } else if (const Write* write = std::get_if<Write>(&action)) {
-      if (payload.borrowed == nullptr) write_payload(transfer, *write, payload.bytes);
+      if (!payload.is_written()) write_payload(transfer, *write, payload.bytes);
     } else {
       return end_transfer(transfer, std::move(std::get<Finish>(action)));
     }
@@ -284,23 +284,29 @@ void AgentCore::copy_borrowed(const Transfer& transfer, const Write& write, cons
 }
 
 // Where parts lie in our blocks, in order; neighbours are one piece.
-std::vector<comm::ByteSpan> AgentCore::list_pieces(const Transfer& transfer, int64_t layer, int64_t first_part,
-                                                   int64_t num_parts) const {
-  std::vector<comm::ByteSpan> pieces;
-  for (int64_t part = first_part; part < first_part + num_parts; ++part) {
-    const comm::ByteSpan piece(part_address(transfer, layer, part), static_cast<size_t>(transfer.grid.bytes_of(part)));
+void AgentCore::list_places(const Transfer& transfer, const Write& parts,
+                            std::vector<comm::MutableByteSpan>& pieces) const {
+  for (int64_t part = parts.first_part; part < parts.first_part + parts.num_parts; ++part) {
+    const comm::MutableByteSpan piece(part_address(transfer, parts.layer, part),
+                                      static_cast<size_t>(transfer.grid.bytes_of(part)));
     if (!pieces.empty() && pieces.back().data() + pieces.back().size() == piece.data()) {
       pieces.back() = {pieces.back().data(), pieces.back().size() + piece.size()};
     } else {
       pieces.push_back(piece);
     }
   }
-  return pieces;
+}
+
+std::vector<comm::ByteSpan> AgentCore::list_pieces(const Transfer& transfer, const Write& parts) const {
+  std::vector<comm::MutableByteSpan> places;
+  list_places(transfer, parts, places);
+  return {places.begin(), places.end()};
 }
 
 comm::ByteSpan AgentCore::stage(std::span<const comm::ByteSpan> pieces, std::byte* buffer) const {
   size_t size = 0;
   for (const comm::ByteSpan piece : pieces) {
+    CHECK_LE(static_cast<int64_t>(size + piece.size()), kStagedBytes);
     std::memcpy(buffer + size, piece.data(), piece.size());
     size += piece.size();
   }
@@ -313,7 +319,7 @@ bool AgentCore::wants_checksum(comm::ConnectionId link) const {
 }
 
 std::unique_ptr<std::byte[]> AgentCore::take_buffer() {
-  if (spare_buffers_.empty()) return std::make_unique<std::byte[]>(static_cast<size_t>(comm::kMaxPayloadBytes));
+  if (spare_buffers_.empty()) return std::make_unique<std::byte[]>(static_cast<size_t>(kStagedBytes));
   std::unique_ptr<std::byte[]> buffer = std::move(spare_buffers_.back());
   spare_buffers_.pop_back();
   return buffer;
@@ -336,7 +342,7 @@ bool AgentCore::pump() {
 
 // Hands one message to the messenger; false if the link is closing.
 bool AgentCore::send_part(Transfer& transfer, comm::ConnectionId link, const PartRange& range) {
-  const std::vector<comm::ByteSpan> pieces = list_pieces(transfer, range.layer, range.first_part, range.num_parts);
+  const std::vector<comm::ByteSpan> pieces = list_pieces(transfer, {range.layer, range.first_part, range.num_parts});
   const uint64_t token = next_token_++;
   Data data{transfer.handle(), range.layer, range.first_part, range.num_parts, std::nullopt};
   std::unique_ptr<std::byte[]> buffer;

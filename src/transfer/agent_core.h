@@ -2,7 +2,7 @@
 // messages and state machines. ucx_agent.cc runs it on a thread over UCX; tests run it over a made-up network.
 //
 // Ownership of blocks: the only places that write KV memory are write_payload() and copy_borrowed(), both called while the
-// transfer is in the table. It is read by stage(), in the same way, and by a messenger that takes pieces: from send_part()
+// transfer is in the table, and the messenger, in the one read before which find_place() has looked the transfer up. It is read by stage(), in the same way, and by a messenger that takes pieces: from send_part()
 // until the part is sent or end_transfer() has taken it back. A transfer leaves the table in the same step in which its
 // Done is emitted. Hence nothing is written after Done, whatever the peer or the transport does, and nothing that is read
 // after it counts anywhere.
@@ -27,7 +27,8 @@ namespace tandem::transfer {
 
 inline constexpr int64_t kMaxTransfers = 8192;            // open at a time, publications included
 inline constexpr int64_t kMaxRetired = 16384;             // ended handles whose fate is remembered for error messages
-inline constexpr int64_t kMaxStaged = 256;                // payloads in flight that need a buffer of comm::kMaxPayloadBytes
+inline constexpr int64_t kMaxStaged = 256;                // payloads in flight that need a buffer …
+inline constexpr int64_t kStagedBytes = PartGrid::kMaxGatheredBytes;  // … of this size
 inline constexpr int64_t kMaxLent = 1024;                 // payloads in flight that lie in our blocks
 inline constexpr int64_t kMaxDataPerPump = 64;            // messages between two looks at commands and arrivals
 inline constexpr int64_t kMaxMessagesBeforeHello = 4096;  // waiting for a link to stand
@@ -78,6 +79,10 @@ class AgentCore final : public comm::MessageHandler {
                   std::span<const std::byte> payload) override;
   void on_borrowed_message(comm::ConnectionId connection, std::span<const std::byte> message,
                            const comm::BorrowedPayload& payload) override;
+  bool find_place(comm::ConnectionId connection, std::span<const std::byte> message, int64_t payload_bytes,
+                  std::vector<comm::MutableByteSpan>& pieces) override;
+  void on_placed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                         int64_t payload_bytes) override;
   void on_sent(comm::ConnectionId connection, uint64_t token) override;
   void on_closed(comm::ConnectionId connection, const Error& why) override;
 
@@ -115,11 +120,13 @@ class AgentCore final : public comm::MessageHandler {
     TransferId transfer;
     std::unique_ptr<std::byte[]> buffer;  // null: the payload is lent
   };
-  // What came with a message: bytes that stay, or bytes that their owner may take back.
+  // What came with a message: bytes that stay, bytes that their owner may take back, or bytes that lie in their place.
   struct Payload {
     std::span<const std::byte> bytes;
     const comm::BorrowedPayload* borrowed = nullptr;
-    int64_t size() const { return borrowed != nullptr ? borrowed->bytes() : std::ssize(bytes); }
+    int64_t placed_bytes = 0;
+    bool is_written() const { return borrowed != nullptr || placed_bytes > 0; }
+    int64_t size() const { return borrowed != nullptr ? borrowed->bytes() : std::ssize(bytes) + placed_bytes; }
   };
   using HandleKey = std::pair<Side, Handle>;
 
@@ -128,14 +135,14 @@ class AgentCore final : public comm::MessageHandler {
   Transfer* find(TransferId id);
   Transfer* find(Side side, const Handle& handle);
   // Carries out what a machine asked for; the transfer may be gone afterwards. `payload` is that of the message being
-  // handled; a borrowed one has been written already.
+  // handled; one that was borrowed or placed has been written already.
   void perform(Transfer& transfer, Actions&& actions, const Payload& payload);
   void perform(Transfer& transfer, Actions&& actions) { perform(transfer, std::move(actions), Payload()); }
   void end_transfer(Transfer& transfer, Finish&& finish);
   void write_payload(const Transfer& transfer, const Write& write, std::span<const std::byte> payload);
   void copy_borrowed(const Transfer& transfer, const Write& write, const comm::BorrowedPayload& payload);
-  std::vector<comm::ByteSpan> list_pieces(const Transfer& transfer, int64_t layer, int64_t first_part,
-                                          int64_t num_parts) const;
+  void list_places(const Transfer& transfer, const Write& parts, std::vector<comm::MutableByteSpan>& pieces) const;
+  std::vector<comm::ByteSpan> list_pieces(const Transfer& transfer, const Write& parts) const;
   void take_back(Transfer& transfer);
   std::byte* part_address(const Transfer& transfer, int64_t layer, int64_t part) const;
   bool send_next(Transfer& transfer);

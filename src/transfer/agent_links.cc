@@ -179,7 +179,27 @@ void AgentCore::on_message(comm::ConnectionId connection, std::span<const std::b
 
 void AgentCore::on_borrowed_message(comm::ConnectionId connection, std::span<const std::byte> message,
                                     const comm::BorrowedPayload& payload) {
-  handle(connection, message, Payload{{}, &payload});
+  handle(connection, message, Payload{{}, &payload, 0});
+}
+
+// Looks and changes nothing: what is wrong with a message is said when it is whole.
+bool AgentCore::find_place(comm::ConnectionId connection, std::span<const std::byte> bytes, int64_t payload_bytes,
+                           std::vector<comm::MutableByteSpan>& pieces) {
+  const auto link = links_.find(connection);
+  if (link == links_.end() || link->second.refused || !link->second.hello.has_value()) return false;
+  const Result<Message> message = decode(bytes);
+  const Data* data = message.ok() ? std::get_if<Data>(&*message) : nullptr;
+  if (data == nullptr) return false;
+  const Transfer* transfer = find(Side::kReceiver, data->handle);
+  if (transfer == nullptr || transfer->link != connection) return false;
+  const std::optional<Write> place = transfer->receiver->find_place(*data, payload_bytes);
+  if (place.has_value()) list_places(*transfer, *place, pieces);
+  return place.has_value();
+}
+
+void AgentCore::on_placed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                                  int64_t payload_bytes) {
+  handle(connection, message, Payload{{}, nullptr, payload_bytes});
 }
 
 void AgentCore::handle(comm::ConnectionId connection, std::span<const std::byte> bytes, const Payload& payload) {
@@ -241,17 +261,20 @@ void AgentCore::dispatch(Link& link, const Message& message, const Payload& payl
 }
 
 // A payload that stays is looked at before it is written. One that its owner may take back has to be written first, to
-// the place where it would go; it counts only if it was still lent when that was done.
+// the place where it would go; it counts only if it was still lent when that was done. One that was read to its place
+// counts only if that is still the place.
 bool AgentCore::receive(Transfer& transfer, const Message& message, const Payload& payload, Actions& actions) {
   bool intact = true;
   const Data* data = std::get_if<Data>(&message);
-  if (data != nullptr && payload.borrowed != nullptr) {
+  if (data != nullptr && payload.is_written()) {
     const std::optional<Write> place = transfer.receiver->find_place(*data, payload.size());
+    if (!place.has_value() && payload.borrowed == nullptr) return false;
     if (place.has_value()) {
-      copy_borrowed(transfer, *place, *payload.borrowed);
-      if (!payload.borrowed->is_valid()) return false;
-      intact = !data->checksum.has_value() ||
-               *data->checksum == checksum(list_pieces(transfer, place->layer, place->first_part, place->num_parts));
+      if (payload.borrowed != nullptr) {
+        copy_borrowed(transfer, *place, *payload.borrowed);
+        if (!payload.borrowed->is_valid()) return false;
+      }
+      intact = !data->checksum.has_value() || *data->checksum == checksum(list_pieces(transfer, *place));
     }
   } else if (data != nullptr) {
     intact = !data->checksum.has_value() || *data->checksum == checksum(payload.bytes);

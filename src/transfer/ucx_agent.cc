@@ -173,6 +173,14 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
     run_commands();
     core_.on_borrowed_message(connection, message, payload);
   }
+  bool find_place(comm::ConnectionId connection, std::span<const std::byte> message, int64_t payload_bytes,
+                  std::vector<comm::MutableByteSpan>& pieces) override {
+    return core_.find_place(connection, message, payload_bytes, pieces);
+  }
+  void on_placed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                         int64_t payload_bytes) override {
+    core_.on_placed_message(connection, message, payload_bytes);
+  }
   void on_sent(comm::ConnectionId connection, uint64_t token) override { core_.on_sent(connection, token); }
   void on_closed(comm::ConnectionId connection, const Error& why) override { core_.on_closed(connection, why); }
 
