@@ -23,7 +23,9 @@ constexpr uint64_t kReadsPerNote = 64;       // borrowed payloads between two wo
 constexpr size_t kRunBytes = 256 * 1024;     // on one stream before the next has its turn; a receiver's buffer
 constexpr int64_t kFlushUs = 50'000;         // at the end, for what the peers have not taken
 constexpr int64_t kFlushStepUs = 500;
-constexpr int64_t kLookAgainUs = 20;         // after traffic, before sleeping
+constexpr int64_t kLookAgainUs = 20;         // after traffic, before sleeping …
+constexpr int64_t kBulkLookAgainUs = 60;     // … and so long, if since the last sleep as many bytes have moved:
+constexpr int64_t kBulkBytes = 2 << 20;
 constexpr int64_t kMaxSleepUs = 1'000'000;   // while somebody is greeting
 constexpr size_t kMaxBlanks = 256;
 
@@ -367,6 +369,7 @@ void StreamMessenger::take_frame(Link& link, const FrameHeader& header, const St
   if (header.kind == FrameKind::kBorrowed) return take_borrowed(link, header, body);
   if (header.is_void != 0 || stopping_) return;
   if (header.payload_bytes > 0) {
+    moved_bytes_ += header.payload_bytes;
     PayloadMark mark = PayloadMark::kVoid;
     std::memcpy(&mark, bytes.last(sizeof mark).data(), sizeof mark);
     if (mark == PayloadMark::kVoid) return;
@@ -437,6 +440,7 @@ Status StreamMessenger::write_stream(Link& link, Stream& stream) {
   const Status status = stream.write_some(written_);
   for (std::unique_ptr<OutFrame>& frame : written_) {
     if (frame->wants_sent && frame->token != 0) sent_.emplace_back(link.id, frame->token);
+    moved_bytes_ += static_cast<int64_t>(frame->payload_bytes);
     if (blanks_.size() < kMaxBlanks) blanks_.push_back(std::move(frame));
   }
   written_.clear();
@@ -531,8 +535,10 @@ void StreamMessenger::poll(int64_t timeout_us) {
   });
   if (is_greeting) timeout_us = std::min(timeout_us, kMaxSleepUs);
   // More often follows at once than not, and then sleeping would cost both sides: this one to wake, the other to wake it.
-  const bool is_recent = clock_.now_us() - last_event_us_ < kLookAgainUs;
-  if (handle_events(reported || is_recent ? 0 : timeout_us) == 0) return;
+  const bool is_recent = clock_.now_us() - last_event_us_ < (moved_bytes_ < kBulkBytes ? kLookAgainUs : kBulkLookAgainUs);
+  const bool sleeps = !reported && !is_recent && timeout_us > 0;
+  if (sleeps) moved_bytes_ = 0;
+  if (handle_events(sleeps ? timeout_us : 0) == 0) return;
   last_event_us_ = clock_.now_us();
   flush_all();
   sweep();

@@ -28,7 +28,7 @@ namespace tandem::transfer {
 inline constexpr int64_t kMaxTransfers = 8192;            // open at a time, publications included
 inline constexpr int64_t kMaxRetired = 16384;             // ended handles whose fate is remembered for error messages
 inline constexpr int64_t kMaxStaged = 256;                // payloads in flight that need a buffer …
-inline constexpr int64_t kStagedBytes = PartGrid::kMaxGatheredBytes;  // … of this size
+inline constexpr int64_t kStagedBytes = comm::kMaxPayloadBytes;  // … of this size
 inline constexpr int64_t kMaxLent = 1024;                 // payloads in flight that lie in our blocks
 inline constexpr int64_t kMaxDataPerPump = 64;            // messages between two looks at commands and arrivals
 inline constexpr int64_t kMaxMessagesBeforeHello = 4096;  // waiting for a link to stand

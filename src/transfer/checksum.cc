@@ -13,7 +13,8 @@ constexpr uint64_t kMultiplier = 0x9e3779b97f4a7c15;
 constexpr uint64_t kStart = 0xbb67ae8584caa73b;
 constexpr size_t kLaneBytes = sizeof(uint64_t);
 constexpr size_t kRowBytes = 8 * kLaneBytes;
-constexpr size_t kPrefetchBytes = 2048;
+constexpr size_t kStepRows = 8;  // between two fetches
+constexpr size_t kPrefetchBytes = 4096;
 
 uint64_t mix(uint64_t state, uint64_t word) { return std::rotl(state ^ word, 29) * kMultiplier; }
 
@@ -31,7 +32,6 @@ struct Lanes {
 
 Lanes add_rows(Lanes lanes, const std::byte* row, size_t num_rows) {
   for (; num_rows > 0; --num_rows, row += kRowBytes) {
-    __builtin_prefetch(row + kPrefetchBytes);  // past the end it does no harm
     lanes.a = mix(lanes.a, load(row));
     lanes.b = mix(lanes.b, load(row + 1 * kLaneBytes));
     lanes.c = mix(lanes.c, load(row + 2 * kLaneBytes));
@@ -44,11 +44,29 @@ Lanes add_rows(Lanes lanes, const std::byte* row, size_t num_rows) {
   return lanes;
 }
 
-// The sender's bytes come from memory, where each piece is a new place that the processor cannot foresee.
-void fetch_begin(std::span<const std::byte> piece) {
-  const size_t end = std::min(piece.size(), kPrefetchBytes);
-  for (size_t at = 0; at < end; at += kRowBytes) __builtin_prefetch(piece.data() + at);
-}
+// The sender's bytes come from memory, where each piece is a new place that the processor cannot foresee. This runs ahead
+// of the sum over all pieces, and fetches nothing that belongs to none.
+class Fetcher {
+ public:
+  explicit Fetcher(std::span<const std::span<const std::byte>> pieces) : pieces_(pieces) { advance(kPrefetchBytes); }
+  void advance(size_t bytes) {
+    while (bytes > 0 && next_ < pieces_.size()) {
+      const std::span<const std::byte> piece = pieces_[next_];
+      const size_t count = std::min(bytes, piece.size() - offset_);
+      for (size_t at = 0; at < count; at += kRowBytes) __builtin_prefetch(piece.data() + offset_ + at);
+      bytes -= count;
+      offset_ += count;
+      if (offset_ < piece.size()) return;
+      ++next_;
+      offset_ = 0;
+    }
+  }
+
+ private:
+  std::span<const std::span<const std::byte>> pieces_;
+  size_t next_ = 0;
+  size_t offset_ = 0;  // into the next piece
+};
 
 // `rest` are the last bytes, less than a row, and zeros behind them.
 uint64_t finish(Lanes lanes, const std::array<std::byte, kRowBytes>& rest, size_t size) {
@@ -67,12 +85,12 @@ uint64_t checksum(std::span<const std::span<const std::byte>> pieces) {
   std::array<std::byte, kRowBytes> rest{};
   size_t in_rest = 0;
   size_t size = 0;
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    if (i + 1 < pieces.size()) fetch_begin(pieces[i + 1]);
-    std::span<const std::byte> piece = pieces[i];
+  Fetcher fetcher(pieces);
+  for (std::span<const std::byte> piece : pieces) {
     size += piece.size();
     if (in_rest > 0) {  // fill up the row that the piece before has begun
       const size_t count = std::min(kRowBytes - in_rest, piece.size());
+      fetcher.advance(count);
       std::copy_n(piece.begin(), count, rest.begin() + static_cast<ptrdiff_t>(in_rest));
       in_rest += count;
       piece = piece.subspan(count);
@@ -80,9 +98,13 @@ uint64_t checksum(std::span<const std::span<const std::byte>> pieces) {
       lanes = add_rows(lanes, rest.data(), 1);
       in_rest = 0;
     }
-    const size_t num_rows = piece.size() / kRowBytes;
-    lanes = add_rows(lanes, piece.data(), num_rows);
-    piece = piece.subspan(num_rows * kRowBytes);
+    while (piece.size() >= kRowBytes) {
+      const size_t num_rows = std::min(piece.size() / kRowBytes, kStepRows);
+      fetcher.advance(num_rows * kRowBytes);
+      lanes = add_rows(lanes, piece.data(), num_rows);
+      piece = piece.subspan(num_rows * kRowBytes);
+    }
+    fetcher.advance(piece.size());
     std::copy(piece.begin(), piece.end(), rest.begin());
     in_rest = piece.size();
   }

@@ -16,10 +16,6 @@ struct PartGrid {
   int64_t block_bytes = 0;  // of one layer
   int64_t max_part_bytes = comm::kMaxPayloadBytes;  // the messenger's largest payload
 
-  // A message carries as many parts as fit into so much, or a few larger ones: many small ones go through a buffer.
-  static constexpr int64_t kMaxGatheredBytes = 64 * 1024;
-  static constexpr int64_t kMaxFewParts = 4;
-
   PartGrid() = default;
   PartGrid(const model::KvLayout& layout, int64_t num_tokens, int64_t max_payload_bytes = comm::kMaxPayloadBytes)
       : num_layers(layout.num_layers),
@@ -30,11 +26,7 @@ struct PartGrid {
   int64_t parts_per_block() const { return (block_bytes + max_part_bytes - 1) / max_part_bytes; }
   int64_t parts_per_layer() const { return num_blocks * parts_per_block(); }
   // As many parts as one message may carry.
-  int64_t parts_per_message() const {
-    const int64_t many = std::min(max_part_bytes, kMaxGatheredBytes) / block_bytes;
-    const int64_t few = std::min(kMaxFewParts, max_part_bytes / block_bytes);
-    return std::max({int64_t{1}, many, few});
-  }
+  int64_t parts_per_message() const { return std::clamp<int64_t>(max_part_bytes / block_bytes, 1, comm::kMaxPieces); }
   // Where a part lies: block index in the prompt, and offset inside the block.
   int64_t block_of(int64_t part) const { return part / parts_per_block(); }
   int64_t offset_of(int64_t part) const { return part % parts_per_block() * max_part_bytes; }
