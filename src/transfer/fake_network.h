@@ -191,7 +191,20 @@ inline void FakeNetwork::deliver(comm::ConnectionId from, size_t index) {
   }
   const auto other = ends_.find(to);
   if (other == ends_.end() || other->second.lost || other->second.closed_by_owner) return;
-  listeners_.at(other->second.port)->on_message(to, taken.message, taken.payload);
+  comm::MessageHandler& handler = *listeners_.at(other->second.port);
+  // As over streams: a payload may be written to its place before it is handled.
+  std::vector<comm::MutableByteSpan> place;
+  if (!taken.payload.empty() && chance(0.5) &&
+      handler.find_place(to, taken.message, std::ssize(taken.payload), place)) {
+    size_t position = 0;
+    for (const comm::MutableByteSpan piece : place) {
+      std::copy_n(taken.payload.begin() + static_cast<ptrdiff_t>(position), piece.size(), piece.begin());
+      position += piece.size();
+    }
+    CHECK_EQ(position, taken.payload.size());
+    return handler.on_placed_message(to, taken.message, std::ssize(taken.payload));
+  }
+  handler.on_message(to, taken.message, taken.payload);
 }
 
 inline bool FakeNetwork::step() {
