@@ -296,7 +296,7 @@ bool StreamMessenger::may_read(const Link& link, const Stream& stream) {
   if (!link.is_open || link.shares()) return stream.wants_read();
   const Result<std::optional<FrameHeader>> header = stream.first_header();
   if (!header.ok()) return false;
-  return !header->has_value() || (*header)->number == link.next_in;
+  return !header->has_value() || (*header)->number <= link.next_in;
 }
 
 Result<bool> StreamMessenger::read_once(Link& link, Stream& stream) {
@@ -304,7 +304,7 @@ Result<bool> StreamMessenger::read_once(Link& link, Stream& stream) {
   const Result<std::optional<FrameHeader>> first = stream.first_header();
   if (!first.ok() || !first->has_value()) return stream.read_some(kAheadBytes);
   const FrameHeader& header = **first;
-  if (header.number != link.next_in) return false;
+  if (header.number > link.next_in) return false;
   const size_t ahead = sizeof header + header.body_bytes;
   if (header.payload_bytes > 0 && (stream.is_placing() || stream.unread_bytes() < ahead + header.payload_bytes)) {
     place_.clear();
@@ -570,6 +570,11 @@ int StreamMessenger::handle_events(int64_t timeout_us) {
         const uint32_t what = events[static_cast<size_t>(i)].events;
         if (link != nullptr && !link->is_dead() && (what & ~static_cast<uint32_t>(EPOLLOUT)) != 0) {
           read_stream(*link, *link->streams[stream]);
+          // What has ended and cannot be read yet would be reported again and again.
+          if ((what & (EPOLLERR | EPOLLHUP)) != 0 && !link->is_dead() && !may_read(*link, *link->streams[stream])) {
+            read_last_words(*link);
+            fail(*link, make_error(ErrorKind::kUnavailable, "lost the connection to {}: a stream has ended", link->peer));
+          }
         }
       }
     }
