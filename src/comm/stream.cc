@@ -177,7 +177,7 @@ Result<bool> Stream::read_payload(const FrameHeader& header, std::span<const Mut
     skip -= skipped;
     piece = piece.subspan(skipped);
     const size_t known = std::min(early.size(), piece.size());
-    std::memcpy(piece.data(), early.data(), known);
+    std::copy_n(early.begin(), known, piece.begin());
     early = early.subspan(known);
     placed_bytes_ += known;
     piece = piece.subspan(known);
