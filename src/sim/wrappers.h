@@ -59,14 +59,6 @@ class MessengerWrapper : public comm::Messenger {
                         std::span<const std::byte> payload, uint64_t token) override {
     return inner_->send(connection, message, payload, token);
   }
-  int64_t max_payload_bytes() const override { return inner_->max_payload_bytes(); }
-  bool takes_pieces(comm::ConnectionId connection) const override { return inner_->takes_pieces(connection); }
-  comm::SendResult send_pieces(comm::ConnectionId connection, std::span<const std::byte> message,
-                               std::span<const comm::ByteSpan> pieces, uint64_t token) override {
-    return inner_->send_pieces(connection, message, pieces, token);
-  }
-  void revoke(comm::ConnectionId connection, uint64_t token) override { inner_->revoke(connection, token); }
-  bool wants_checksum(comm::ConnectionId connection) const override { return inner_->wants_checksum(connection); }
   void close(comm::ConnectionId connection) override { inner_->close(connection); }
   std::string transport_name(comm::ConnectionId connection) const override {
     return inner_->transport_name(connection);
