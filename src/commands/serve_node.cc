@@ -36,6 +36,7 @@ namespace asio = boost::asio;
 
 constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
 constexpr std::chrono::milliseconds kDrainCheck{20};
+constexpr std::chrono::milliseconds kProbeInterval{5'000};
 // Ranks load their weights again after a restart, and requests wait for them.
 constexpr int64_t kRescueUs = 60'000'000;
 
@@ -135,6 +136,8 @@ class NodeServer {
     routing.may_begin_without_workers = true;
     routing.spans = exporter_.get();
     routing.core.rescue_us = kRescueUs;
+    // The coordinator tells what becomes of ranks; probes only guard against one whose endpoint hangs.
+    if (config_.hosts_coordinator) routing.probe_interval = kProbeInterval;
     routing.core.registry.seed = std::random_device{}();
     const std::vector<std::string>& keys = options_.list("api-key");
     if (!keys.empty()) routing.worker_api_key = keys.front();
