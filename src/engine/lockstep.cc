@@ -30,6 +30,7 @@ bool Lockstep::is_standing() {
     if (const Status begun = round_user_->begin_epoch(*now, *agreement_); !begun.ok()) {
       log_warning("group", "{}", begun.error().message);
       abandon(begun.error());
+      group_.fabric();  // lets go of it: no other epoch begins before
       return false;
     }
   }

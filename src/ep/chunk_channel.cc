@@ -24,6 +24,12 @@ void ChunkChannel::start(int32_t size, std::vector<BulkTransfer> transfers) {
   rounds_left_ = *std::max_element(rounds.begin(), rounds.end());
 }
 
+void ChunkChannel::stop() {
+  rounds_left_ = 0;
+  round_ = 0;
+  own_piece_ = {};
+}
+
 ChunkChannel::Piece ChunkChannel::next_piece(Cursor& cursor) const {
   if (cursor.at == cursor.transfers.size()) return {};
   Piece piece;

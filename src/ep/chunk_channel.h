@@ -40,8 +40,8 @@ class ChunkChannel {
   // Before and after the same round. receive() is true when it was the last one.
   Status send(group::Fabric& fabric, const Fill& fill);
   bool receive(group::Fabric& fabric, const Take& take);
-  // Forgets what is under way.
-  void stop() { rounds_left_ = 0; }
+  // Forgets what is under way and what has been: in a new epoch, where some ranks have a past and some have none.
+  void stop();
 
  private:
   // Where a pair is in its list.
