@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,10 +20,30 @@ TANDEM = Path(os.environ.get("TANDEM_BINARY", ROOT / "build" / "tandem"))
 DEMO = ROOT / "models" / "demo"
 
 
-def free_port():
+# Below the range from which the kernel takes the ports of outgoing connections: a port from that range can be taken
+# by anybody's connection between its choice here and its use by the process under test.
+FIRST_PORT, LAST_PORT = 10000, 32000
+given_ports = set()
+
+
+def is_free(port):
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(count=1):
+    """The first of `count` ports in a row that nothing listens on; each is given out once in a run."""
+    while True:
+        first = random.randrange(FIRST_PORT, LAST_PORT - count)
+        wanted = range(first, first + count)
+        if given_ports.isdisjoint(wanted) and all(map(is_free, wanted)):
+            given_ports.update(wanted)
+            return first
 
 
 def http_json(url, body=None, headers=None, timeout=60):
@@ -49,16 +70,23 @@ class Process:
         self.log = open(log_path, "w")
         self.popen = subprocess.Popen([str(TANDEM), *map(str, arguments)], stdout=self.log, stderr=self.log)
 
+    def is_ready(self):
+        with contextlib.suppress(OSError):
+            return http_json(self.url + "/health", timeout=2)[0] == 200
+        return False
+
     def wait_ready(self, timeout_s=60):
         deadline = time.time() + timeout_s
         while time.time() < deadline:
-            if self.popen.poll() is not None:
+            if self.has_exited():
                 raise AssertionError(f"exited with {self.popen.returncode}:\n{self.read_log()}")
-            with contextlib.suppress(OSError):
-                if http_json(self.url + "/health", timeout=2)[0] == 200:
-                    return self
+            if self.is_ready():
+                return self
             time.sleep(0.05)
         raise AssertionError(f"not ready after {timeout_s} s:\n{self.read_log()}")
+
+    def has_exited(self):
+        return self.popen.poll() is not None
 
     def read_log(self):
         return Path(self.log_path).read_text()
@@ -89,6 +117,18 @@ class Process:
                 self.popen.kill()
                 self.popen.wait()
         self.log.close()
+
+
+def wait_all_ready(processes, timeout_s=60):
+    """For processes of which none is ready before all have met: the one that exits is the one to blame."""
+    def settled():
+        return any(p.has_exited() for p in processes) or all(p.is_ready() for p in processes)
+
+    deadline = time.time() + timeout_s
+    while not settled() and time.time() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        process.wait_ready(timeout_s=0.1)
 
 
 class Launcher:

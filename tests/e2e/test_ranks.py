@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import DEMO, free_port, http_json, wait_until
+from conftest import DEMO, free_port, http_json, wait_all_ready, wait_until
 from prompts import make_prompts
 from test_topologies import ask, ask_all, body_of, read_answer
 
@@ -233,13 +233,12 @@ def external_rank(launcher, size, rank, meeting, *options):
 def test_prefill_group_and_decode_group(launcher, expected):
     """DP 2 prefill and DP 4 decode, each rank with its own endpoint, behind one router."""
     def group(size, role):
-        meeting, kv_port = free_port(), free_port()
+        meeting, kv_port = free_port(), free_port(count=size)  # each rank adds its number
         config = json.dumps({"kv_connector": "UcxConnector", "kv_role": role, "kv_port": kv_port})
         return [external_rank(launcher, size, rank, meeting, "--kv-transfer-config", config) for rank in range(size)]
 
     prefill, decode = group(2, "kv_producer"), group(4, "kv_consumer")
-    for rank in prefill + decode:
-        rank.wait_ready()
+    wait_all_ready(prefill + decode)  # none is ready before all of its group are
     router = launcher.route(prefill, decode, "--enforce-disagg")
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda item: ask(router.url, *item), enumerate(PROMPTS)))
