@@ -33,10 +33,11 @@ void MlpLayers::list_weights(WeightPlan& plan, int64_t index, const std::string&
 
 void MlpLayers::list_dense(WeightPlan& plan, Dense& dense, int64_t width, const std::string& prefix) {
   const int64_t hidden = config_.hidden_size;
+  const int64_t whole = config_.tensor.size * width;
   dense.width = width;
   plan.batched(dense.gate_up,
-               {{prefix + "gate_proj.weight", width, hidden}, {prefix + "up_proj.weight", width, hidden}}, 2);
-  plan.linear(dense.down, prefix + "down_proj", hidden, width);
+               {{prefix + "gate_proj.weight", whole, hidden}, {prefix + "up_proj.weight", whole, hidden}}, 2, Split::kRows);
+  plan.linear(dense.down, prefix + "down_proj", hidden, whole, Split::kColumns);
 }
 
 void MlpLayers::list_experts(WeightPlan& plan, Layer& layer) const {
@@ -149,26 +150,33 @@ Tensor MlpLayers::expert_ids(const Layer& layer, int64_t rows) const {
 }
 
 // The real router has run already: a benchmark shall pay for it.
-void MlpLayers::simulate_routing(const Layer& layer, const Tensor& ids, const Tensor& weights) {
+void MlpLayers::simulate_routing(const Layer& layer, int64_t first, const Tensor& ids, const Tensor& weights) {
   const size_t count = static_cast<size_t>(ids.rows * ids.cols);
-  const std::span<const int32_t> chosen =
-      std::span<const int32_t>(simulated_ids_).subspan(static_cast<size_t>(layer.moe_index) * count, count);
+  const size_t begin = static_cast<size_t>(layer.moe_index) * simulated_weights_.size() + static_cast<size_t>(first * ids.cols);
+  const std::span<const int32_t> chosen = std::span<const int32_t>(simulated_ids_).subspan(begin, count);
   ops_.upload(stream_, ids.address, std::as_bytes(chosen));
-  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_)));
+  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_).first(count)));
 }
 
 Status MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
+  const int64_t rows = hidden.rows;
   if (layer.router == nullptr) {
-    if (hidden.rows > 0) forward_dense(layer.dense, hidden, out);
-    return {};
+    if (rows == 0) return {};
+    forward_dense(layer.dense, hidden, out);
+    return tensor_ == nullptr ? Status() : tensor_->sum(out);
   }
-  TANDEM_TRY(forward_experts(layer, hidden, out));
-  if (layer.dense.width == 0 || hidden.rows == 0) return {};
-  const Tensor shared_out = shared_out_.rows(hidden.rows);
-  forward_dense(layer.dense, hidden, shared_out);
-  ops_.add(stream_, out, shared_out);
-  return {};
+  const RowRange own = tensor_ == nullptr ? RowRange{0, rows} : tensor_->own_rows(rows);
+  TANDEM_TRY(forward_experts(layer, hidden, own, out.row_slice(own.first, own.count)));
+  if (layer.dense.width > 0 && rows > 0) {
+    const Tensor shared_out = shared_out_.rows(rows);
+    forward_dense(layer.dense, hidden, shared_out);
+    if (tensor_ != nullptr) TANDEM_TRY(tensor_->reduce(shared_out));
+    if (own.count > 0) {
+      ops_.add(stream_, out.row_slice(own.first, own.count), shared_out.row_slice(own.first, own.count));
+    }
+  }
+  return tensor_ == nullptr || rows == 0 ? Status() : tensor_->share(out);
 }
 
 void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Tensor& out) {
@@ -179,19 +187,28 @@ void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Te
   ops_.linear(stream_, activated, *dense.down, out);
 }
 
-Status MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, const Tensor& out) {
-  const int64_t rows = hidden.rows;
-  const Tensor ids = expert_ids(layer, rows);
-  const Tensor weights = expert_weights_.rows(rows);
-  if (rows > 0) {
-    ops_.linear(stream_, hidden, *layer.router, router_logits_.rows(rows));
-    ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
-    if (simulated_) simulate_routing(layer, ids, weights);
-  }
+Status MlpLayers::forward_experts(const Layer& layer, const Tensor& all_hidden, const RowRange& own, const Tensor& out) {
+  const Tensor hidden = all_hidden.row_slice(own.first, own.count);
+  // Routing that is kept is that of all rows.
+  route(layer, keeps_routing_ ? all_hidden : hidden, keeps_routing_ ? 0 : own.first);
+  const int64_t first = keeps_routing_ ? own.first : 0;
+  const Tensor ids = expert_ids(layer, first + own.count).row_slice(first, own.count);
+  const Tensor weights = expert_weights_.all().row_slice(first, own.count);
   TANDEM_ASSIGN(const Tensor expert_out,
                 exchange_ == nullptr ? compute_experts(layer, hidden, ids) : exchange_experts(layer, hidden, ids));
-  if (rows > 0) ops_.combine(stream_, expert_out, weights, out);
+  if (own.count > 0) ops_.combine(stream_, expert_out, weights, out);
   return {};
+}
+
+// Chooses the experts of `hidden`, which begins at row `first` of the step.
+void MlpLayers::route(const Layer& layer, const Tensor& hidden, int64_t first) {
+  if (hidden.rows == 0) return;
+  const Tensor logits = router_logits_.rows(hidden.rows);
+  const Tensor ids = expert_ids(layer, hidden.rows);
+  const Tensor weights = expert_weights_.rows(hidden.rows);
+  ops_.linear(stream_, hidden, *layer.router, logits);
+  ops_.route(stream_, logits, layer.correction_bias.all(), config_.moe.router, ids, weights);
+  if (simulated_) simulate_routing(layer, first, ids, weights);
 }
 
 // All experts are here.

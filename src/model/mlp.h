@@ -16,6 +16,7 @@
 #include "src/model/expert_exchange.h"
 #include "src/model/expert_store.h"
 #include "src/model/routing_simulation.h"
+#include "src/model/tensor_exchange.h"
 #include "src/model/weights.h"
 
 namespace tandem::model {
@@ -26,6 +27,8 @@ class MlpLayers final : public ExpertStore {
 
   // Before list_weights: only the experts of the exchange's shard are loaded, and rows travel through it.
   void set_exchange(ExpertExchange* exchange) { exchange_ = exchange; }
+  // With tensor parallelism: `out` of forward() is summed and shared over the ranks.
+  void set_tensor(TensorExchange* tensor) { tensor_ = tensor; }
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
   void allocate(int64_t max_rows);
@@ -78,18 +81,21 @@ class MlpLayers final : public ExpertStore {
   Layer& moe_layer(int64_t index);
   const Layer& moe_layer(int64_t index) const { return const_cast<MlpLayers*>(this)->moe_layer(index); }
   void forward_dense(const Dense& dense, const kernels::Tensor& hidden, const kernels::Tensor& out);
-  Status forward_experts(const Layer& layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  Status forward_experts(const Layer& layer, const kernels::Tensor& all_hidden, const RowRange& own,
+                         const kernels::Tensor& out);
+  void route(const Layer& layer, const kernels::Tensor& hidden, int64_t first);
   Result<kernels::Tensor> compute_experts(const Layer& layer, const kernels::Tensor& hidden,
                                           const kernels::Tensor& ids);
   Result<kernels::Tensor> exchange_experts(const Layer& layer, const kernels::Tensor& hidden,
                                            const kernels::Tensor& ids);
   kernels::Tensor expert_ids(const Layer& layer, int64_t rows) const;
-  void simulate_routing(const Layer& layer, const kernels::Tensor& ids, const kernels::Tensor& weights);
+  void simulate_routing(const Layer& layer, int64_t first, const kernels::Tensor& ids, const kernels::Tensor& weights);
 
   kernels::Ops& ops_;
   kernels::Stream& stream_;
   const ModelConfig& config_;
   ExpertExchange* exchange_ = nullptr;
+  TensorExchange* tensor_ = nullptr;
   std::vector<Layer> layers_;
   std::shared_ptr<const WeightSource> source_;  // null unless kept
   WeightFormats source_formats_;
