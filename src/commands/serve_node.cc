@@ -131,15 +131,18 @@ class NodeServer {
     routing.may_begin_without_workers = true;
     routing.spans = exporter_.get();
     routing.core.rescue_us = kRescueUs;
+    routing.core.registry.decode_policy = router::PolicyKind::kPrefixAware;  // each rank has a cache of its own
+    routing.core.passes_transfers = !options_.text("kv-transfer-config").empty();
     // The coordinator tells what becomes of ranks; probes only guard against one whose endpoint hangs.
     if (config_.hosts_coordinator) routing.probe_interval = kProbeInterval;
     routing.core.registry.seed = std::random_device{}();
     const std::vector<std::string>& keys = options_.list("api-key");
     if (!keys.empty()) routing.worker_api_key = keys.front();
+    const bool passes_transfers = routing.core.passes_transfers;
     TANDEM_ASSIGN(router_, router::RoutedWorker::create(io_, std::move(routing), metrics_));
 
     api::FrontendOptions front = frontend_options(options_, served_.model.names.front());
-    front.policy.accepts_kv_transfer = front.policy.accepts_resumed = false;
+    front.policy.accepts_kv_transfer = passes_transfers;
     front.first_rank = config_.serves_node_only ? config_.first_rank : 0;
     front.num_ranks = config_.serves_node_only ? config_.num_ranks : config_.shape.data;
     front.spans = exporter_.get();
