@@ -40,7 +40,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchRouter, "bench router", "Measure the router by itself, on one core, between instant mock workers and a load."},
-    {Subcommand::kBenchA2a, "bench a2a", "Measure dispatch and combine of the experts' rows beside a plain memcpy of the same bytes."},
+    {Subcommand::kBenchA2a, "bench a2a", "Measure dispatch and combine of the experts' rows beside a plain copy of the same bytes."},
     {Subcommand::kBenchKv, "bench kv", "Measure the transfer of KV blocks between two processes of this machine, beside memcpy and sockets."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
@@ -427,6 +427,8 @@ constexpr OptionSpec kTable[] = {
     // bench a2a
     {.name = "all2all-backend", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "all",
      .help = "Way of the rows to their experts, as for serve; all measures each."},
+    {.name = "over", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "shm",
+     .help = "How ranks reach each other: shm (one host), tcp (several, here over loopback), or both with a comma."},
     {.name = "ranks", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "2,4",
      .help = "Numbers of ranks, each a process of this host, separated by commas."},
     {.name = "tokens", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "1,8,32,128,512,1024,4096",

@@ -299,6 +299,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
     }
     options.facts.push_back({"layout of the experts", Sha256().add(store.layout()).finish().hex()});
     options.facts.push_back({"--eplb-config", config.eplb_text});
+    balancing_->layers = info().moe_layers;
     balancing_->window_offset = (options.window_bytes + 63) / 64 * 64;
     options.window_bytes = balancing_->window_offset + ep::Balancer::window_bytes(*balancing_);
     balancer_ = std::make_unique<ep::Balancer>(*balancing_, *exchange_, store, registry);
