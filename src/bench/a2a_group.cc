@@ -148,8 +148,10 @@ Status run_tcp_rank(const A2aRankOptions& options, AddressBook& book, const Sock
     if (!outcome) own_bell.wait(rung, kRankTimeoutUs);
   }
   if (outcome->error) return *outcome->error;
-  group::NetworkFabric fabric(RankId(rank), group::Epoch(1), memory->ranks(), is_remote, window_bytes,
-                              group::FabricLimits{.rank_timeout_us = kRankTimeoutUs}, clock, *port);
+  group::FabricLimits limits{.rank_timeout_us = kRankTimeoutUs};
+  // The fabric does not know that the others are on this host, too: a wait that looks needs a processor for each thread.
+  if (std::ssize(usable_cpus()) < 2 * size) limits.spin_us = 0;
+  group::NetworkFabric fabric(RankId(rank), group::Epoch(1), memory->ranks(), is_remote, window_bytes, limits, clock, *port);
   pin_rank(rank);  // not the port's thread, which goes where there is room
   const std::unique_ptr<PlainCopy> plain = copy_by_sockets(sockets.sockets_of(static_cast<size_t>(rank)));
   return run_a2a_rank(options, fabric, *plain, board, record);

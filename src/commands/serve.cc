@@ -150,12 +150,20 @@ class Server {
 
   api::HttpResponse show_expert_load() const {
     if (!is_serving_) return api::error_response(make_error(ErrorKind::kUnavailable, "the model is loading"));
-    if (rank_->expert_load() == nullptr) {
+    if (rank_->expert_load() == nullptr && rank_->balancer() == nullptr) {
       return api::error_response(make_error(
-          ErrorKind::kNotFound, "expert loads are not recorded; start the server with --record-expert-load FILE"));
+          ErrorKind::kNotFound, "expert loads are not recorded; start the server with --record-expert-load FILE, or a "
+                                "group of ranks with --enable-eplb"));
+    }
+    const std::shared_ptr<const eplb::LoadReport> group =
+        rank_->balancer() == nullptr ? nullptr : rank_->balancer()->load_report();
+    if (rank_->expert_load() == nullptr && group == nullptr) {
+      return api::error_response(make_error(ErrorKind::kUnavailable,
+                                            "the loads of a group are shown by rank 0, after its first {} steps",
+                                            ep::Balancer::kStepsPerReport));
     }
     api::HttpResponse response;
-    response.body = expert_load_json(*rank_->expert_load());
+    response.body = expert_load_json(served_.model.names.front(), rank_->info(), rank_->expert_load(), group.get());
     return response;
   }
 

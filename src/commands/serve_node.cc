@@ -15,7 +15,9 @@
 #include <memory>
 #include <random>
 
+#include "src/api/api_error.h"
 #include "src/api/frontend.h"
+#include "src/api/http_client.h"
 #include "src/api/http_server.h"
 #include "src/base/log.h"
 #include "src/base/version.h"
@@ -37,6 +39,7 @@ namespace asio = boost::asio;
 constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
 constexpr std::chrono::milliseconds kDrainCheck{20};
 constexpr std::chrono::milliseconds kProbeInterval{5'000};
+constexpr std::chrono::milliseconds kLoadTimeout{5'000};  // of rank 0, to show the loads
 // Ranks load their weights again after a restart, and requests wait for them.
 constexpr int64_t kRescueUs = 60'000'000;
 
@@ -70,7 +73,8 @@ Result<int64_t> find_free_port(const std::string& host) {
 // Everything that this node's ranks are told besides what the user said.
 std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeConfig& config, const std::string& host,
                                              const std::vector<int64_t>& ports, int64_t coordinator_port) {
-  static constexpr std::array<std::string_view, 6> kOwn{"host", "port", "log-name", "otlp-endpoint", "config", "secret-config"};
+  static constexpr std::array<std::string_view, 7> kOwn{
+      "host", "port", "log-name", "otlp-endpoint", "config", "secret-config", "record-expert-load"};
   std::vector<cluster::RankProcess> ranks;
   for (int32_t rank = config.first_rank; rank < config.first_rank + config.num_ranks; ++rank) {
     cluster::RankProcess process;
@@ -85,6 +89,9 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
     const std::vector<std::string> of_group =
         rank_arguments(options, config.shape, rank, config.coordinator_host, coordinator_port);
     process.arguments.insert(process.arguments.end(), of_group.begin(), of_group.end());
+    if (const std::string& path = options.text("record-expert-load"); !path.empty()) {
+      process.arguments.insert(process.arguments.end(), {"--record-expert-load", fmt::format("{}.rank{}", path, rank)});
+    }
     ranks.push_back(std::move(process));
   }
   return ranks;
@@ -152,6 +159,9 @@ class NodeServer {
                   api::HttpServer::listen(io_, options_.text("host"), static_cast<uint16_t>(options_.integer("port")),
                                           frontend_->http_options()));
     frontend_->add_routes(*server_);
+    server_->add_route({"GET", "/expert_load", true, [this](std::shared_ptr<api::HttpExchange> exchange) {
+                          show_expert_load(std::move(exchange));
+                        }});
     server_->start();
     frontend_->open(served_, *router_);
     log_info("serve", "serving {} on http://{}:{} with {} ranks", served_.model.names.front(), options_.text("host"),
@@ -220,6 +230,32 @@ class NodeServer {
     workers_[member.rank] = {url, *id};
   }
 
+  // What rank 0 says of the whole group.
+  void show_expert_load(std::shared_ptr<api::HttpExchange> exchange) {
+    const auto rank_0 = workers_.find(group::RankId(0));
+    if (rank_0 == workers_.end()) {
+      const char* const why = config_.hosts_coordinator
+                                  ? "rank 0, which gathers the loads of the group, is not there yet"
+                                  : "rank 0, which gathers the loads of the group, is behind the first node's endpoint; ask there";
+      return exchange->respond(api::error_response(make_error(ErrorKind::kUnavailable, "{}", why)));
+    }
+    api::ClientRequest request;
+    request.target = "/expert_load";
+    request.total_timeout = kLoadTimeout;
+    if (const std::vector<std::string>& keys = options_.list("api-key"); !keys.empty()) {
+      request.headers.emplace_back("Authorization", "Bearer " + keys.front());
+    }
+    const Result<api::HttpUrl> url = api::parse_http_url(rank_0->second.url);
+    if (!url.ok()) return exchange->respond(api::error_response(url.error()));
+    client_.start(*url, std::move(request), {.on_done = [exchange](Result<api::ClientResponse> answer) {
+                    if (!answer.ok()) return exchange->respond(api::error_response(answer.error()));
+                    api::HttpResponse response;
+                    response.status = answer->status;
+                    response.body = std::move(answer->body);
+                    exchange->respond(std::move(response));
+                  }});
+  }
+
   // Live: this answers at all. Ready: 200. Degraded: the group has stood and does not now.
   api::Health health() const {
     if (!config_.hosts_coordinator) {
@@ -268,6 +304,7 @@ class NodeServer {
   std::unique_ptr<router::RoutedWorker> router_;
   std::unique_ptr<api::Frontend> frontend_;
   std::unique_ptr<api::HttpServer> server_;
+  api::HttpClient client_{io_, {}};
   struct RankWorker {
     std::string url;
     router::WorkerId id;

@@ -17,8 +17,6 @@ namespace {
 constexpr const char* kTag = "eplb";
 // The first placement follows a guess, so the first rebalance comes early.
 constexpr int64_t kFirstShare = 4;
-// Between two gatherings of what is only shown. Each puts one sum of counts per rank: 58 layers of 256 experts are 58 KiB.
-constexpr int64_t kStepsPerReport = 64;
 
 // Counts travel as 32 bits: a bucket of a window has fewer tokens.
 uint32_t narrow(int64_t tokens) { return static_cast<uint32_t>(std::min<int64_t>(tokens, UINT32_MAX)); }

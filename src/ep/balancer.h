@@ -66,6 +66,8 @@ class Balancer final : public group::RoundUser {
   // Layers that have been switched so far, since the start of the group.
   uint64_t version() const { return version_; }
   int64_t num_nodes() const { return layout_.num_nodes; }
+  // Between two gatherings of what is only shown. Each puts one sum of counts per rank: 58 layers of 256 experts are 58 KiB.
+  static constexpr int64_t kStepsPerReport = 64;
   // Rank 0: what the group did in the last window that was gathered; null before the first. From any thread.
   std::shared_ptr<const eplb::LoadReport> load_report() const;
 
