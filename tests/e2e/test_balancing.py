@@ -90,6 +90,7 @@ def test_prefill_and_decode_count_apart(launcher, expected, tmp_path):  # noqa: 
         meeting, kv_port = free_port(), free_port(count=2)  # each rank adds its number
         config = json.dumps({"kv_connector": "UcxConnector", "kv_role": role, "kv_port": kv_port})
         return [external_rank(launcher, 2, rank, meeting, "--kv-transfer-config", config, "--no-enable-prefix-caching",
+                              "--max-num-batched-tokens", 32, "--max-num-seqs", 32,  # more steps
                               "--record-expert-load", tmp_path / f"{role}.{rank}", *eplb(num_redundant_experts=4))
                 for rank in range(2)]
 

@@ -107,7 +107,7 @@ class Node:
         self.log.close()
 
 
-def start_node_1(log_path, backend):
+def start_node_1(log_path, backend, *options):
     return Node(NAMES[0], log_path,
                 "--all2all-backend", backend,
                 "--tensor-parallel-size", 1,
@@ -116,10 +116,10 @@ def start_node_1(log_path, backend):
                 "--data-parallel-size-local", 2,
                 "--data-parallel-address", ADDRESSES[0],
                 "--data-parallel-rpc-port", 13345,
-                "--api-server-count=2")
+                "--api-server-count=2", *options)
 
 
-def start_node_2(log_path, backend):
+def start_node_2(log_path, backend, *options):
     return Node(NAMES[1], log_path,
                 "--all2all-backend", backend,
                 "--tensor-parallel-size", 1,
@@ -129,7 +129,7 @@ def start_node_2(log_path, backend):
                 "--data-parallel-start-rank", 2,
                 "--data-parallel-address", ADDRESSES[0],
                 "--data-parallel-rpc-port", 13345,
-                "--headless")
+                "--headless", *options)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,30 @@ def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend):
         answers = ask_inside("/v1/completions", all_bodies())
         assert [status for status, _ in answers] == [200] * len(PROMPTS), answers
         assert [read_answer(answer) for _, answer in answers] == expected
+    except AssertionError:
+        print(first.read_log()[-3000:], second.read_log()[-3000:])
+        raise
+    finally:
+        second.stop()
+        first.stop()
+
+
+def test_experts_are_balanced_by_nodes(nodes, expected, tmp_path):
+    """The demo model has 4 groups of experts: each stays on one node."""
+    eplb = ["--enable-eplb", "--max-num-batched-tokens", 64, "--eplb-config",
+            json.dumps({"window_size": 16, "step_interval": 24, "num_redundant_experts": 8})]
+    first, second = (start(tmp_path / f"{start.__name__}.log", "low_latency", *eplb)
+                     for start in (start_node_1, start_node_2))
+    try:
+        wait_until_standing("both nodes stand")
+        for _ in range(3):
+            answers = ask_inside("/v1/completions", all_bodies())
+            assert [read_answer(answer) for _, answer in answers] == expected
+        group = ask_inside("/expert_load", [None])[0][1]["group"]
+        assert group["num_nodes"] == 2 and group["hierarchical"] and group["changes"] >= 4, group
+        for ranks in group["experts"]:
+            nodes_of = [{expert // 4 for rank in ranks[2 * node:2 * node + 2] for expert in rank} for node in (0, 1)]
+            assert nodes_of[0] | nodes_of[1] == {0, 1, 2, 3} and not nodes_of[0] & nodes_of[1], ranks
     except AssertionError:
         print(first.read_log()[-3000:], second.read_log()[-3000:])
         raise
