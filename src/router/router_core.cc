@@ -17,7 +17,7 @@ RouterCore::RouterCore(CoreOptions options, LegPort& port, Registry& metrics)
       port_(port),
       registry_(options.registry),
       budget_(options.retry_share),
-      metrics_(std::make_unique<RouterMetrics>(metrics)) {}
+      metrics_(std::make_unique<RouterMetrics>(metrics, options_.front_end)) {}
 
 RouterCore::~RouterCore() = default;
 

@@ -50,6 +50,7 @@ class LegPort {
 
 struct CoreOptions {
   RegistryOptions registry{};
+  std::string front_end{};  // which of several, for the metrics of what this one knows of workers; "": the only one
   bool pull = false;  // prefill first, for workers that are not Tandem
   // Requests may say themselves what their transfer is: this router spreads one role over ranks, another one has both.
   bool passes_transfers = false;

@@ -192,7 +192,7 @@ def test_experts_are_balanced_by_nodes(nodes, expected, tmp_path):
 
 def test_an_endpoint_on_every_node(nodes, expected, tmp_path):
     options = ["--enable-expert-parallel", "--data-parallel-size", 4, "--data-parallel-size-local", 2,
-               "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345, "--data-parallel-hybrid-lb"]
+               "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345, "--data-parallel-hybrid-lb", "--api-server-count", 2]
     first = Node(NAMES[0], tmp_path / "n1.log", *options)
     second = Node(NAMES[1], tmp_path / "n2.log", *options, "--data-parallel-start-rank", 2)
     try:
