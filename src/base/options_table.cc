@@ -157,8 +157,9 @@ constexpr OptionSpec kTable[] = {
     {.name = "tensor-parallel-rank", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
      .help = "Be this one of the ranks that share; 0 starts the others itself.", .min = 0, .max = 1023},
     {.name = "api-server-count", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
-     .help = "Front ends that vLLM would start. Here one is enough for what a group computes (`tandem bench router`), so more "
-             "are not started, which the log says.", .min = 0, .max = 1024},
+     .help = "Front ends that share the endpoint of a node with several ranks, each a thread with a router of its own; 0 is 1. "
+             "One is enough until text and sockets take a core (`tandem bench router`). Elsewhere there is one, which the log "
+             "says.", .min = 0, .max = 64},
     {.name = "headless", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
      .help = "Only start ranks of this node; the endpoint is another node's."},
     {.name = "enable-expert-parallel", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",

@@ -51,6 +51,9 @@ class Server {
     config.model_name = served_.model.names.front();
     TANDEM_TRY(open_coordinator(config));
     group_ = config.group;
+    if (const int64_t count = options_.integer("api-server-count"); count > 1) {
+      log_info("serve", "--api-server-count {}: an engine has one front end; several are for nodes with several ranks", count);
+    }
     load_in_background(std::move(config));
     TANDEM_TRY(wait_until_checked());
     Status opened = open_port();

@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
@@ -125,7 +126,7 @@ class NodeServer {
 
  private:
   Status open_front_ends() {
-    const int64_t count = options_.integer("api-server-count");
+    const int64_t count = std::max<int64_t>(1, options_.integer("api-server-count"));
     front_end_options_.emplace(NodeFrontEndOptions{options_, config_, served_, exporter_.get(), count, [this] {
                                                      return num_requests();
                                                    }});
