@@ -250,7 +250,7 @@ Status Rank::open_agent(const RankConfig& config) {
   options.role = kv.role;
   options.transport = config.kv_transport;
   options.checksum = config.kv_checksum;
-  TANDEM_ASSIGN(agent_, transfer::make_ucx_agent(*cache_, options, [this] { engine_->wake(); }));
+  TANDEM_ASSIGN(agent_, transfer::make_agent(*cache_, options, [this] { engine_->wake(); }));
   engine_->attach(agent_.get());
   log_info("serve", "prefill/decode: {} as {}, KV on {}:{}", kv.connector, kv_role_name(kv.role), kv.ip,
            agent_->port());

@@ -84,7 +84,7 @@ class Rank {
       agent.engine_id = kv_role_name(*setup.kv_role);
       agent.model_fingerprint = info.fingerprint;
       agent.role = *setup.kv_role;
-      agent_ = transfer::make_ucx_agent(*cache_, agent, [engine = engine_.get()] { engine->wake(); }).value();
+      agent_ = transfer::make_agent(*cache_, agent, [engine = engine_.get()] { engine->wake(); }).value();
       engine_->attach(agent_.get());
     }
     engine_->start();

@@ -1,5 +1,5 @@
 // The agent without thread, socket and clock: tables of transfers and links, and the dispatch between engine commands,
-// messages and state machines. ucx_agent.cc runs it on a thread over UCX; tests run it over a made-up network.
+// messages and state machines. agent.cc runs it on a thread over a real messenger; tests run it over a made-up network.
 //
 // Ownership of blocks: the only places that write KV memory are write_payload() and copy_borrowed(), both called while the
 // transfer is in the table, and the messenger, in the one read before which find_place() has looked the transfer up. It is read by stage(), in the same way, and by a messenger that takes pieces: from send_part()
