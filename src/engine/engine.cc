@@ -137,6 +137,8 @@ Engine::Turn Engine::run_once() {
     return Turn::kIdle;
   }
   has_group_ = true;
+  step_times_ = {};
+  step_times_.begin_us = clock_.now_us();
   const StepPlan plan = scheduler_.plan();
   if (plan.empty() && (lockstep_ == nullptr || !lockstep_->is_called())) return Turn::kIdle;
   if (lockstep_ != nullptr && !join_round(plan)) return Turn::kWorked;
@@ -152,7 +154,16 @@ Engine::Turn Engine::run_once() {
   scheduler_.learn(plan, *step_us);
   take_results(plan);
   update_gauges();
+  log_step(plan, *step_us);
   return Turn::kWorked;
+}
+
+void Engine::log_step(const StepPlan& plan, int64_t compute_us) {
+  if (plan.rows.empty() && round_rows_ == 0) return;  // only transfers began
+  step_times_.rows = rows_of(plan);
+  step_times_.compute_us = compute_us;
+  step_times_.total_us = clock_.now_us() - step_times_.begin_us;
+  step_log_.add(step_times_);
 }
 
 // Takes what other threads asked for since the last step. False when the engine shall end.
@@ -194,6 +205,8 @@ bool Engine::join_round(const StepPlan& plan) {
   }
   scheduler_.set_streams_elsewhere(agreed->streams_elsewhere);
   round_rows_ = agreed->total_rows;
+  const int64_t begin_us = std::exchange(step_times_, agreed->times).begin_us;
+  step_times_.begin_us = begin_us;
   return true;
 }
 

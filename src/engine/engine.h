@@ -20,6 +20,7 @@
 #include "src/engine/lockstep.h"
 #include "src/engine/probe.h"
 #include "src/engine/scheduler.h"
+#include "src/engine/step_log.h"
 #include "src/engine/worker.h"
 #include "src/kv/block_pool.h"
 #include "src/model/model.h"
@@ -68,6 +69,8 @@ class Engine final : public Worker {
   const kv::BlockPool& pool() const { return pool_; }
   const Scheduler& scheduler() const { return scheduler_; }
   int64_t num_open_transfers() const { return std::ssize(transfers_); }
+  // The last steps, for any thread.
+  const StepLog& step_log() const { return step_log_; }
 
  private:
   struct Submit {
@@ -102,6 +105,7 @@ class Engine final : public Worker {
   Result<int64_t> compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);
   void take_results(const StepPlan& plan);
+  void log_step(const StepPlan& plan, int64_t compute_us);
 
   void accept(Submit submit);
   Status check_request(const TokenRequest& request) const;
@@ -147,6 +151,8 @@ class Engine final : public Worker {
   model::Batch batch_;
   bool has_group_ = false;  // an epoch stood when last looked at
   int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
+  StepTimes step_times_;    // of the running step
+  StepLog step_log_;
   std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;
   uint64_t next_transfer_ = 1;
   int64_t leases_renewed_us_ = 0;

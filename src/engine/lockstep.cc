@@ -51,14 +51,20 @@ Result<AgreedStep> Lockstep::agree(int64_t rows, bool has_streams) {
   group::StepIntent mine;
   mine.rows = rows;
   mine.streams = has_streams ? 1 : 0;
-  if (round_user_ != nullptr) TANDEM_TRY(round_user_->before_round(*fabric_, mine));
   const int64_t begin_us = clock_.now_us();
+  if (round_user_ != nullptr) TANDEM_TRY(round_user_->before_round(*fabric_, mine));
+  const int64_t ready_us = clock_.now_us();
   TANDEM_ASSIGN(const std::vector<group::StepIntent> intents, agreement_->agree(mine));
-  waited_us_.add(static_cast<uint64_t>(clock_.now_us() - begin_us));
+  const int64_t agreed_us = clock_.now_us();
+  waited_us_.add(static_cast<uint64_t>(agreed_us - ready_us));
   if (round_user_ != nullptr) TANDEM_TRY(round_user_->after_round(*fabric_, intents));
   rounds_.add(1);
   if (rows == 0) empty_rounds_.add(1);
   AgreedStep step;
+  step.times.round = agreement_->rounds();
+  step.times.wait_us = agreed_us - ready_us;
+  step.times.ride_us = ready_us - begin_us + clock_.now_us() - agreed_us;
+  if (round_user_ != nullptr) step.times.ride_bytes = round_user_->carried_bytes();
   for (size_t r = 0; r < intents.size(); ++r) {
     step.total_rows += intents[r].rows;
     if (static_cast<int32_t>(r) != fabric_->rank().value && intents[r].streams != 0) step.streams_elsewhere = true;

@@ -10,6 +10,7 @@
 
 #include "src/base/clock.h"
 #include "src/base/metrics.h"
+#include "src/engine/step_log.h"
 #include "src/group/rank_group.h"
 #include "src/group/step_agreement.h"
 
@@ -18,6 +19,7 @@ namespace tandem::engine {
 struct AgreedStep {
   int64_t total_rows = 0;
   bool streams_elsewhere = false;  // another rank generates answers: its next token waits for this step
+  StepTimes times;                 // round, wait and ride
 };
 
 class Lockstep {

@@ -52,6 +52,8 @@ class RoundUser {
   // Before this rank enters a round, and after it has left it, before it computes.
   virtual Status before_round(Fabric& fabric, StepIntent& mine) = 0;
   virtual Status after_round(Fabric& fabric, std::span<const StepIntent> intents) = 0;
+  // What it moved with the last round: bytes that this rank has sent and taken.
+  virtual int64_t carried_bytes() const { return 0; }
 };
 
 }  // namespace tandem::group

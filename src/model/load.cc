@@ -142,6 +142,10 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
     if (options.exchange != nullptr) {
       needs.workspace_bytes += options.exchange->extra_bytes(ops, decoder->exchange_shape(capacity));
     }
+    if (options.moves_experts) {  // spares for the experts of one layer
+      const std::vector<bool>& is_moe = decoder->config().layer_is_moe;
+      needs.workspace_bytes += needs.expert_bytes / std::max<int64_t>(1, std::count(is_moe.begin(), is_moe.end(), true));
+    }
     needs.max_model_len = max_model_len;
     needs.kv = decoder->make_kv_layout(options.block_size, kv_dtype);
     TANDEM_TRY(options.on_sized(needs));
