@@ -86,6 +86,13 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
         "--all2all-backend", options.text("all2all-backend"), "--dispatch-format", options.text("dispatch-format"),
         "--rank-timeout", std::to_string(options.number("rank-timeout"))};
     process.arguments.insert(process.arguments.end(), own.begin(), own.end());
+    if (options.flag("enable-dbo")) {
+      process.arguments.push_back("--enable-dbo");
+      for (const char* const name : {"dbo-decode-token-threshold", "dbo-prefill-token-threshold"}) {
+        process.arguments.push_back(fmt::format("--{}", name));
+        process.arguments.push_back(std::to_string(options.integer(name)));
+      }
+    }
     if (options.flag("enable-eplb")) process.arguments.push_back("--enable-eplb");
     if (const std::string& eplb = options.text("eplb-config"); !eplb.empty()) {
       process.arguments.insert(process.arguments.end(), {"--eplb-config", eplb});

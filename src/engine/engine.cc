@@ -197,14 +197,19 @@ void Engine::fail_all(const Error& why) {
 bool Engine::join_round(const StepPlan& plan) {
   const bool has_streams = !plan.rows.empty() && plan.rows.front().is_stream;
   round_rows_ = 0;
+  is_split_ = false;
   if (plan.rows.empty() && !lockstep_->is_called()) return true;  // only transfers begin
-  const Result<AgreedStep> agreed = lockstep_->agree(rows_of(plan), has_streams);
+  // Streams come first in a plan.
+  const bool has_prompt_rows = !plan.rows.empty() && !plan.rows.back().is_stream;
+  const bool would_split = can_split(options_.dual_batch, rows_of(plan), has_prompt_rows);
+  const Result<AgreedStep> agreed = lockstep_->agree(rows_of(plan), has_streams, would_split);
   if (!agreed.ok()) {
     lose_group(agreed.error());
     return false;
   }
   scheduler_.set_streams_elsewhere(agreed->streams_elsewhere);
   round_rows_ = agreed->total_rows;
+  is_split_ = agreed->is_split;
   const int64_t begin_us = std::exchange(step_times_, agreed->times).begin_us;
   step_times_.begin_us = begin_us;
   return true;
@@ -481,6 +486,7 @@ Result<int64_t> Engine::compute(const StepPlan& plan) {
     if (rows.wants_logits) batch_.logit_rows.push_back(static_cast<int32_t>(batch_.tokens.size()) - 1);
     batch_.chunks.push_back(std::move(chunk));
   }
+  batch_.split_row = is_split_ ? choose_split(batch_.chunks) : 0;
   const bool pushes = std::any_of(plan.rows.begin(), plan.rows.end(), [this](const ScheduledRows& rows) {
     return scheduler_.find(rows.id)->role == TransferRole::kPushSend;
   });

@@ -16,6 +16,7 @@
 #include "src/base/clock.h"
 #include "src/base/kv_transfer_config.h"
 #include "src/comm/bell.h"
+#include "src/engine/dual_batch.h"
 #include "src/engine/expert_load.h"
 #include "src/engine/lockstep.h"
 #include "src/engine/probe.h"
@@ -36,6 +37,7 @@ struct EngineOptions {
   KvRole kv_role = KvRole::kBoth;  // which legs this engine takes, once an agent is attached
   std::string kv_host;             // address peers use to reach this engine's agent
   bool first_token_from_decode = false;  // compute the first token of a pushed prompt here, though prefill sent it
+  DualBatchLimits dual_batch;
   SpanSink* spans = nullptr;             // null: stages are not traced
   std::optional<float> synthetic_fill;   // make the KV of prompts up, to measure decode alone (KvCache::fill)
 };
@@ -151,6 +153,7 @@ class Engine final : public Worker {
   model::Batch batch_;
   bool has_group_ = false;  // an epoch stood when last looked at
   int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
+  bool is_split_ = false;   // this step has two parts
   StepTimes step_times_;    // of the running step
   StepLog step_log_;
   std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;

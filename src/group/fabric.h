@@ -29,8 +29,20 @@ using Epoch = StrongId<struct EpochTag, uint64_t>;
 inline constexpr int32_t kMaxRanks = 1024;
 
 // What a counter is for. A rank has one of each at every other rank.
-enum class Channel : uint8_t { kStep, kCounts, kDispatch, kCombine, kBarrier, kWeights, kMove };
-inline constexpr int64_t kNumChannels = 8;
+enum class Channel : uint8_t {
+  kStep,
+  kCounts,
+  kDispatch,
+  kCombine,
+  kBarrier,
+  kWeights,
+  kMove,
+  // Of the second part of a step.
+  kSecondCounts,
+  kSecondDispatch,
+  kSecondCombine,
+};
+inline constexpr int64_t kNumChannels = 16;
 const char* channel_name(Channel channel);  // "step", "dispatch", …
 
 class Fabric {

@@ -131,7 +131,7 @@ void MlpLayers::read_routing(int64_t rows) {
     if (layer.moe_index < 0) continue;
     const std::span<int32_t> kept =
         std::span(kept_routing_).subspan(static_cast<size_t>(layer.moe_index) * count, count);
-    ops_.read_back(stream_, expert_ids(layer, rows).address, std::as_writable_bytes(kept));
+    ops_.read_back(stream_, expert_ids(layer, 0, rows).address, std::as_writable_bytes(kept));
   }
 }
 
@@ -142,32 +142,93 @@ std::span<const int32_t> MlpLayers::routed_experts(int64_t index) const {
   return std::span(kept_routing_).subspan(static_cast<size_t>(index) * count, count);
 }
 
-Tensor MlpLayers::expert_ids(const Layer& layer, int64_t rows) const {
-  if (!keeps_routing_) return expert_ids_.rows(rows);
+Tensor MlpLayers::expert_ids(const Layer& layer, int64_t first_row, int64_t rows) const {
+  if (!keeps_routing_) return expert_ids_.all().row_slice(first_row, rows);
   const int64_t max_rows = expert_ids_.all().rows / num_moe_layers_;
-  return expert_ids_.all().row_slice(layer.moe_index * max_rows, rows);
+  return expert_ids_.all().row_slice(layer.moe_index * max_rows + first_row, rows);
 }
 
 // The real router has run already: a benchmark shall pay for it.
-void MlpLayers::simulate_routing(const Layer& layer, const Tensor& ids, const Tensor& weights) {
+void MlpLayers::simulate_routing(const Layer& layer, int64_t first_row, const Tensor& ids, const Tensor& weights) {
   const size_t count = static_cast<size_t>(ids.rows * ids.cols);
+  const size_t first = static_cast<size_t>(first_row * ids.cols);
+  const size_t of_layer = simulated_weights_.size();
   const std::span<const int32_t> chosen =
-      std::span<const int32_t>(simulated_ids_).subspan(static_cast<size_t>(layer.moe_index) * count, count);
+      std::span<const int32_t>(simulated_ids_).subspan(static_cast<size_t>(layer.moe_index) * of_layer + first, count);
   ops_.upload(stream_, ids.address, std::as_bytes(chosen));
-  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_)));
+  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_).subspan(first, count)));
 }
 
-Status MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
+Status MlpLayers::send(int64_t index, const MlpRows& part) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
+  if (layer.router == nullptr) return {};
+  if (part.hidden.rows > 0) route(layer, part);
+  if (exchange_ == nullptr) return {};
+  const Tensor ids = expert_ids(layer, part.first_row, part.hidden.rows);
+  return exchange_->lane(part.lane).dispatch(layer.moe_index, part.hidden, ids);
+}
+
+void MlpLayers::route(const Layer& layer, const MlpRows& part) {
+  const int64_t rows = part.hidden.rows;
+  const Tensor ids = expert_ids(layer, part.first_row, rows);
+  const Tensor weights = expert_weights_.all().row_slice(part.first_row, rows);
+  ops_.linear(stream_, part.hidden, *layer.router, router_logits_.rows(rows));
+  ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
+  if (simulated_) simulate_routing(layer, part.first_row, ids, weights);
+}
+
+Status MlpLayers::compute(int64_t index, const MlpRows& part) {
+  const Layer& layer = layers_[static_cast<size_t>(index)];
+  if (layer.router == nullptr) return {};
+  if (exchange_ != nullptr) return compute_arrived(layer, exchange_->lane(part.lane));
+  compute_own_experts(layer, part);
+  return {};
+}
+
+// All experts are here.
+void MlpLayers::compute_own_experts(const Layer& layer, const MlpRows& part) {
+  const Tensor ids = expert_ids(layer, part.first_row, part.hidden.rows);
+  const Tensor order = order_.rows(ids.rows * ids.cols);
+  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
+  ops_.expert_mlp(stream_, part.hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
+                  own_outputs(part));
+}
+
+Tensor MlpLayers::own_outputs(const MlpRows& part) const {
+  const int64_t top_k = config_.moe.router.top_k;
+  return expert_out_.all().row_slice(part.first_row * top_k, part.hidden.rows * top_k);
+}
+
+// Slots of all ranks' rows whose experts are here.
+Status MlpLayers::compute_arrived(const Layer& layer, ExpertExchange& exchange) {
+  while (true) {
+    TANDEM_ASSIGN(const ReceivedSlots received, exchange.receive());
+    if (received.count == 0) return {};
+    ops_.expert_mlp_encoded(stream_, received.rows, received.order, received.offsets, config_.moe.router.top_k,
+                            *layer.expert_gate_up, *layer.expert_down, received.out, received.targets);
+    TANDEM_TRY(exchange.give_back());
+  }
+}
+
+Status MlpLayers::finish(int64_t index, const MlpRows& part) {
+  const Layer& layer = layers_[static_cast<size_t>(index)];
+  const int64_t rows = part.hidden.rows;
   if (layer.router == nullptr) {
-    if (hidden.rows > 0) forward_dense(layer.dense, hidden, out);
+    if (rows > 0) forward_dense(layer.dense, part.hidden, part.out);
     return {};
   }
-  TANDEM_TRY(forward_experts(layer, hidden, out));
-  if (layer.dense.width == 0 || hidden.rows == 0) return {};
-  const Tensor shared_out = shared_out_.rows(hidden.rows);
-  forward_dense(layer.dense, hidden, shared_out);
-  ops_.add(stream_, out, shared_out);
+  // While outputs may still be on their way.
+  const bool has_shared = layer.dense.width > 0 && rows > 0;
+  const Tensor shared_out = shared_out_.rows(rows);
+  if (has_shared) forward_dense(layer.dense, part.hidden, shared_out);
+  Tensor outputs;
+  if (exchange_ == nullptr) {
+    outputs = own_outputs(part);
+  } else {
+    TANDEM_ASSIGN(outputs, exchange_->lane(part.lane).collect());
+  }
+  if (rows > 0) ops_.combine(stream_, outputs, expert_weights_.all().row_slice(part.first_row, rows), part.out);
+  if (has_shared) ops_.add(stream_, part.out, shared_out);
   return {};
 }
 
@@ -177,44 +238,6 @@ void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Te
   ops_.linear(stream_, hidden, *dense.gate_up, gate_up);
   ops_.silu_mul(stream_, gate_up, activated);
   ops_.linear(stream_, activated, *dense.down, out);
-}
-
-Status MlpLayers::forward_experts(const Layer& layer, const Tensor& hidden, const Tensor& out) {
-  const int64_t rows = hidden.rows;
-  const Tensor ids = expert_ids(layer, rows);
-  const Tensor weights = expert_weights_.rows(rows);
-  if (rows > 0) {
-    ops_.linear(stream_, hidden, *layer.router, router_logits_.rows(rows));
-    ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
-    if (simulated_) simulate_routing(layer, ids, weights);
-  }
-  TANDEM_ASSIGN(const Tensor expert_out,
-                exchange_ == nullptr ? compute_experts(layer, hidden, ids) : exchange_experts(layer, hidden, ids));
-  if (rows > 0) ops_.combine(stream_, expert_out, weights, out);
-  return {};
-}
-
-// All experts are here.
-Result<Tensor> MlpLayers::compute_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
-  const Tensor order = order_.rows(ids.rows * ids.cols);
-  const Tensor expert_out = expert_out_.rows(ids.rows * ids.cols);
-  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
-  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
-                  expert_out);
-  return expert_out;
-}
-
-// Rows go to the ranks that hold their experts, the slots of others are computed here.
-Result<Tensor> MlpLayers::exchange_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
-  TANDEM_TRY(exchange_->dispatch(layer.moe_index, hidden, ids));
-  while (true) {
-    TANDEM_ASSIGN(const ReceivedSlots received, exchange_->receive());
-    if (received.count == 0) break;
-    ops_.expert_mlp_encoded(stream_, received.rows, received.order, received.offsets, ids.cols, *layer.expert_gate_up,
-                            *layer.expert_down, received.out, received.targets);
-    TANDEM_TRY(exchange_->give_back());
-  }
-  return exchange_->collect();
 }
 
 std::vector<kernels::WeightFormat> MlpLayers::expert_formats() const {
