@@ -152,7 +152,10 @@ constexpr OptionSpec kTable[] = {
      .help = "Who brings the ranks together: auto is rank 0's process with --data-parallel-rank, else the command that "
              "starts rank 0; elsewhere is for ranks that were started by one.", .choices = "auto|elsewhere"},
     {.name = "tensor-parallel-size", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
-     .help = "Ranks that share one attention. Only 1 is possible as yet: more are refused.", .min = 1, .max = 1024},
+     .help = "Processes that share the attention and the dense layers of each data rank; the experts are then spread over "
+             "all ranks.", .min = 1, .max = 1024},
+    {.name = "tensor-parallel-rank", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
+     .help = "Be this one of the ranks that share; 0 starts the others itself.", .min = 0, .max = 1023},
     {.name = "api-server-count", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
      .help = "Front ends that vLLM would start. Here one is enough for what a group computes (`tandem bench router`), so more "
              "are not started, which the log says.", .min = 0, .max = 1024},

@@ -108,7 +108,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
     config.group = std::move(ranks.group);
     // Ranks of one host are given one configuration: each has its own port for KV.
     if (config.group && config.kv_transfer && config.kv_transfer->port != 0) {
-      config.kv_transfer->port += config.group->rank.value;
+      config.kv_transfer->port += config.group->data_rank();
     }
     config.first_token_from_decode = options.text("first-token-from") == "decode";
     config.kv_transport = *comm::parse_transport(options.text("kv-transport"));
@@ -145,6 +145,12 @@ Result<RankConfig> make_rank_config(const Options& options) {
     config.load.keep_routing = !config.expert_load_path.empty();
   }
   TANDEM_ASSIGN(config.model, model::load_config(config.load.path));
+  if (config.group && config.group->shape.tensor > 1 && config.kv_transfer && config.model.gqa.kv_heads > 0) {
+    return make_error(ErrorKind::kUnsupported,
+                      "--kv-transfer-config with --tensor-parallel-size {}: each rank has the KV of its own heads only, and "
+                      "one that has no whole KV cannot send it; use --tensor-parallel-size 1, or a model with MLA",
+                      config.group->shape.tensor);
+  }
   return config;
 }
 
@@ -156,25 +162,38 @@ Result<std::unique_ptr<Rank>> Rank::load(RankConfig config, int64_t sampled_voca
   log_info("serve", "kernels: {}, {} threads", rank->ops_->name(), rank->ops_->num_threads());
   config.load.on_progress = std::move(on_progress);
   TANDEM_TRY(rank->load_weights(config));
+  if (config.group && config.group->is_follower()) return rank;
+  TANDEM_TRY(rank->make_engine(config, sampled_vocab, clock, registry));
+  TANDEM_TRY(rank->open_agent(config));
+  TANDEM_TRY(rank->record_expert_load(config, registry));
+  return rank;
+}
 
+Status Rank::make_engine(const RankConfig& config, int64_t sampled_vocab, const Clock& clock, Registry& registry) {
   engine::EngineOptions options;
   options.model_name = config.model_name;
   options.limits = config.limits;
   if (config.group) options.dual_batch = config.group->dual_batch;
   options.spans = config.spans;
   options.first_token_from_decode = config.first_token_from_decode;
-  options.limits.rows_depend_on_role = rank->info().rows_depend_on_role;
+  options.limits.rows_depend_on_role = info().rows_depend_on_role;
   options.eos_ids = config.model.generation.eos_token_ids;
-  options.sampled_vocab = std::min(sampled_vocab, rank->info().vocab_size);
+  options.sampled_vocab = std::min(sampled_vocab, info().vocab_size);
   if (config.kv_transfer) {
     options.kv_role = config.kv_transfer->role;
     options.kv_host = config.kv_transfer->ip;
     options.synthetic_fill = config.kv_transfer->synthetic_fill;
   }
-  rank->engine_ = std::make_unique<engine::Engine>(*rank->model_, *rank->cache_, options, clock, registry);
-  TANDEM_TRY(rank->open_agent(config));
-  TANDEM_TRY(rank->record_expert_load(config, registry));
-  return rank;
+  engine_ = std::make_unique<engine::Engine>(*model_, *cache_, options, clock, registry);
+  return {};
+}
+
+// What a rank shares with the others of its data rank.
+void Rank::make_tensor_rank(const GroupConfig& config) {
+  const model::TensorShard shard{config.tensor_rank(), config.shape.tensor};
+  const group::RankId first(config.rank.value - shard.rank);
+  tensor_ = std::make_unique<tp::TensorWindows>(tp::TensorOptions{shard, first, 0});
+  log_info("serve", "tensor rank {} of {} of data rank {}", shard.rank, shard.size, config.data_rank());
 }
 
 // Weights and cache; refused before any weight is read if they do not fit.
@@ -185,12 +204,17 @@ Status Rank::load_weights(const RankConfig& config) {
     TANDEM_ASSIGN(exchange_, make_exchange(config, balancing_));
     load.exchange = exchange_.get();
     load.moves_experts = balancing_.has_value();
+    if (config.group->shape.tensor > 1) {
+      make_tensor_rank(*config.group);
+      load.tensor = tensor_.get();
+    }
   }
   int64_t num_blocks = 0;
   load.on_sized = [&](const model::MemoryNeeds& needs) -> Status {
     const AvailableMemory available = available_memory();
     TANDEM_ASSIGN(const engine::MemoryPlan plan, engine::plan_memory(needs, config.memory, available));
     num_blocks = plan.num_blocks;
+    if (config.on_planned) config.on_planned(num_blocks);
     log_info("serve",
              "memory: weights {:.0f} MiB, workspace {:.0f} MiB, KV cache {:.0f} MiB, in all {:.0f} of {:.0f} MiB "
              "available ({})",
@@ -260,14 +284,6 @@ std::vector<group::Fact> Rank::group_facts() const {
 
 Status Rank::join_group(const std::string& http_address, Registry& registry) {
   const GroupConfig& config = *config_.group;
-  if (config.hosts_coordinator) {
-    group::CoordinatorOptions options;
-    options.host = config.coordinator_host;
-    options.port = config.coordinator_port;
-    options.shape = config.shape;
-    options.rank_timeout_us = config.rank_timeout_us;
-    TANDEM_ASSIGN(coordinator_, group::Coordinator::listen(options));
-  }
   group::MembershipOptions options;
   options.coordinator_host = config.coordinator_host;
   options.coordinator_port = config.coordinator_port;
@@ -276,6 +292,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
   options.node = group::this_node();
   options.http_address = http_address;
   options.facts = group_facts();
+  if (tensor_ != nullptr) options.facts.push_back({"--max-num-seqs", std::to_string(config_.limits.max_num_seqs)});
   options.window_bytes = exchange_->window_end();
   if (balancing_) {
     model::ExpertStore& store = *model_->expert_store();
@@ -290,16 +307,49 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
     balancer_ = std::make_unique<ep::Balancer>(*balancing_, *exchange_, store, registry);
   }
   options.rank_timeout_us = config.rank_timeout_us;
+  std::vector<group::FabricUser*> users{exchange_.get()};
+  if (tensor_ != nullptr) {
+    const auto add_part = [&](int64_t bytes) {
+      const int64_t offset = (options.window_bytes + 63) / 64 * 64;
+      options.window_bytes = offset + bytes;
+      return offset;
+    };
+    tensor_->set_window_offset(add_part(tensor_->window_bytes()));
+    tp::OrderOptions orders;
+    orders.first = group::RankId(config.rank.value - config.tensor_rank());
+    orders.num_ranks = config.shape.tensor;
+    orders.window_offset = add_part(orders.ring_bytes);
+    if (config.is_follower()) {
+      order_receiver_ = std::make_unique<tp::OrderReceiver>(orders);
+      users.insert(users.end(), {tensor_.get(), order_receiver_.get()});
+    } else {
+      order_sender_ = std::make_unique<tp::OrderSender>(orders);
+      users.insert(users.end(), {tensor_.get(), order_sender_.get()});
+    }
+  }
+  fabric_users_ = std::make_unique<group::FabricUsers>(std::move(users));
   TANDEM_ASSIGN(membership_, group::Membership::start(options));
-  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, exchange_.get(), registry, balancer_.get());
-  engine_->attach(lockstep_.get());
+  lockstep_ = std::make_unique<engine::Lockstep>(*membership_, fabric_users_.get(), registry, balancer_.get());
+  if (config.is_follower()) {
+    follower_ = std::make_unique<engine::Follower>(*model_, *cache_, *lockstep_, *order_receiver_);
+  } else {
+    engine_->attach(lockstep_.get());
+    engine_->attach(order_sender_.get());
+  }
   return {};
+}
+
+void Rank::start() { follower_ ? follower_->start() : engine_->start(); }
+
+void Rank::stop() {
+  if (follower_) follower_->stop();
+  if (engine_) engine_->stop();
 }
 
 Status Rank::group_status() const { return membership_ == nullptr ? Status() : membership_->status(); }
 
 Rank::~Rank() {
-  if (engine_) engine_->stop();
+  stop();
   expert_load_file_.reset();
   agent_.reset();
 }

@@ -15,15 +15,18 @@
 #include "src/commands/expert_load_file.h"
 #include "src/commands/rank_options.h"
 #include "src/engine/engine.h"
+#include "src/engine/follower.h"
 #include "src/engine/lockstep.h"
 #include "src/engine/memory_plan.h"
 #include "src/ep/balancer.h"
 #include "src/ep/exchange.h"
-#include "src/group/coordinator.h"
+#include "src/group/fabric_users.h"
 #include "src/group/membership.h"
 #include "src/kernels/ops.h"
 #include "src/model/config.h"
 #include "src/model/model.h"
+#include "src/tp/order_stream.h"
+#include "src/tp/tensor_windows.h"
 #include "src/transfer/agent.h"
 
 namespace tandem::commands {
@@ -44,6 +47,8 @@ struct RankConfig {
   std::optional<GroupConfig> group;  // this rank has its shard of the experts
   std::string expert_load_path;  // of --record-expert-load; "": no recording
   double expert_load_interval_s = 10;
+  // Told from the loading thread before any weight is read; may be empty.
+  std::function<void(int64_t num_blocks)> on_planned;
 };
 
 // Reads and cross-checks the options and config.json; nothing is loaded or opened yet.
@@ -63,6 +68,11 @@ class Rank {
   // Why requests cannot be computed now; ok without a group.
   Status group_status() const;
 
+  // Starts what computes; after join_group().
+  void start();
+  void stop();
+
+  // Not of a follower.
   engine::Engine& engine() { return *engine_; }
   const kernels::Ops& ops() const { return *ops_; }
   const model::ModelInfo& info() const { return model_->info(); }
@@ -72,6 +82,8 @@ class Rank {
  private:
   Rank() = default;
   Status load_weights(const RankConfig& config);
+  Status make_engine(const RankConfig& config, int64_t sampled_vocab, const Clock& clock, Registry& registry);
+  void make_tensor_rank(const GroupConfig& config);
   Status open_agent(const RankConfig& config);
   Status record_expert_load(const RankConfig& config, Registry& registry);
   std::vector<group::Fact> group_facts() const;
@@ -81,14 +93,18 @@ class Rank {
   std::unique_ptr<kernels::Ops> ops_;
   std::unique_ptr<ep::Exchange> exchange_;
   std::optional<ep::BalancerOptions> balancing_;
+  std::unique_ptr<tp::TensorWindows> tensor_;  // null without tensor parallelism
   std::unique_ptr<model::Model> model_;
   std::unique_ptr<model::KvCache> cache_;
   std::unique_ptr<engine::ExpertLoadRecorder> expert_load_;
-  std::unique_ptr<group::Coordinator> coordinator_;
   std::unique_ptr<group::Membership> membership_;
   std::unique_ptr<ep::Balancer> balancer_;
+  std::unique_ptr<tp::OrderSender> order_sender_;      // of the first tensor rank
+  std::unique_ptr<tp::OrderReceiver> order_receiver_;  // of the others
+  std::unique_ptr<group::FabricUsers> fabric_users_;
   std::unique_ptr<engine::Lockstep> lockstep_;
   std::unique_ptr<engine::Engine> engine_;
+  std::unique_ptr<engine::Follower> follower_;
   std::unique_ptr<ExpertLoadFile> expert_load_file_;
   std::unique_ptr<transfer::Agent> agent_;
 };

@@ -18,7 +18,13 @@ Result<eplb::EplbConfig> read_eplb(const std::string& text) {
 }
 
 Result<RankOptions> read_group(const Options& options, const group::GroupShape& shape, int64_t rank) {
-  if (rank >= shape.size()) {
+  const int64_t tensor_rank = options.integer("tensor-parallel-rank");
+  if (tensor_rank >= shape.tensor) {
+    return invalid_argument("tensor-parallel-rank",
+                            "--tensor-parallel-rank is {}, but --tensor-parallel-size {} has 0 … {}", tensor_rank,
+                            shape.tensor, shape.tensor - 1);
+  }
+  if (rank >= shape.data) {
     return invalid_argument("data-parallel-rank", "--data-parallel-rank is {}, but --data-parallel-size {} has 0 … {}",
                             rank, shape.data, shape.data - 1);
   }
@@ -28,11 +34,11 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   }
   GroupConfig config;
   config.shape = shape;
-  config.rank = group::RankId(static_cast<int32_t>(rank));
+  config.rank = group::RankId(static_cast<int32_t>(rank * shape.tensor + tensor_rank));
   config.coordinator_host = options.text("data-parallel-address");
   config.coordinator_port = options.integer("data-parallel-rpc-port");
-  if (config.coordinator_port == 0) config.coordinator_port = kDefaultPort;
-  config.hosts_coordinator = rank == 0 && options.text("data-parallel-coordinator") == "auto";
+  if (config.coordinator_port == 0 && shape.data > 1) config.coordinator_port = kDefaultPort;
+  config.hosts_coordinator = config.rank.value == 0 && options.text("data-parallel-coordinator") == "auto";
   config.backend = options.text("all2all-backend");
   config.dispatch_format = options.text("dispatch-format");
   config.dual_batch = {options.flag("enable-dbo"), options.integer("dbo-decode-token-threshold"),
@@ -52,8 +58,8 @@ Result<RankOptions> read_node(const Options& options, const group::GroupShape& s
   config.shape = shape;
   const int64_t first = options.integer("data-parallel-start-rank");
   const int64_t local = options.integer("data-parallel-size-local");
-  const int64_t num_ranks = local == 0 ? shape.size() - first : local;
-  if (num_ranks < 1 || first + num_ranks > shape.size()) {
+  const int64_t num_ranks = local == 0 ? shape.data - first : local;
+  if (num_ranks < 1 || first + num_ranks > shape.data) {
     return invalid_argument("data-parallel-start-rank",
                             "--data-parallel-start-rank {} and --data-parallel-size-local {} are ranks {} … {}, but "
                             "--data-parallel-size {} has 0 … {}",
@@ -63,7 +69,7 @@ Result<RankOptions> read_node(const Options& options, const group::GroupShape& s
   config.num_ranks = static_cast<int32_t>(num_ranks);
   config.coordinator_host = options.text("data-parallel-address");
   config.coordinator_port = options.integer("data-parallel-rpc-port");
-  if (config.coordinator_port == 0 && config.num_ranks < shape.size()) config.coordinator_port = kDefaultPort;
+  if (config.coordinator_port == 0 && config.num_ranks < shape.data) config.coordinator_port = kDefaultPort;
   config.hosts_coordinator = first == 0;
   config.has_front_end = !options.flag("headless");
   config.serves_node_only = options.flag("data-parallel-hybrid-lb");
@@ -87,16 +93,16 @@ Result<RankOptions> read_node(const Options& options, const group::GroupShape& s
 
 Result<RankOptions> read_rank_options(const Options& options) {
   const int64_t rank = options.integer("data-parallel-rank");
-  const group::GroupShape shape{static_cast<int32_t>(options.integer("data-parallel-size")), 1};
+  const group::GroupShape shape{static_cast<int32_t>(options.integer("data-parallel-size")),
+                                static_cast<int32_t>(options.integer("tensor-parallel-size"))};
   if (options.flag("data-parallel-external-lb") && rank < 0) {
     return invalid_argument("data-parallel-external-lb",
                             "--data-parallel-external-lb needs --data-parallel-rank: every rank is started by itself");
   }
-  if (options.integer("tensor-parallel-size") != 1) {
-    return make_error(ErrorKind::kUnsupported,
-                      "--tensor-parallel-size {}: attention cannot be split over ranks yet; use 1 and a larger "
-                      "--data-parallel-size with --enable-expert-parallel",
-                      options.integer("tensor-parallel-size"));
+  if (shape.size() > group::kMaxRanks) {
+    return invalid_argument("tensor-parallel-size",
+                            "--data-parallel-size {} x --tensor-parallel-size {} are {} ranks, a group has at most {}",
+                            shape.data, shape.tensor, shape.size(), group::kMaxRanks);
   }
   const std::string& eplb = options.text("eplb-config");
   if (!eplb.empty() && !options.flag("enable-eplb")) {
@@ -114,15 +120,37 @@ Result<RankOptions> read_rank_options(const Options& options) {
   }
   if (shape.size() == 1) {
     if (!options.flag("enable-eplb")) return RankOptions{};
-    return invalid_argument("enable-eplb", "--enable-eplb moves experts between ranks, but --data-parallel-size is 1");
+    return invalid_argument("enable-eplb", "--enable-eplb moves experts between ranks, but there is one rank only");
   }
-  if (!options.flag("enable-expert-parallel")) {
+  if (shape.data > 1 && !options.flag("enable-expert-parallel")) {
     return invalid_argument("enable-expert-parallel",
                             "--data-parallel-size {} needs --enable-expert-parallel; for copies of a model that have "
                             "nothing to do with each other start `tandem serve` several times and `tandem route` in front",
                             shape.data);
   }
+  if (shape.data == 1) return read_group(options, shape, 0);
   return rank >= 0 ? read_group(options, shape, rank) : read_node(options, shape);
+}
+
+std::vector<std::string> rank_arguments(const Options& options, const group::GroupShape& shape, int32_t data_rank,
+                                        const std::string& coordinator_host, int64_t coordinator_port) {
+  std::vector<std::string> arguments{
+      "--data-parallel-size", std::to_string(shape.data), "--data-parallel-rank", std::to_string(data_rank),
+      "--tensor-parallel-size", std::to_string(shape.tensor), "--data-parallel-address", coordinator_host,
+      "--data-parallel-rpc-port", std::to_string(coordinator_port), "--data-parallel-coordinator", "elsewhere",
+      "--enable-expert-parallel", "--all2all-backend", options.text("all2all-backend"), "--dispatch-format",
+      options.text("dispatch-format"), "--rank-timeout", std::to_string(options.number("rank-timeout"))};
+  if (options.flag("enable-dbo")) {
+    arguments.push_back("--enable-dbo");
+    for (const char* const name : {"dbo-decode-token-threshold", "dbo-prefill-token-threshold"}) {
+      arguments.insert(arguments.end(), {fmt::format("--{}", name), std::to_string(options.integer(name))});
+    }
+  }
+  if (options.flag("enable-eplb")) arguments.push_back("--enable-eplb");
+  if (const std::string& eplb = options.text("eplb-config"); !eplb.empty()) {
+    arguments.insert(arguments.end(), {"--eplb-config", eplb});
+  }
+  return arguments;
 }
 
 }  // namespace tandem::commands

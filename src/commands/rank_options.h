@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "src/base/options.h"
 #include "src/base/result.h"
@@ -19,7 +20,7 @@ struct GroupConfig {
   group::GroupShape shape;
   group::RankId rank;
   std::string coordinator_host;
-  int64_t coordinator_port = 0;
+  int64_t coordinator_port = 0;    // 0, with hosts_coordinator: any free one
   bool hosts_coordinator = false;  // in this very process
   std::string backend;             // --all2all-backend
   std::string dispatch_format;
@@ -27,9 +28,14 @@ struct GroupConfig {
   std::string eplb_text;
   engine::DualBatchLimits dual_batch;  // --enable-dbo
   int64_t rank_timeout_us = 0;
+
+  int32_t data_rank() const { return rank.value / shape.tensor; }
+  int32_t tensor_rank() const { return rank.value % shape.tensor; }
+  // Has no endpoint, and computes what the first of its tensor ranks orders.
+  bool is_follower() const { return tensor_rank() > 0; }
 };
 
-// Ranks that this process starts as children.
+// Data ranks that this process starts as children. Each of them starts its own tensor ranks.
 struct NodeConfig {
   group::GroupShape shape;
   int32_t first_rank = 0;
@@ -50,6 +56,10 @@ struct RankOptions {
 
 // Faults name the options that contradict each other.
 Result<RankOptions> read_rank_options(const Options& options);
+
+// What a child that is a rank of the group is told about it.
+std::vector<std::string> rank_arguments(const Options& options, const group::GroupShape& shape, int32_t data_rank,
+                                        const std::string& coordinator_host, int64_t coordinator_port);
 
 // The group of options in the table that all this stands in.
 inline constexpr const char* kRankOptionGroup = "Ranks";

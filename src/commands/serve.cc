@@ -26,11 +26,13 @@
 #include "src/base/log.h"
 #include "src/base/version.h"
 #include "src/commands/commands.h"
+#include "src/commands/followers.h"
 #include "src/commands/loading_bar.h"
 #include "src/commands/rank.h"
 #include "src/commands/serve_node.h"
 #include "src/commands/serve_text.h"
 #include "src/commands/server_common.h"
+#include "src/group/coordinator.h"
 
 namespace tandem::commands {
 namespace {
@@ -61,22 +63,49 @@ class Server {
     TANDEM_ASSIGN(exporter_, open_exporter(options_, "tandem-serve", io_, registry_));
     config.spans = exporter_.get();
     config.model_name = served_.model.names.front();
+    TANDEM_TRY(open_coordinator(config));
     group_ = config.group;
     load_in_background(std::move(config));
     TANDEM_TRY(wait_until_checked());
-    if (Status opened = open_port(); !opened.ok()) {
+    Status opened = open_port();
+    if (opened.ok()) opened = open_followers();
+    if (!opened.ok()) {
       // The loader cannot be interrupted and owns nothing that outlives the process.
       std::fprintf(stderr, "%s\n", opened.error().message.c_str());
       std::_Exit(1);
     }
     io_.run();
-    if (rank_) rank_->engine().stop();
+    if (rank_) rank_->stop();
     frontend_.reset();
     return fault_ ? Status(*fault_) : Status();
   }
 
  private:
+  // Where the ranks of the group meet, if it is here.
+  Status open_coordinator(RankConfig& config) {
+    if (!config.group || !config.group->hosts_coordinator) return {};
+    group::CoordinatorOptions options;
+    options.host = config.group->coordinator_host;
+    options.port = config.group->coordinator_port;
+    options.shape = config.group->shape;
+    options.rank_timeout_us = config.group->rank_timeout_us;
+    TANDEM_ASSIGN(coordinator_, group::Coordinator::listen(options));
+    config.group->coordinator_port = coordinator_->port();
+    return {};
+  }
+
+  // The other tensor ranks load their share meanwhile.
+  Status open_followers() {
+    if (!group_ || group_->shape.tensor == 1) return {};
+    TANDEM_ASSIGN(followers_, start_followers(io_, options_, *group_, num_blocks_, [this](const Error& why) {
+                    fault_ = why;
+                    io_.stop();
+                  }));
+    return {};
+  }
+
   void load_in_background(RankConfig config) {
+    config.on_planned = [this](int64_t num_blocks) { num_blocks_ = num_blocks; };
     loader_ = std::thread([this, config = std::move(config)]() mutable {
       Result<std::unique_ptr<Rank>> loaded =
           Rank::load(std::move(config), served_.tokenizer->vocab_size(), clock_, registry_, [this](double fraction) {
@@ -113,7 +142,7 @@ class Server {
     api::FrontendOptions front = frontend_options(options_, served_.model.names.front());
     front.policy.accepts_kv_transfer = !options_.text("kv-transfer-config").empty();
     if (group_) {
-      front.first_rank = group_->rank.value;
+      front.first_rank = group_->data_rank();
       front.num_ranks = 1;
     }
     front.health = [this] { return health(); };
@@ -175,7 +204,7 @@ class Server {
         return io_.stop();
       }
     }
-    rank_->engine().start();
+    rank_->start();
     frontend_->open(served_, rank_->engine());
     is_serving_ = true;
     log_info("serve", "serving {} on http://{}:{}", served_.model.names.front(), options_.text("host"),
@@ -190,7 +219,8 @@ class Server {
     linger_.expires_after(std::chrono::milliseconds(200));
     linger_.async_wait([this](const boost::system::error_code&) {
       server_->close();
-      io_.stop();
+      rank_->stop();  // before the other tensor ranks go, which it would miss
+      followers_ == nullptr ? io_.stop() : followers_->stop([this] { io_.stop(); });
     });
   }
 
@@ -205,6 +235,7 @@ class Server {
   std::atomic<double> progress_{0};
   bool is_serving_ = false;
   std::optional<GroupConfig> group_;
+  std::atomic<int64_t> num_blocks_ = 0;  // of the KV cache
 
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -212,7 +243,9 @@ class Server {
   std::optional<Error> fault_;
 
   std::unique_ptr<api::OtlpExporter> exporter_;
+  std::unique_ptr<group::Coordinator> coordinator_;
   std::unique_ptr<Rank> rank_;
+  std::unique_ptr<cluster::RankProcesses> followers_;
   std::unique_ptr<api::Frontend> frontend_;
   std::unique_ptr<api::HttpServer> server_;
   std::thread loader_;
@@ -235,6 +268,7 @@ int run_serve(const Options& options) {
     return 1;
   }
   if (ranks->node) return run_node(options, *ranks->node);
+  if (ranks->group && ranks->group->is_follower()) return run_follower(options);
   Server server(options);
   const Status status = server.run();
   if (!status.ok()) {

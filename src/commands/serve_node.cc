@@ -79,24 +79,12 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
     const std::vector<std::string> given = options.set_arguments(kRankOptionGroup, kOwn);
     process.arguments.insert(process.arguments.end(), given.begin(), given.end());
     const std::vector<std::string> own = {
-        "--host", host, "--port", std::to_string(ports[static_cast<size_t>(rank - config.first_rank)]), "--log-name", fmt::format("rank{}", rank),
-        "--data-parallel-size", std::to_string(config.shape.data), "--data-parallel-rank", std::to_string(rank),
-        "--data-parallel-address", config.coordinator_host, "--data-parallel-rpc-port", std::to_string(coordinator_port),
-        "--data-parallel-coordinator", "elsewhere", "--enable-expert-parallel",
-        "--all2all-backend", options.text("all2all-backend"), "--dispatch-format", options.text("dispatch-format"),
-        "--rank-timeout", std::to_string(options.number("rank-timeout"))};
+        "--host", host, "--port", std::to_string(ports[static_cast<size_t>(rank - config.first_rank)]), "--log-name",
+        fmt::format("rank{}", rank)};
     process.arguments.insert(process.arguments.end(), own.begin(), own.end());
-    if (options.flag("enable-dbo")) {
-      process.arguments.push_back("--enable-dbo");
-      for (const char* const name : {"dbo-decode-token-threshold", "dbo-prefill-token-threshold"}) {
-        process.arguments.push_back(fmt::format("--{}", name));
-        process.arguments.push_back(std::to_string(options.integer(name)));
-      }
-    }
-    if (options.flag("enable-eplb")) process.arguments.push_back("--enable-eplb");
-    if (const std::string& eplb = options.text("eplb-config"); !eplb.empty()) {
-      process.arguments.insert(process.arguments.end(), {"--eplb-config", eplb});
-    }
+    const std::vector<std::string> of_group =
+        rank_arguments(options, config.shape, rank, config.coordinator_host, coordinator_port);
+    process.arguments.insert(process.arguments.end(), of_group.begin(), of_group.end());
     ranks.push_back(std::move(process));
   }
   return ranks;
@@ -196,7 +184,7 @@ class NodeServer {
   void take_status(const group::GroupStatus& status) {
     status_ = status;
     for (const group::MemberStatus& member : status.members) {
-      if (status.standing) ranks_->mark_ready(member.rank.value);
+      if (status.standing) ranks_->mark_ready(data_rank(member));
       if (router_ != nullptr && is_served_here(member)) take_member(member);
     }
     if (router_ == nullptr) return;
@@ -205,6 +193,9 @@ class NodeServer {
     router_->set_health(ids, status.standing);
   }
 
+  int32_t data_rank(const group::MemberStatus& member) const { return member.rank.value / config_.shape.tensor; }
+
+  // Only the first of the tensor ranks has an endpoint.
   bool is_served_here(const group::MemberStatus& member) const {
     return !member.http_address.empty() && (!config_.serves_node_only || member.node == group::this_node());
   }
@@ -221,7 +212,7 @@ class NodeServer {
       }
       workers_.erase(found);
     }
-    const Result<router::WorkerId> id = router_->add_worker(router::Role::kDecode, url, member.rank.value);
+    const Result<router::WorkerId> id = router_->add_worker(router::Role::kDecode, url, data_rank(member));
     if (!id.ok()) return log_error("serve", "rank {} at {}: {}", member.rank, url, id.error().message);
     workers_[member.rank] = {url, *id};
   }

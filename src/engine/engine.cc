@@ -136,7 +136,7 @@ Engine::Turn Engine::run_once() {
     wait_for_group();
     return Turn::kIdle;
   }
-  has_group_ = true;
+  if (!std::exchange(has_group_, true)) enter_group();
   step_times_ = {};
   step_times_.begin_us = clock_.now_us();
   const StepPlan plan = scheduler_.plan();
@@ -213,6 +213,13 @@ bool Engine::join_round(const StepPlan& plan) {
   const int64_t begin_us = std::exchange(step_times_, agreed->times).begin_us;
   step_times_.begin_us = begin_us;
   return true;
+}
+
+// Another tensor rank may have begun with an empty cache, so that no prefix is known on all of them.
+void Engine::enter_group() {
+  if (orders_ == nullptr) return;
+  pool_.forget_prefixes();
+  news_ = {};
 }
 
 // What ran in an epoch that is over has ended with it; what came later waits a while for the next one.
@@ -491,12 +498,20 @@ Result<int64_t> Engine::compute(const StepPlan& plan) {
     return scheduler_.find(rows.id)->role == TransferRole::kPushSend;
   });
   const int64_t begin_us = clock_.now_us();
+  if (orders_ != nullptr) TANDEM_TRY(send_order());
   TANDEM_TRY(model_.forward(batch_, cache_,
                             pushes ? model::LayerDone([&](int layer) { push_layer(plan, layer); }) : nullptr));
   const int64_t step_us = clock_.now_us() - begin_us;
   if (expert_load_ != nullptr) expert_load_->add_step(batch_, model_);
   probe_.step(static_cast<int64_t>(batch_.tokens.size()), step_us);
   return step_us;
+}
+
+// The other tensor ranks compute the same batch, and get KV that only this one has received.
+Status Engine::send_order() {
+  TANDEM_TRY(orders_->send(batch_, news_, cache_));
+  news_ = {};
+  return {};
 }
 
 // Samples for every sequence whose last row was computed, and ends those that are complete.
@@ -662,7 +677,9 @@ void Engine::begin_transfers(const StepPlan& plan) {
       case TransferRole::kMadeUp:
         for (const BlockId block : prompt_blocks(sequence, admission.cached_blocks)) {
           cache_.fill(block, *options_.synthetic_fill);
+          if (orders_ != nullptr) news_.filled.push_back(block);
         }
+        news_.fill_value = *options_.synthetic_fill;
         start_received(sequence, sequence.prompt_length - 1);
         break;
     }
@@ -706,6 +723,9 @@ void Engine::finish_transfer(const transfer::Done& done) {
   if (open.sending) {
     finish_send(*sequence, done);
   } else {
+    if (orders_ != nullptr && done.status.ok()) {
+      news_.received.insert(news_.received.end(), open.blocks.begin(), open.blocks.end());
+    }
     finish_receive(*sequence, done);
   }
 }

@@ -25,6 +25,7 @@
 #include "src/engine/worker.h"
 #include "src/kv/block_pool.h"
 #include "src/model/model.h"
+#include "src/tp/order_stream.h"
 #include "src/transfer/agent.h"
 
 namespace tandem::engine {
@@ -54,6 +55,9 @@ class Engine final : public Worker {
   void attach(ExpertLoadRecorder* recorder) { expert_load_ = recorder; }
   // This engine is one rank of a group and steps together with the others; set before start().
   void attach(Lockstep* lockstep);
+  // This engine is the first of several tensor ranks: the others (Follower) compute what it sends. With a Lockstep that
+  // attaches `orders` to the fabric; set before start().
+  void attach(tp::OrderSender* orders) { orders_ = orders; }
   void wake();
 
   void start();
@@ -96,6 +100,8 @@ class Engine final : public Worker {
   bool receive_commands();
   void fail_all(const Error& why);
   bool join_round(const StepPlan& plan);
+  void enter_group();
+  Status send_order();
   void wait_for_group();
   void lose_group(const Error& why);
   void wait_for_work();
@@ -136,6 +142,7 @@ class Engine final : public Worker {
   transfer::Agent* agent_ = nullptr;
   ExpertLoadRecorder* expert_load_ = nullptr;
   Lockstep* lockstep_ = nullptr;
+  tp::OrderSender* orders_ = nullptr;
 
   // Shared with other threads.
   alignas(comm::Bell::kBytes) std::array<std::byte, comm::Bell::kBytes> bell_memory_{};
@@ -152,6 +159,7 @@ class Engine final : public Worker {
   Scheduler scheduler_;
   model::Batch batch_;
   bool has_group_ = false;  // an epoch stood when last looked at
+  tp::CacheNews news_;      // for the other tensor ranks, since the last step
   int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
   bool is_split_ = false;   // this step has two parts
   StepTimes step_times_;    // of the running step

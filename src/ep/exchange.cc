@@ -17,10 +17,10 @@ namespace {
 
 constexpr int64_t kPrefetchedTags = 16;
 
-// Of the second lane.
+// Of the second lane. Rounded up: tensor ranks share the rows of each part.
 model::ExchangeShape second_shape(const model::ExchangeShape& first) {
   model::ExchangeShape shape = first;
-  shape.max_rows = std::max<int64_t>(1, first.max_rows / 2);
+  shape.max_rows = (first.max_rows + 1) / 2;
   return shape;
 }
 

@@ -37,6 +37,10 @@ enum class Channel : uint8_t {
   kBarrier,
   kWeights,
   kMove,
+  kReduce,
+  kShare,
+  kLogits,
+  kOrders,
   // Of the second part of a step.
   kSecondCounts,
   kSecondDispatch,

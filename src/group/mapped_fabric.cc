@@ -40,6 +40,10 @@ const char* channel_name(Channel channel) {
     case Channel::kBarrier: return "barrier";
     case Channel::kWeights: return "weights";
     case Channel::kMove: return "move";
+    case Channel::kReduce: return "reduce";
+    case Channel::kShare: return "share";
+    case Channel::kLogits: return "logits";
+    case Channel::kOrders: return "orders";
     case Channel::kSecondCounts: return "second counts";
     case Channel::kSecondDispatch: return "second dispatch";
     case Channel::kSecondCombine: return "second combine";

@@ -113,6 +113,13 @@ int64_t BlockPool::drop_cached() {
   return dropped;
 }
 
+void BlockPool::forget_prefixes() {
+  drop_cached();
+  for (Block& block : blocks_) {
+    if (block.prefix) forget_prefix(block);
+  }
+}
+
 void BlockPool::check_integrity() const {
   int64_t held = 0;
   int64_t with_prefix = 0;

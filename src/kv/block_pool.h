@@ -54,6 +54,8 @@ class BlockPool {
   std::optional<BlockId> find_prefix(const Hash256& prefix) const;
   // Forgets every prefix that nobody holds; returns how many.
   int64_t drop_cached();
+  // Forgets all, also those of held blocks: no content is known any more.
+  void forget_prefixes();
 
   // CHECKs that lists, states and counts agree; O(num_blocks). For tests and idle moments.
   void check_integrity() const;

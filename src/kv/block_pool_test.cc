@@ -37,6 +37,21 @@ TEST(BlockPool, CachedPrefixIsFoundAndEvictedLast) {
   pool.check_integrity();
 }
 
+TEST(BlockPool, ForgottenPrefixesAreNotFoundEvenOfHeldBlocks) {
+  BlockPool pool(3);
+  const std::vector<BlockId> blocks = pool.allocate(2);
+  pool.register_prefix(blocks[0], name(0));
+  pool.register_prefix(blocks[1], name(1));
+  pool.release(blocks[1]);
+  pool.forget_prefixes();
+  EXPECT_EQ(pool.find_prefix(name(0)), std::nullopt);
+  EXPECT_EQ(pool.find_prefix(name(1)), std::nullopt);
+  EXPECT_EQ(pool.num_cached(), 0);
+  pool.release(blocks[0]);
+  EXPECT_TRUE(pool.is_free(blocks[0]));
+  pool.check_integrity();
+}
+
 TEST(BlockPool, PinnedBlockIsNotReusedAfterItsSequenceIsGone) {
   BlockPool pool(2);
   const std::vector<BlockId> blocks = pool.allocate(2);

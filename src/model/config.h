@@ -13,6 +13,7 @@
 #include "src/kernels/ops.h"
 #include "src/model/json_fields.h"
 #include "src/model/quant_config.h"
+#include "src/model/tensor_exchange.h"
 
 namespace tandem::model {
 
@@ -88,6 +89,8 @@ struct ModelConfig {
   std::vector<bool> layer_is_moe;  // [num_layers]
   QuantConfig quant;
   GenerationConfig generation;
+  // Of tensor parallelism (tensor_split.h): heads and widths above are this rank's share.
+  TensorShard tensor;
   std::string canonical_json;  // sorted keys, without those that cannot change a result; for the fingerprint
 };
 

@@ -38,7 +38,9 @@ void Decoder::list_weights(WeightPlan& plan) {
     mlp_.list_weights(plan, layer, prefix + "mlp.");
   }
   plan.vector(final_norm_, "model.norm.weight", hidden);
-  if (!config_.tied_embeddings) plan.head(head_, "lm_head", config_.vocab_size, hidden);
+  if (!config_.tied_embeddings) {
+    plan.head(head_, "lm_head", config_.vocab_size, hidden, has_split_head() ? Split::kRows : Split::kNone);
+  }
 }
 
 KvLayout Decoder::make_kv_layout(int64_t block_size, DType kv_dtype) const {
@@ -59,6 +61,7 @@ void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dt
   uploader_ = std::make_unique<StepUploader>(ops_, *stream_, limits);
   attention_->allocate(capacity);
   if (exchange_ != nullptr) exchange_->prepare(ops_, *stream_, exchange_shape(capacity));
+  if (tensor_ != nullptr) tensor_->prepare(ops_, *stream_, tensor_shape(capacity));
   mlp_.allocate(capacity.rows);
   const DType dtype = ops_.activation_dtype();
   for (DeviceTensor* tensor : {&residual_, &hidden_, &delta_}) {
@@ -67,18 +70,30 @@ void Decoder::allocate(const Capacity& capacity, int64_t block_size, DType kv_dt
   for (DeviceTensor* tensor : {&wanted_residual_, &wanted_delta_, &wanted_hidden_}) {
     *tensor = DeviceTensor(ops_, dtype, capacity.chunks, config_.hidden_size);
   }
-  logits_device_ = DeviceTensor(ops_, DType::kF32, capacity.chunks, config_.vocab_size);
+  const int64_t cols = config_.tensor.rank == 0 ? config_.vocab_size : logit_cols();
+  logits_device_ = DeviceTensor(ops_, DType::kF32, capacity.chunks, cols);
 }
 
 ExchangeShape Decoder::exchange_shape(const Capacity& capacity) const {
   ExchangeShape shape;
-  shape.max_rows = capacity.rows;
+  shape.max_rows = (capacity.rows + config_.tensor.size - 1) / config_.tensor.size;
   shape.hidden = config_.hidden_size;
   shape.top_k = config_.moe.router.top_k;
   shape.num_experts = config_.moe.num_experts;
   shape.formats = mlp_.expert_formats();
   return shape;
 }
+
+TensorShape Decoder::tensor_shape(const Capacity& capacity) const {
+  return {capacity.rows, config_.hidden_size, capacity.chunks, has_split_head() ? logit_cols() : 0};
+}
+
+// A head that is the embedding, or has a size that the ranks cannot share, belongs to rank 0.
+bool Decoder::has_split_head() const {
+  return config_.tensor.size > 1 && !config_.tied_embeddings && config_.vocab_size % config_.tensor.size == 0;
+}
+
+int64_t Decoder::logit_cols() const { return has_split_head() ? config_.vocab_size / config_.tensor.size : config_.vocab_size; }
 
 Status Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) {
   CHECK(cache.layout() == info_.kv);
@@ -87,7 +102,7 @@ Status Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_
   const UploadedBatch uploaded = uploader_->upload(batch, cache);
   mlp_.begin_step(batch);
   TANDEM_TRY(forward_layers(make_lanes(uploaded), cache, on_layer_done));
-  if (!batch.logit_rows.empty()) compute_logits(uploaded);
+  if (!batch.logit_rows.empty()) TANDEM_TRY(compute_logits(uploaded));
   ops_.synchronize(*stream_);
   mlp_.read_routing(uploaded.rows);
   return {};
@@ -131,7 +146,7 @@ Status Decoder::forward_layers(std::span<const Lane> lanes, const KvCache& cache
         ops_.synchronize(*stream_);
         on_layer_done(static_cast<int>(layer));
       }
-      attend(lane, layer, cache);
+      TANDEM_TRY(attend(lane, layer, cache));
       TANDEM_TRY(mlp_.send(layer, lane.mlp));
     }
     for (const Lane& lane : lanes) TANDEM_TRY(mlp_.compute(layer, lane.mlp));
@@ -154,24 +169,32 @@ void Decoder::begin_layer(const Lane& lane, int64_t layer, const KvCache& cache)
 }
 
 // Until the MLP's input is in `hidden`.
-void Decoder::attend(const Lane& lane, int64_t layer, const KvCache& cache) {
+Status Decoder::attend(const Lane& lane, int64_t layer, const KvCache& cache) {
   attention_->attend(*lane.step, layer, cache.layer(layer), lane.mlp.out);
+  if (tensor_ != nullptr) TANDEM_TRY(tensor_->sum(lane.mlp.out));
   ops_.add_rms_norm(*stream_, lane.residual, lane.mlp.out, norms_[static_cast<size_t>(layer)].mlp.all(),
                     config_.rms_norm_eps, lane.mlp.hidden);
+  return {};
 }
 
 // The last sum and norm, and the head, for the wanted rows alone.
-void Decoder::compute_logits(const UploadedBatch& batch) {
+Status Decoder::compute_logits(const UploadedBatch& batch) {
   const int64_t wanted = batch.logit_rows.rows;
+  const bool is_first = config_.tensor.rank == 0;
+  if (!is_first && !has_split_head()) return {};
   const Tensor hidden = wanted_hidden_.rows(wanted);
   ops_.gather_rows(*stream_, residual_.rows(batch.rows), batch.logit_rows, wanted_residual_.rows(wanted));
   ops_.gather_rows(*stream_, delta_.rows(batch.rows), batch.logit_rows, wanted_delta_.rows(wanted));
   ops_.add_rms_norm(*stream_, wanted_residual_.rows(wanted), wanted_delta_.rows(wanted), final_norm_.all(),
                     config_.rms_norm_eps, hidden);
-  ops_.linear(*stream_, hidden, head_ == nullptr ? *embedding_ : *head_, logits_device_.rows(wanted));
+  const Tensor logits = logits_device_.rows(wanted);
+  ops_.linear(*stream_, hidden, head_ == nullptr ? *embedding_ : *head_, logits.col_slice(0, logit_cols()));
+  if (has_split_head()) TANDEM_TRY(tensor_->gather_columns(logits));
+  if (!is_first) return {};
   num_logits_ = static_cast<size_t>(wanted);
   logits_.resize(num_logits_ * static_cast<size_t>(config_.vocab_size));
   ops_.read_back(*stream_, logits_device_.all().address, std::as_writable_bytes(std::span(logits_)));
+  return {};
 }
 
 std::span<const float> Decoder::logits(size_t index) const {

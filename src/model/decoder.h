@@ -23,6 +23,8 @@ class Decoder final : public Model {
   }
   // Before list_weights().
   void set_exchange(ExpertExchange* exchange) { exchange_ = exchange, mlp_.set_exchange(exchange); }
+  // As the config says, which is then this rank's share (tensor_split.h).
+  void set_tensor(TensorExchange* tensor) { tensor_ = tensor, mlp_.set_tensor(tensor); }
   // Lists every tensor of the model; `plan` must be made for stream().
   void list_weights(WeightPlan& plan);
   // What the cache must look like.
@@ -31,6 +33,7 @@ class Decoder final : public Model {
   void set_routing(bool is_kept, const RoutingSimulation& simulation) { mlp_.set_routing(is_kept, simulation); }
   // Once listed: what an exchange has to carry.
   ExchangeShape exchange_shape(const Capacity& capacity) const;
+  TensorShape tensor_shape(const Capacity& capacity) const;
   // Allocates all scratch memory, once the weights are there.
   void allocate(const Capacity& capacity, int64_t block_size, kernels::DType kv_dtype, ModelInfo info);
   kernels::Stream& stream() { return *stream_; }
@@ -55,9 +58,11 @@ class Decoder final : public Model {
   std::vector<Lane> make_lanes(const UploadedBatch& batch) const;
   Status forward_layers(std::span<const Lane> lanes, const KvCache& cache, const LayerDone& on_layer_done);
   void begin_layer(const Lane& lane, int64_t layer, const KvCache& cache);
-  void attend(const Lane& lane, int64_t layer, const KvCache& cache);
+  Status attend(const Lane& lane, int64_t layer, const KvCache& cache);
   Status forward_without_rows();
-  void compute_logits(const UploadedBatch& batch);
+  Status compute_logits(const UploadedBatch& batch);
+  bool has_split_head() const;
+  int64_t logit_cols() const;
 
   kernels::Ops& ops_;
   std::unique_ptr<kernels::Stream> stream_;
@@ -66,6 +71,7 @@ class Decoder final : public Model {
   std::unique_ptr<Attention> attention_;
   MlpLayers mlp_;
   ExpertExchange* exchange_ = nullptr;
+  TensorExchange* tensor_ = nullptr;
   std::unique_ptr<kernels::Weight> embedding_;  // [V, H]
   std::unique_ptr<kernels::Weight> head_;       // [V, H]; null: the embedding
   std::vector<Norms> norms_;

@@ -7,6 +7,7 @@
 #include "src/model/decoder.h"
 #include "src/model/memory_needs.h"
 #include "src/model/sources.h"
+#include "src/model/tensor_split.h"
 
 namespace tandem::model {
 namespace {
@@ -126,10 +127,13 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   TANDEM_ASSIGN(WeightFormats formats,
                 choose_formats(options.quantization, config.quant, options.format == LoadFormat::kDummy,
                                !config.tied_embeddings, is_f32 ? kF32Weights : kBf16Weights));
+  if (options.tensor != nullptr) TANDEM_TRY(split_config(config, options.tensor->shard()));
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
   decoder->set_exchange(options.exchange);
+  decoder->set_tensor(options.tensor);
   if (options.moves_experts) decoder->keep_source(source, formats);
   WeightPlan plan(ops, decoder->stream(), *source, std::move(formats));
+  plan.set_shard(decoder->config().tensor);
   decoder->list_weights(plan);
   TANDEM_TRY(plan.status());
   log_formats(decoder->config(), options, plan);
@@ -141,6 +145,9 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
     needs.workspace_bytes = workspace_bytes(decoder->config(), capacity, options.keep_routing);
     if (options.exchange != nullptr) {
       needs.workspace_bytes += options.exchange->extra_bytes(ops, decoder->exchange_shape(capacity));
+    }
+    if (options.tensor != nullptr) {
+      needs.workspace_bytes += options.tensor->extra_bytes(decoder->tensor_shape(capacity));
     }
     if (options.moves_experts) {  // spares for the experts of one layer
       const std::vector<bool>& is_moe = decoder->config().layer_is_moe;

@@ -35,13 +35,15 @@ int64_t scale_bytes(const WeightSource& source, const WeightPlan::Task& task, co
 int64_t staging_bytes(const WeightSource& source, const WeightPlan::Task& task) {
   const bool has_views =
       std::all_of(task.refs.begin(), task.refs.end(), [&](const MatrixRef& ref) { return source.has_view(ref); });
-  if (!task.format.is_integer() && has_views && task.parts == 1 && !task.must_be_dense) return 0;
+  const bool is_in_place = !task.format.is_integer() && has_views && task.parts == 1 && !task.must_be_dense;
+  if (is_in_place && task.kept.is_all()) return 0;
   int64_t bytes = 0;
   for (const MatrixRef& ref : task.refs) {
     const bool is_bf16 = task.format.type == kernels::WeightType::kBf16;
     bytes += task.format.is_integer() ? packed_bytes(task.format, ref.n, ref.k, kStoredScaleBytes)
                                       : (is_bf16 ? 2 : 4) * ref.n * ref.k;
   }
+  if (!task.kept.is_all()) bytes += task.kept.share_of(bytes);  // cut out of them
   return bytes;
 }
 
@@ -55,7 +57,7 @@ void count_weights(const WeightPlan& plan, MemoryNeeds& needs) {
     needs.weight_bytes += 4 * task.n;  // a vector
     int64_t bytes = 0;
     for (const MatrixRef& ref : task.refs) {
-      bytes += packed_bytes(task.format, ref.n, ref.k, scale_bytes(plan.source(), task, ref));
+      bytes += task.kept.share_of(packed_bytes(task.format, ref.n, ref.k, scale_bytes(plan.source(), task, ref)));
     }
     needs.weight_bytes += bytes;
     // A batch of matrices, or one of it.

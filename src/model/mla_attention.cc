@@ -51,20 +51,22 @@ class MlaAttention final : public Attention {
     Layer& layer = layers_[static_cast<size_t>(index)];
     const int64_t hidden = config_.hidden_size;
     const int64_t q_rank = config_.mla.q_lora_rank;
+    const int64_t ranks = config_.tensor.size;
     if (q_rank > 0) {
       plan.attention_input(layer.q_a, prefix + "q_a_proj", q_rank, hidden);
       plan.vector(layer.q_a_norm, prefix + "q_a_layernorm.weight", q_rank);
-      plan.attention_input(layer.q, prefix + "q_b_proj", q_cols(), q_rank);
+      plan.attention_input(layer.q, prefix + "q_b_proj", ranks * q_cols(), q_rank, Split::kRows);
     } else {
-      plan.attention_input(layer.q, prefix + "q_proj", q_cols(), hidden);
+      plan.attention_input(layer.q, prefix + "q_proj", ranks * q_cols(), hidden, Split::kRows);
     }
     plan.attention_input(layer.kv_a, prefix + "kv_a_proj_with_mqa", latent_dim_ + rope_dim_, hidden);
     plan.vector(layer.kv_a_norm, prefix + "kv_a_layernorm.weight", latent_dim_);
-    plan.derived(prefix + "kv_b_proj", heads_ * (nope_dim_ + value_dim_), latent_dim_,
+    plan.derived(prefix + "kv_b_proj", ranks * heads_ * kv_head_cols(), latent_dim_,
                  [this, &plan, &layer](std::span<const kernels::HostMatrix> kv_b) {
-                   layer.kv_b = pack_mla_kv_b(plan, kv_b[0], {heads_, heads_per_group(), nope_dim_, value_dim_});
+                   const MlaKvBShape shape{heads_, heads_per_group(), nope_dim_, value_dim_};
+                   layer.kv_b = pack_mla_kv_b(plan, own_heads(kv_b[0]), shape);
                  });
-    plan.linear(layer.o, prefix + "o_proj", hidden, heads_ * value_dim_);
+    plan.linear(layer.o, prefix + "o_proj", hidden, ranks * heads_ * value_dim_, Split::kColumns);
   }
 
   void allocate(const Capacity& capacity) override {
@@ -128,6 +130,14 @@ class MlaAttention final : public Attention {
     MlaKvB kv_b;
     std::unique_ptr<Weight> o;
   };
+
+  // The rows of kv_b that belong to this rank's heads.
+  kernels::HostMatrix own_heads(const kernels::HostMatrix& kv_b) const {
+    kernels::HostMatrix own = kv_b;
+    own.n = heads_ * kv_head_cols();
+    own.data += config_.tensor.rank * own.n * kv_b.k * kernels::dtype_bytes(kv_b.dtype);
+    return own;
+  }
 
   void project(const Tensor& hidden, const Weight& first, const Tensor& first_out, const Weight& second,
                const Tensor& second_out) {

@@ -33,10 +33,11 @@ void MlpLayers::list_weights(WeightPlan& plan, int64_t index, const std::string&
 
 void MlpLayers::list_dense(WeightPlan& plan, Dense& dense, int64_t width, const std::string& prefix) {
   const int64_t hidden = config_.hidden_size;
+  const int64_t whole = config_.tensor.size * width;
   dense.width = width;
   plan.batched(dense.gate_up,
-               {{prefix + "gate_proj.weight", width, hidden}, {prefix + "up_proj.weight", width, hidden}}, 2);
-  plan.linear(dense.down, prefix + "down_proj", hidden, width);
+               {{prefix + "gate_proj.weight", whole, hidden}, {prefix + "up_proj.weight", whole, hidden}}, 2, Split::kRows);
+  plan.linear(dense.down, prefix + "down_proj", hidden, whole, Split::kColumns);
 }
 
 void MlpLayers::list_experts(WeightPlan& plan, Layer& layer) const {
@@ -159,22 +160,37 @@ void MlpLayers::simulate_routing(const Layer& layer, int64_t first_row, const Te
   ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_).subspan(first, count)));
 }
 
+// Of a part's rows those that this rank asks experts for.
+RowRange MlpLayers::own_rows(const MlpRows& part) const {
+  const int64_t rows = part.hidden.rows;
+  return tensor_ == nullptr ? RowRange{0, rows} : tensor_->own_rows(rows);
+}
+
 Status MlpLayers::send(int64_t index, const MlpRows& part) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
   if (layer.router == nullptr) return {};
-  if (part.hidden.rows > 0) route(layer, part);
+  const RowRange own = own_rows(part);
+  const Tensor hidden = part.hidden.row_slice(own.first, own.count);
+  // Routing that is kept is that of all rows.
+  if (keeps_routing_) {
+    route(layer, part.first_row, part.hidden);
+  } else {
+    route(layer, part.first_row + own.first, hidden);
+  }
   if (exchange_ == nullptr) return {};
-  const Tensor ids = expert_ids(layer, part.first_row, part.hidden.rows);
-  return exchange_->lane(part.lane).dispatch(layer.moe_index, part.hidden, ids);
+  const Tensor ids = expert_ids(layer, part.first_row + own.first, own.count);
+  return exchange_->lane(part.lane).dispatch(layer.moe_index, hidden, ids);
 }
 
-void MlpLayers::route(const Layer& layer, const MlpRows& part) {
-  const int64_t rows = part.hidden.rows;
-  const Tensor ids = expert_ids(layer, part.first_row, rows);
-  const Tensor weights = expert_weights_.all().row_slice(part.first_row, rows);
-  ops_.linear(stream_, part.hidden, *layer.router, router_logits_.rows(rows));
-  ops_.route(stream_, router_logits_.rows(rows), layer.correction_bias.all(), config_.moe.router, ids, weights);
-  if (simulated_) simulate_routing(layer, part.first_row, ids, weights);
+// Chooses the experts of `hidden`, which begins at row `first_row` of the step.
+void MlpLayers::route(const Layer& layer, int64_t first_row, const Tensor& hidden) {
+  if (hidden.rows == 0) return;
+  const Tensor logits = router_logits_.rows(hidden.rows);
+  const Tensor ids = expert_ids(layer, first_row, hidden.rows);
+  const Tensor weights = expert_weights_.all().row_slice(first_row, hidden.rows);
+  ops_.linear(stream_, hidden, *layer.router, logits);
+  ops_.route(stream_, logits, layer.correction_bias.all(), config_.moe.router, ids, weights);
+  if (simulated_) simulate_routing(layer, first_row, ids, weights);
 }
 
 Status MlpLayers::compute(int64_t index, const MlpRows& part) {
@@ -187,16 +203,18 @@ Status MlpLayers::compute(int64_t index, const MlpRows& part) {
 
 // All experts are here.
 void MlpLayers::compute_own_experts(const Layer& layer, const MlpRows& part) {
-  const Tensor ids = expert_ids(layer, part.first_row, part.hidden.rows);
+  const RowRange own = own_rows(part);
+  const Tensor ids = expert_ids(layer, part.first_row + own.first, own.count);
   const Tensor order = order_.rows(ids.rows * ids.cols);
   ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
-  ops_.expert_mlp(stream_, part.hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
-                  own_outputs(part));
+  ops_.expert_mlp(stream_, part.hidden.row_slice(own.first, own.count), order, offsets_.all(), ids.cols,
+                  *layer.expert_gate_up, *layer.expert_down, own_outputs(part));
 }
 
 Tensor MlpLayers::own_outputs(const MlpRows& part) const {
+  const RowRange own = own_rows(part);
   const int64_t top_k = config_.moe.router.top_k;
-  return expert_out_.all().row_slice(part.first_row * top_k, part.hidden.rows * top_k);
+  return expert_out_.all().row_slice((part.first_row + own.first) * top_k, own.count * top_k);
 }
 
 // Slots of all ranks' rows whose experts are here.
@@ -214,22 +232,30 @@ Status MlpLayers::finish(int64_t index, const MlpRows& part) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
   const int64_t rows = part.hidden.rows;
   if (layer.router == nullptr) {
-    if (rows > 0) forward_dense(layer.dense, part.hidden, part.out);
-    return {};
+    if (rows == 0) return {};
+    forward_dense(layer.dense, part.hidden, part.out);
+    return tensor_ == nullptr ? Status() : tensor_->sum(part.out);
   }
-  // While outputs may still be on their way.
+  // Shared experts first: outputs of the others may still be on their way.
   const bool has_shared = layer.dense.width > 0 && rows > 0;
   const Tensor shared_out = shared_out_.rows(rows);
-  if (has_shared) forward_dense(layer.dense, part.hidden, shared_out);
+  if (has_shared) {
+    forward_dense(layer.dense, part.hidden, shared_out);
+    if (tensor_ != nullptr) TANDEM_TRY(tensor_->reduce(shared_out));
+  }
   Tensor outputs;
   if (exchange_ == nullptr) {
     outputs = own_outputs(part);
   } else {
     TANDEM_ASSIGN(outputs, exchange_->lane(part.lane).collect());
   }
-  if (rows > 0) ops_.combine(stream_, outputs, expert_weights_.all().row_slice(part.first_row, rows), part.out);
-  if (has_shared) ops_.add(stream_, part.out, shared_out);
-  return {};
+  const RowRange own = own_rows(part);
+  if (own.count > 0) {
+    const Tensor out = part.out.row_slice(own.first, own.count);
+    ops_.combine(stream_, outputs, expert_weights_.all().row_slice(part.first_row + own.first, own.count), out);
+    if (has_shared) ops_.add(stream_, out, shared_out.row_slice(own.first, own.count));
+  }
+  return tensor_ == nullptr || rows == 0 ? Status() : tensor_->share(part.out);
 }
 
 void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Tensor& out) {

@@ -16,6 +16,7 @@
 #include "src/model/expert_exchange.h"
 #include "src/model/expert_store.h"
 #include "src/model/routing_simulation.h"
+#include "src/model/tensor_exchange.h"
 #include "src/model/weights.h"
 
 namespace tandem::model {
@@ -34,6 +35,8 @@ class MlpLayers final : public ExpertStore {
 
   // Before list_weights: only the experts of the exchange's shard are loaded, and rows travel through it.
   void set_exchange(ExpertExchange* exchange) { exchange_ = exchange; }
+  // With tensor parallelism: `out` of finish() is summed and shared over the ranks.
+  void set_tensor(TensorExchange* tensor) { tensor_ = tensor; }
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
   void allocate(int64_t max_rows);
@@ -89,7 +92,8 @@ class MlpLayers final : public ExpertStore {
   Layer& moe_layer(int64_t index);
   const Layer& moe_layer(int64_t index) const { return const_cast<MlpLayers*>(this)->moe_layer(index); }
   void forward_dense(const Dense& dense, const kernels::Tensor& hidden, const kernels::Tensor& out);
-  void route(const Layer& layer, const MlpRows& part);
+  RowRange own_rows(const MlpRows& part) const;
+  void route(const Layer& layer, int64_t first_row, const kernels::Tensor& hidden);
   void compute_own_experts(const Layer& layer, const MlpRows& part);
   Status compute_arrived(const Layer& layer, ExpertExchange& exchange);
   kernels::Tensor expert_ids(const Layer& layer, int64_t first_row, int64_t rows) const;
@@ -101,6 +105,7 @@ class MlpLayers final : public ExpertStore {
   kernels::Stream& stream_;
   const ModelConfig& config_;
   ExpertExchange* exchange_ = nullptr;
+  TensorExchange* tensor_ = nullptr;
   std::vector<Layer> layers_;
   std::shared_ptr<const WeightSource> source_;  // null unless kept
   WeightFormats source_formats_;

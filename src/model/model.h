@@ -17,6 +17,7 @@
 #include "src/model/kv_cache.h"
 #include "src/model/quantization.h"
 #include "src/model/routing_simulation.h"
+#include "src/model/tensor_exchange.h"
 
 namespace tandem::model {
 
@@ -39,6 +40,8 @@ struct LoadOptions {
   uint64_t dummy_seed = 0;
   // Null: this rank has all experts. Else those of its shard are loaded; must outlive the model.
   ExpertExchange* exchange = nullptr;
+  // Null: this rank has whole layers. Else its share of heads and dense widths is loaded; must outlive the model.
+  TensorExchange* tensor = nullptr;
   bool moves_experts = false;    // for Model::expert_store: the files stay open
   bool keep_routing = false;     // for Model::routed_experts
   RoutingSimulation simulation;  // instead of the routers' choices
@@ -73,11 +76,12 @@ class Model {
   virtual const ModelInfo& info() const = 0;
 
   // Computes every row of `batch`; afterwards logits(i) is row i of batch.logit_rows. `on_layer_done` may be empty.
-  // With an ExpertExchange all ranks call it together, those without rows too; a fault is that of the lost group, and
+  // With an ExpertExchange or a TensorExchange all ranks call it together, those without rows too; a fault is that of the lost group, and
   // what the step wrote to the cache is void then.
   virtual Status forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) = 0;
 
-  // f32 logits [vocab_size] of the i-th wanted row of the last forward, in host memory; valid until the next.
+  // f32 logits [vocab_size] of the i-th wanted row of the last forward, in host memory; valid until the next. Only at
+  // the first of the tensor ranks.
   virtual std::span<const float> logits(size_t index) const = 0;
 
   // With LoadOptions::keep_routing: the experts that each row of the last forward was routed to in the `index`-th of

@@ -60,10 +60,11 @@ class Qwen3Attention final : public Attention {
   void list_weights(WeightPlan& plan, int64_t index, const std::string& prefix) override {
     Layer& layer = layers_[static_cast<size_t>(index)];
     const int64_t hidden = config_.hidden_size;
-    plan.attention_input(layer.q, prefix + "q_proj", q_cols_, hidden);
-    plan.attention_input(layer.k, prefix + "k_proj", kv_cols_, hidden);
-    plan.attention_input(layer.v, prefix + "v_proj", kv_cols_, hidden);
-    plan.linear(layer.o, prefix + "o_proj", hidden, q_cols_);
+    const int64_t ranks = config_.tensor.size;
+    plan.attention_input(layer.q, prefix + "q_proj", ranks * q_cols_, hidden, Split::kRows);
+    plan.attention_input(layer.k, prefix + "k_proj", ranks * kv_cols_, hidden, Split::kRows);
+    plan.attention_input(layer.v, prefix + "v_proj", ranks * kv_cols_, hidden, Split::kRows);
+    plan.linear(layer.o, prefix + "o_proj", hidden, ranks * q_cols_, Split::kColumns);
     plan.vector(layer.q_norm, prefix + "q_norm.weight", config_.gqa.head_dim);
     plan.vector(layer.k_norm, prefix + "k_norm.weight", config_.gqa.head_dim);
   }

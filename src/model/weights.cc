@@ -37,12 +37,13 @@ void WeightPlan::note(const Status& status) {
   if (status_.ok() && !status.ok()) status_ = status;
 }
 
-void WeightPlan::linear(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices("linear", {{module + ".weight", n, k}}, 1, formats_.linear, out);
+void WeightPlan::linear(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k, Split split) {
+  add_matrices("linear", {{module + ".weight", n, k}}, 1, formats_.linear, out, split);
 }
 
-void WeightPlan::attention_input(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
-  add_matrices("attention input", {{module + ".weight", n, k}}, 1, formats_.linear, out);
+void WeightPlan::attention_input(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k,
+                                 Split split) {
+  add_matrices("attention input", {{module + ".weight", n, k}}, 1, formats_.linear, out, split);
 }
 
 void WeightPlan::embedding(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
@@ -55,7 +56,7 @@ void WeightPlan::router(std::unique_ptr<Weight>& out, const std::string& module,
   add_matrices("router", {ref}, 1, is_bf16 ? kernels::kBf16WeightsWideInput : kF32Weights, out);
 }
 
-void WeightPlan::head(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k) {
+void WeightPlan::head(std::unique_ptr<Weight>& out, const std::string& module, int64_t n, int64_t k, Split split) {
   const MatrixRef ref{module + ".weight", n, k};
   std::optional<WeightFormat> wanted = formats_.head;
   if (wanted && formats_.head_is_default && source_.check_matrix(ref).ok()) {
@@ -63,12 +64,12 @@ void WeightPlan::head(std::unique_ptr<Weight>& out, const std::string& module, i
     wanted = source_.integer_format(ref).value_or(*wanted);
     wanted->activation_bits = activation_bits;
   }
-  add_matrices("lm_head", {ref}, 1, wanted, out);
+  add_matrices("lm_head", {ref}, 1, wanted, out, split);
 }
 
-void WeightPlan::batched(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts) {
+void WeightPlan::batched(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts, Split split) {
   const bool is_one = static_cast<int64_t>(refs.size()) == parts;
-  add_matrices(is_one ? "linear" : "experts", std::move(refs), parts, formats_.linear, out);
+  add_matrices(is_one ? "linear" : "experts", std::move(refs), parts, formats_.linear, out, split);
 }
 
 void WeightPlan::batched_subset(std::unique_ptr<Weight>& out, std::vector<MatrixRef> refs, int64_t parts,
@@ -136,13 +137,15 @@ WeightFormat WeightPlan::choose_format(std::string_view kind, const std::vector<
 }
 
 void WeightPlan::add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
-                              const std::optional<WeightFormat>& wanted, std::unique_ptr<Weight>& out) {
+                              const std::optional<WeightFormat>& wanted, std::unique_ptr<Weight>& out, Split split) {
   for (const MatrixRef& ref : refs) note(source_.check_matrix(ref));
   WeightFormat format = status_.ok() ? choose_format(kind, refs, wanted) : formats_.dense;
   if (kind == "attention input") format = with_wide_input(format);
   note_format(kind, format);
   note(check_group_columns(refs[0], format));
   Task task;
+  task.kept = {split, shard_.rank, shard_.size};
+  note(check_part(refs[0].tensor, refs[0].n, refs[0].k, format, task.kept));
   task.refs = std::move(refs);
   task.parts = parts;
   task.format = format;
@@ -196,7 +199,8 @@ Status WeightPlan::load_matrices(const Task& task) {
           "quantised; fetch the file again",
           printable(task.refs[0].tensor));
     }
-    task.use(integers_.matrices(task.parts * task.refs[0].n));
+    const std::vector<HostMatrix> whole = integers_.matrices(task.parts * task.refs[0].n);
+    task.use(MatrixParts(whole, task.parts, task.kept).matrices());
     return {};
   }
   const bool all_have_views =
@@ -204,14 +208,17 @@ Status WeightPlan::load_matrices(const Task& task) {
   if (all_have_views && task.parts == 1 && !task.must_be_dense) {
     std::vector<HostMatrix> matrices;
     for (const MatrixRef& ref : task.refs) matrices.push_back(source_.view(ref));
-    task.use(matrices);
-    for (const MatrixRef& ref : task.refs) source_.release(ref);
-    return {};
+    if (task.kept.is_all() || matrices.front().scales == nullptr) {
+      task.use(MatrixParts(matrices, 1, task.kept).matrices());
+      for (const MatrixRef& ref : task.refs) source_.release(ref);
+      return {};
+    }
   }
   const bool all_bf16 =
       std::all_of(task.refs.begin(), task.refs.end(), [&](const MatrixRef& ref) { return source_.is_bf16(ref); });
   const DType dtype = all_bf16 || task.format.type == kernels::WeightType::kBf16 ? DType::kBf16 : DType::kF32;
-  task.use(read_dense(source_, task.refs, task.parts, dtype, ops_.num_threads()).matrices);
+  const DenseMatrices whole = read_dense(source_, task.refs, task.parts, dtype, ops_.num_threads());
+  task.use(MatrixParts(whole.matrices, task.parts, task.kept).matrices());
   return {};
 }
 
@@ -227,7 +234,7 @@ Result<LoadedWeights> WeightPlan::load(Sha256& fingerprint, const std::function<
   CHECK(status_.ok());
   const auto parameters_of = [](const Task& task) {
     int64_t parameters = task.n;
-    for (const MatrixRef& ref : task.refs) parameters += ref.n * ref.k;
+    for (const MatrixRef& ref : task.refs) parameters += task.kept.share_of(ref.n * ref.k);
     return parameters;
   };
   loaded_ = {};

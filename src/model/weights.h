@@ -17,7 +17,9 @@
 #include "src/kernels/ops.h"
 #include "src/model/device_tensor.h"
 #include "src/model/integer_rows.h"
+#include "src/model/matrix_part.h"
 #include "src/model/quantization.h"
+#include "src/model/tensor_exchange.h"
 
 namespace tandem::model {
 
@@ -84,6 +86,7 @@ class WeightPlan {
     std::vector<MatrixRef> refs;
     std::vector<MatrixRef> identity;  // what enters the fingerprint instead, if only a part is loaded
     int64_t parts = 1;
+    MatrixPart kept;  // of each ref
     bool must_be_dense = false;
     kernels::WeightFormat format = kernels::kBf16Weights;
     Use use;
@@ -98,21 +101,29 @@ class WeightPlan {
 
   const WeightSource& source() const { return source_; }
 
-  // Every `out` must stay where it is until load() has returned.
+  // Before anything is listed: of what is split, this rank's part is loaded.
+  void set_shard(const TensorShard& shard) { shard_ = shard; }
+
+  // Every `out` must stay where it is until load() has returned. Sizes are those of the whole matrix.
 
   // "<module>.weight" [n, k].
-  void linear(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  void linear(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k,
+              Split split = Split::kNone);
   // The same for what queries, keys and latents are computed by, whose input is not rounded to bf16: attention makes
   // more of an error in its scores than other layers make of theirs (docs/performance.md).
-  void attention_input(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  void attention_input(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k,
+                       Split split = Split::kNone);
   // The same, never quantised.
   void embedding(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // The same, without loss: bf16 if it is stored so, else f32, and multiplied in f32.
   void router(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
   // The same in the format of the output head.
-  void head(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k);
+  void head(std::unique_ptr<kernels::Weight>& out, const std::string& module, int64_t n, int64_t k,
+            Split split = Split::kNone);
   // `batch` matrices, each the rows of `parts` consecutive refs on top of each other; all refs have the same n and k.
-  void batched(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts);
+  // Of a split one each ref is split.
+  void batched(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts,
+               Split split = Split::kNone);
   // Of such a batch only the matrices `chosen`, in that order; the others are checked and enter the fingerprint.
   void batched_subset(std::unique_ptr<kernels::Weight>& out, std::vector<MatrixRef> refs, int64_t parts,
                       std::span<const int32_t> chosen);
@@ -136,7 +147,8 @@ class WeightPlan {
 
  private:
   void add_matrices(std::string_view kind, std::vector<MatrixRef> refs, int64_t parts,
-                    const std::optional<kernels::WeightFormat>& wanted, std::unique_ptr<kernels::Weight>& out);
+                    const std::optional<kernels::WeightFormat>& wanted, std::unique_ptr<kernels::Weight>& out,
+                    Split split = Split::kNone);
   kernels::WeightFormat choose_format(std::string_view kind, const std::vector<MatrixRef>& refs,
                                       const std::optional<kernels::WeightFormat>& wanted);
   void note_format(std::string_view kind, const kernels::WeightFormat& format);
@@ -148,6 +160,7 @@ class WeightPlan {
   kernels::Stream& stream_;
   const WeightSource& source_;
   WeightFormats formats_;
+  TensorShard shard_;
   std::vector<Task> tasks_;
   // Kinds of weights in the order of their first mention, each with its formats and how many weights have them.
   std::vector<std::pair<std::string, std::map<std::string, int64_t>>> kinds_;
