@@ -116,13 +116,11 @@ Status take_values(BoundCommand& bound, Options& options) {
 }
 
 Status finish_options(Options& options) {
-  for (const OptionSpec& spec : option_table()) {
-    if ((spec.commands & static_cast<uint32_t>(options.command())) == 0) continue;
-    if (std::string_view(spec.name) == "config" && !options.text("config").empty()) {
-      const std::string path = options.text("config");
-      TANDEM_ASSIGN(const YAML::Node map, load_yaml_file(path));
-      TANDEM_TRY(apply_yaml_options(map, path, options));
-    }
+  for (const char* file : {"secret-config", "config"}) {
+    if (!find_option(options.command(), file).ok() || options.text(file).empty()) continue;
+    const std::string path = options.text(file);
+    TANDEM_ASSIGN(const YAML::Node map, load_yaml_file(path));
+    TANDEM_TRY(apply_yaml_options(map, path, options));
   }
   bool is_first = true;
   for (const OptionSpec& spec : option_table()) {

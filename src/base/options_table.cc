@@ -521,6 +521,9 @@ constexpr OptionSpec kTable[] = {
     // all that serve or measure
     {.name = "config", .commands = kServe | kRoute | kBench, .group = "Configuration", .type = kText,
      .default_text = "", .help = "YAML file with the same option names; the command line wins over it."},
+    {.name = "secret-config", .commands = kServe | kRoute, .group = "Configuration", .type = kText, .default_text = "",
+     .help = "The same for what must not stand on a command line, which every user of a machine can read: keys. May be "
+             "/dev/stdin."},
 };
 // clang-format on
 

@@ -11,7 +11,15 @@
 
 namespace tandem::cluster {
 
-// Starts `program` with `arguments`, in a process group of its own so that a Ctrl-C in the terminal reaches only us,
+// A child's command line without the values of secret options (OptionSpec::secret), which every user of the machine could
+// read there: they are its standard input instead, which --secret-config names.
+struct ChildCommand {
+  std::vector<std::string> arguments;
+  std::string input;  // YAML; "" for none
+};
+ChildCommand hide_secrets(const std::vector<std::string>& arguments);
+
+// Starts `program` with `arguments`, secrets hidden, in a process group of its own so that a Ctrl-C in the terminal reaches only us,
 // with stdout and stderr appended to `log_path`, no other open file, and SIGKILL when the calling thread dies.
 // Returns its pid, which is also its process group. kOwnErrors instead of a path: where our own stderr goes.
 inline constexpr const char* kOwnErrors = "";

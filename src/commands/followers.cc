@@ -49,8 +49,8 @@ Result<std::unique_ptr<cluster::RankProcesses>> start_followers(boost::asio::io_
                                                                 const GroupConfig& group, int64_t num_blocks,
                                                                 std::function<void(const Error&)> on_fatal) {
   // What belongs to an endpoint, or is decided by the first rank for all.
-  static constexpr std::array<std::string_view, 8> kNotTheirs{
-      "host", "port", "log-name", "otlp-endpoint", "config", "kv-transfer-config", "record-expert-load",
+  static constexpr std::array<std::string_view, 9> kNotTheirs{
+      "host", "port", "log-name", "otlp-endpoint", "config", "secret-config", "kv-transfer-config", "record-expert-load",
       "num-gpu-blocks-override"};
   std::vector<cluster::RankProcess> processes;
   for (int32_t t = 1; t < group.shape.tensor; ++t) {

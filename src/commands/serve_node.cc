@@ -70,7 +70,7 @@ Result<int64_t> find_free_port(const std::string& host) {
 // Everything that this node's ranks are told besides what the user said.
 std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeConfig& config, const std::string& host,
                                              const std::vector<int64_t>& ports, int64_t coordinator_port) {
-  static constexpr std::array<std::string_view, 5> kOwn{"host", "port", "log-name", "otlp-endpoint", "config"};
+  static constexpr std::array<std::string_view, 6> kOwn{"host", "port", "log-name", "otlp-endpoint", "config", "secret-config"};
   std::vector<cluster::RankProcess> ranks;
   for (int32_t rank = config.first_rank; rank < config.first_rank + config.num_ranks; ++rank) {
     cluster::RankProcess process;

@@ -115,7 +115,7 @@ class FollowerTest : public testing::Test {
 
 std::vector<TokenId> prompt_of(int32_t length, TokenId first) {
   std::vector<TokenId> prompt;
-  for (int32_t i = 0; i < length; ++i) prompt.push_back((first + 7 * i) % FakeModel::kVocab);
+  for (int32_t i = 0; i < length; ++i) prompt.push_back(static_cast<TokenId>((first + 7 * i) % FakeModel::kVocab));
   return prompt;
 }
 

@@ -163,3 +163,19 @@ def test_what_cannot_be_shared_is_refused(launcher):
         refused = launcher.serve(*options, wait=False)
         assert refused.popen.wait(30) == 1
         assert words in refused.read_log()
+
+
+def test_no_process_shows_the_key_on_its_command_line(launcher):
+    """Which every user of the machine can read; those of ranks and of their followers are written by us."""
+    server = start(launcher, "--data-parallel-size", 2, "--enable-expert-parallel", "--api-key", "a-key-of-mine", wait=False)
+    wait_until(lambda: http_json(server.url + "/health")[0] == 200, what="health")
+    body = {"model": "demo", "prompt": [5, 6], "max_tokens": 2}
+    assert http_json(server.url + "/v1/completions", body)[0] == 401
+    assert http_json(server.url + "/v1/completions", body, {"Authorization": "Bearer a-key-of-mine"})[0] == 200
+    children = [int(pid) for pid in re.findall(r"rank \d+ started, pid (\d+)", server.read_log())]
+    assert len(children) == 4
+    for pid in children:
+        with open(f"/proc/{pid}/cmdline") as command:
+            text = command.read()
+        assert "--secret-config" in text and "a-key-of-mine" not in text
+    server.stop()
