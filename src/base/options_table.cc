@@ -175,6 +175,13 @@ constexpr OptionSpec kTable[] = {
     {.name = "eplb-config", .commands = kServe, .group = "Ranks", .type = kObject, .default_text = "",
      .help = "JSON: window_size and step_interval in steps, num_redundant_experts over all ranks, log_balancedness, "
              "use_async, policy (default, swift, flash); also as --eplb-config.policy swift."},
+    {.name = "enable-dbo", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
+     .help = "Dual batch overlap: a step in two parts, one computing while the other's tokens travel, if all ranks have the "
+             "rows for it. docs/expert-parallel.md says where that pays."},
+    {.name = "dbo-decode-token-threshold", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "32",
+     .help = "--enable-dbo: rows of a rank, all generated, from which on it wants two parts.", .min = 2, .max = 1 << 24},
+    {.name = "dbo-prefill-token-threshold", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "512",
+     .help = "--enable-dbo: the same for steps with rows of prompts.", .min = 2, .max = 1 << 24},
     {.name = "dispatch-format", .commands = kServe, .group = "Ranks", .type = kChoice, .default_text = "exact",
      .help = "How rows travel to their experts: exact as the experts take them anyway, so that answers are those of one "
              "rank; the others round them first, int8 and fp8 with one scale for each row.",

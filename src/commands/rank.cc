@@ -52,6 +52,7 @@ Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config,
   options.backend = choice.backend;
   TANDEM_ASSIGN(options.row_format, kernels::parse_row_format(config.group->dispatch_format));
   options.window_offset = group::StepAgreement::window_bytes(size);
+  if (config.group->dual_batch.is_enabled) options.num_lanes = 2;
   return std::make_unique<ep::Exchange>(std::move(shard), options);
 }
 
@@ -172,6 +173,7 @@ Status Rank::make_engine(const RankConfig& config, int64_t sampled_vocab, const 
   engine::EngineOptions options;
   options.model_name = config.model_name;
   options.limits = config.limits;
+  if (config.group) options.dual_batch = config.group->dual_batch;
   options.spans = config.spans;
   options.first_token_from_decode = config.first_token_from_decode;
   options.limits.rows_depend_on_role = info().rows_depend_on_role;
@@ -275,6 +277,7 @@ std::vector<group::Fact> Rank::group_facts() const {
           {"instruction set (--cpu-isa)", ops_->name()},
           {"--all2all-backend", config_.group->backend},
           {"--dispatch-format", config_.group->dispatch_format},
+          {"--enable-dbo", config_.group->dual_batch.is_enabled ? "true" : "false"},
           {"--max-num-batched-tokens", std::to_string(config_.limits.max_num_batched_tokens)},
           {"--rank-timeout", fmt::format("{} us", config_.group->rank_timeout_us)}};
 }
@@ -290,7 +293,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
   options.http_address = http_address;
   options.facts = group_facts();
   if (tensor_ != nullptr) options.facts.push_back({"--max-num-seqs", std::to_string(config_.limits.max_num_seqs)});
-  options.window_bytes = exchange_->options().window_offset + exchange_->plan().bytes;
+  options.window_bytes = exchange_->window_end();
   if (balancing_) {
     model::ExpertStore& store = *model_->expert_store();
     if (store.slot_bytes(0)[0] == 0) {

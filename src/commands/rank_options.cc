@@ -41,6 +41,8 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   config.hosts_coordinator = config.rank.value == 0 && options.text("data-parallel-coordinator") == "auto";
   config.backend = options.text("all2all-backend");
   config.dispatch_format = options.text("dispatch-format");
+  config.dual_batch = {options.flag("enable-dbo"), options.integer("dbo-decode-token-threshold"),
+                       options.integer("dbo-prefill-token-threshold")};
   config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
   if (options.flag("enable-eplb")) {
     config.eplb_text = options.text("eplb-config");
@@ -107,6 +109,15 @@ Result<RankOptions> read_rank_options(const Options& options) {
     return invalid_argument("eplb-config", "--eplb-config needs --enable-eplb");
   }
   TANDEM_TRY(read_eplb(eplb));
+  for (const char* const name : {"dbo-decode-token-threshold", "dbo-prefill-token-threshold"}) {
+    if (options.is_set(name) && !options.flag("enable-dbo")) {
+      return invalid_argument(name, "--{} needs --enable-dbo", name);
+    }
+  }
+  if (shape.size() == 1 && options.flag("enable-dbo")) {
+    return invalid_argument("enable-dbo", "--enable-dbo computes while tokens travel between ranks, but "
+                                          "--data-parallel-size is 1");
+  }
   if (shape.size() == 1) {
     if (!options.flag("enable-eplb")) return RankOptions{};
     return invalid_argument("enable-eplb", "--enable-eplb moves experts between ranks, but there is one rank only");
@@ -129,6 +140,12 @@ std::vector<std::string> rank_arguments(const Options& options, const group::Gro
       "--data-parallel-rpc-port", std::to_string(coordinator_port), "--data-parallel-coordinator", "elsewhere",
       "--enable-expert-parallel", "--all2all-backend", options.text("all2all-backend"), "--dispatch-format",
       options.text("dispatch-format"), "--rank-timeout", std::to_string(options.number("rank-timeout"))};
+  if (options.flag("enable-dbo")) {
+    arguments.push_back("--enable-dbo");
+    for (const char* const name : {"dbo-decode-token-threshold", "dbo-prefill-token-threshold"}) {
+      arguments.insert(arguments.end(), {fmt::format("--{}", name), std::to_string(options.integer(name))});
+    }
+  }
   if (options.flag("enable-eplb")) arguments.push_back("--enable-eplb");
   if (const std::string& eplb = options.text("eplb-config"); !eplb.empty()) {
     arguments.insert(arguments.end(), {"--eplb-config", eplb});

@@ -8,6 +8,7 @@
 
 #include "src/base/options.h"
 #include "src/base/result.h"
+#include "src/engine/dual_batch.h"
 #include "src/eplb/config.h"
 #include "src/group/fabric.h"
 #include "src/group/shape.h"
@@ -25,6 +26,7 @@ struct GroupConfig {
   std::string dispatch_format;
   std::optional<eplb::EplbConfig> eplb;  // --enable-eplb
   std::string eplb_text;
+  engine::DualBatchLimits dual_batch;  // --enable-dbo
   int64_t rank_timeout_us = 0;
 
   int32_t data_rank() const { return rank.value / shape.tensor; }

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "src/api/frontend.h"
@@ -35,6 +36,19 @@
 
 namespace tandem::commands {
 namespace {
+
+// Columns, since there are many.
+std::string steps_json(const std::vector<engine::StepTimes>& steps) {
+  nlohmann::json rows = nlohmann::json::array();
+  for (const engine::StepTimes& step : steps) {
+    rows.push_back({step.round, step.begin_us, step.total_us, step.wait_us, step.ride_us, step.ride_bytes,
+                    step.compute_us, step.rows});
+  }
+  const nlohmann::json json = {
+      {"columns", {"round", "begin_us", "total_us", "wait_us", "ride_us", "ride_bytes", "compute_us", "rows"}},
+      {"steps", std::move(rows)}};
+  return json.dump();
+}
 
 class Server {
  public:
@@ -144,6 +158,9 @@ class Server {
     server_->add_route({"GET", "/expert_load", true, [this](std::shared_ptr<api::HttpExchange> exchange) {
                           exchange->respond(show_expert_load());
                         }});
+    server_->add_route({"GET", "/steps", true, [this](std::shared_ptr<api::HttpExchange> exchange) {
+                          exchange->respond(show_steps());
+                        }});
     server_->start();
     signals_.async_wait([this](const boost::system::error_code& error, int signal) {
       if (!error) shut_down(signal);
@@ -167,6 +184,13 @@ class Server {
     }
     api::HttpResponse response;
     response.body = expert_load_json(served_.model.names.front(), rank_->info(), rank_->expert_load(), group.get());
+    return response;
+  }
+
+  api::HttpResponse show_steps() const {
+    if (!is_serving_) return api::error_response(make_error(ErrorKind::kUnavailable, "the model is loading"));
+    api::HttpResponse response;
+    response.body = steps_json(rank_->engine().step_log().steps());
     return response;
   }
 

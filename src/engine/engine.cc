@@ -137,6 +137,8 @@ Engine::Turn Engine::run_once() {
     return Turn::kIdle;
   }
   if (!std::exchange(has_group_, true)) enter_group();
+  step_times_ = {};
+  step_times_.begin_us = clock_.now_us();
   const StepPlan plan = scheduler_.plan();
   if (plan.empty() && (lockstep_ == nullptr || !lockstep_->is_called())) return Turn::kIdle;
   if (lockstep_ != nullptr && !join_round(plan)) return Turn::kWorked;
@@ -152,7 +154,16 @@ Engine::Turn Engine::run_once() {
   scheduler_.learn(plan, *step_us);
   take_results(plan);
   update_gauges();
+  log_step(plan, *step_us);
   return Turn::kWorked;
+}
+
+void Engine::log_step(const StepPlan& plan, int64_t compute_us) {
+  if (plan.rows.empty() && round_rows_ == 0) return;  // only transfers began
+  step_times_.rows = rows_of(plan);
+  step_times_.compute_us = compute_us;
+  step_times_.total_us = clock_.now_us() - step_times_.begin_us;
+  step_log_.add(step_times_);
 }
 
 // Takes what other threads asked for since the last step. False when the engine shall end.
@@ -186,14 +197,21 @@ void Engine::fail_all(const Error& why) {
 bool Engine::join_round(const StepPlan& plan) {
   const bool has_streams = !plan.rows.empty() && plan.rows.front().is_stream;
   round_rows_ = 0;
+  is_split_ = false;
   if (plan.rows.empty() && !lockstep_->is_called()) return true;  // only transfers begin
-  const Result<AgreedStep> agreed = lockstep_->agree(rows_of(plan), has_streams);
+  // Streams come first in a plan.
+  const bool has_prompt_rows = !plan.rows.empty() && !plan.rows.back().is_stream;
+  const bool would_split = can_split(options_.dual_batch, rows_of(plan), has_prompt_rows);
+  const Result<AgreedStep> agreed = lockstep_->agree(rows_of(plan), has_streams, would_split);
   if (!agreed.ok()) {
     lose_group(agreed.error());
     return false;
   }
   scheduler_.set_streams_elsewhere(agreed->streams_elsewhere);
   round_rows_ = agreed->total_rows;
+  is_split_ = agreed->is_split;
+  const int64_t begin_us = std::exchange(step_times_, agreed->times).begin_us;
+  step_times_.begin_us = begin_us;
   return true;
 }
 
@@ -475,6 +493,7 @@ Result<int64_t> Engine::compute(const StepPlan& plan) {
     if (rows.wants_logits) batch_.logit_rows.push_back(static_cast<int32_t>(batch_.tokens.size()) - 1);
     batch_.chunks.push_back(std::move(chunk));
   }
+  batch_.split_row = is_split_ ? choose_split(batch_.chunks) : 0;
   const bool pushes = std::any_of(plan.rows.begin(), plan.rows.end(), [this](const ScheduledRows& rows) {
     return scheduler_.find(rows.id)->role == TransferRole::kPushSend;
   });

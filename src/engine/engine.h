@@ -16,10 +16,12 @@
 #include "src/base/clock.h"
 #include "src/base/kv_transfer_config.h"
 #include "src/comm/bell.h"
+#include "src/engine/dual_batch.h"
 #include "src/engine/expert_load.h"
 #include "src/engine/lockstep.h"
 #include "src/engine/probe.h"
 #include "src/engine/scheduler.h"
+#include "src/engine/step_log.h"
 #include "src/engine/worker.h"
 #include "src/kv/block_pool.h"
 #include "src/model/model.h"
@@ -36,6 +38,7 @@ struct EngineOptions {
   KvRole kv_role = KvRole::kBoth;  // which legs this engine takes, once an agent is attached
   std::string kv_host;             // address peers use to reach this engine's agent
   bool first_token_from_decode = false;  // compute the first token of a pushed prompt here, though prefill sent it
+  DualBatchLimits dual_batch;
   SpanSink* spans = nullptr;             // null: stages are not traced
   std::optional<float> synthetic_fill;   // make the KV of prompts up, to measure decode alone (KvCache::fill)
 };
@@ -72,6 +75,8 @@ class Engine final : public Worker {
   const kv::BlockPool& pool() const { return pool_; }
   const Scheduler& scheduler() const { return scheduler_; }
   int64_t num_open_transfers() const { return std::ssize(transfers_); }
+  // The last steps, for any thread.
+  const StepLog& step_log() const { return step_log_; }
 
  private:
   struct Submit {
@@ -108,6 +113,7 @@ class Engine final : public Worker {
   Result<int64_t> compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);
   void take_results(const StepPlan& plan);
+  void log_step(const StepPlan& plan, int64_t compute_us);
 
   void accept(Submit submit);
   Status check_request(const TokenRequest& request) const;
@@ -155,6 +161,9 @@ class Engine final : public Worker {
   bool has_group_ = false;  // an epoch stood when last looked at
   tp::CacheNews news_;      // for the other tensor ranks, since the last step
   int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
+  bool is_split_ = false;   // this step has two parts
+  StepTimes step_times_;    // of the running step
+  StepLog step_log_;
   std::unordered_map<transfer::TransferId, OpenTransfer> transfers_;
   uint64_t next_transfer_ = 1;
   int64_t leases_renewed_us_ = 0;

@@ -37,8 +37,9 @@ void Follower::run() {
   }
 }
 
+// In two parts if the leaders want that; this rank does as its leader.
 Status Follower::compute_round() {
-  TANDEM_ASSIGN(const AgreedStep agreed, lockstep_.agree(0, false));
+  TANDEM_ASSIGN(const AgreedStep agreed, lockstep_.agree(0, false, true));
   if (agreed.total_rows == 0) return {};  // nobody computes
   TANDEM_ASSIGN(const model::Batch batch, orders_.receive(cache_));
   return model_.forward(batch, cache_, {});

@@ -10,6 +10,7 @@
 
 #include "src/base/clock.h"
 #include "src/base/metrics.h"
+#include "src/engine/step_log.h"
 #include "src/group/rank_group.h"
 #include "src/group/step_agreement.h"
 
@@ -18,6 +19,8 @@ namespace tandem::engine {
 struct AgreedStep {
   int64_t total_rows = 0;
   bool streams_elsewhere = false;  // another rank generates answers: its next token waits for this step
+  bool is_split = false;           // all ranks compute it in two parts
+  StepTimes times;                 // round, wait and ride
 };
 
 class Lockstep {
@@ -36,7 +39,7 @@ class Lockstep {
   // Another rank waits for this one to begin a step.
   bool is_called() const;
   // Enters the next round and waits for all.
-  Result<AgreedStep> agree(int64_t rows, bool has_streams);
+  Result<AgreedStep> agree(int64_t rows, bool has_streams, bool can_split = false);
   // This rank's part of a step failed; the epoch is over for all.
   void abandon(const Error& why);
 
@@ -52,6 +55,7 @@ class Lockstep {
   Counter& epochs_;
   Counter& rounds_;
   Counter& empty_rounds_;
+  Counter& split_rounds_;
   Counter& waited_us_;
 };
 

@@ -21,11 +21,15 @@ using testing::HasSubstr;
 // One rank: an engine, and how many steps it computed with and without rows of its own.
 struct TestRank {
   TestRank(int32_t rank, int32_t size) : group(group::RankId(rank), size), lockstep(group, nullptr, registry) {
-    model.before_forward = [this](const model::Batch& batch) { ++(batch.tokens.empty() ? empty_steps : own_steps); };
+    model.before_forward = [this](const model::Batch& batch) {
+      ++(batch.tokens.empty() ? empty_steps : own_steps);
+      if (batch.split_row != 0) ++split_steps;
+    };
     EngineOptions options;
     options.model_name = "fake";
     options.limits.block_size = 4;
     options.sampled_vocab = FakeModel::kVocab;
+    options.dual_batch = {true, 2, 6};
     engine = std::make_unique<Engine>(model, cache, options, clock, registry);
     engine->attach(&lockstep);
   }
@@ -39,6 +43,7 @@ struct TestRank {
   Lockstep lockstep;
   std::atomic<int> own_steps = 0;
   std::atomic<int> empty_steps = 0;
+  std::atomic<int> split_steps = 0;
   std::unique_ptr<Engine> engine;
 };
 
@@ -108,6 +113,40 @@ TEST_F(LockstepTest, AllRanksAnswerAtTheSameTime) {
       EXPECT_EQ(answers[r][i].tokens(),
                 FakeModel::generate({static_cast<TokenId>(r * 8 + i), 1, 2}, 5 + static_cast<int64_t>(3 * i + r)));
     }
+  }
+}
+
+// A step has two parts on all ranks or on none.
+TEST_F(LockstepTest, AllRanksSplitAStepOrNone) {
+  start(2);
+  // 3 rows of a prompt on rank 0 and nothing on rank 1, then one row: too few everywhere.
+  Answer alone;
+  engine(0).submit(request({1, 2, 3}, 5), alone.sink());
+  alone.wait();
+  EXPECT_EQ(ranks_[0]->split_steps, 0);
+  // Enough on rank 0 only.
+  std::vector<Answer> many(4);
+  for (size_t i = 0; i < 4; ++i) engine(0).submit(request({static_cast<TokenId>(i), 2, 3, 4, 5, 6, 7}, 5), many[i].sink());
+  for (Answer& answer : many) answer.wait();
+  EXPECT_EQ(ranks_[0]->split_steps, 0);
+  EXPECT_EQ(ranks_[1]->split_steps, 0);
+  // Two streams on each: as long as both ranks have two rows, both split.
+  for (const auto& rank : ranks_) rank->model.delay_us = 1'000;
+  std::array<std::vector<Answer>, 2> both;
+  for (size_t r = 0; r < 2; ++r) {
+    both[r] = std::vector<Answer>(3);
+    for (size_t i = 0; i < 3; ++i) engine(r).submit(request({static_cast<TokenId>(r), 1}, 50), both[r][i].sink());
+  }
+  for (std::vector<Answer>& answers : both) {
+    for (Answer& answer : answers) answer.wait();
+  }
+  for (int i = 0; i < 500 && ranks_[0]->split_steps != ranks_[1]->split_steps; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_GT(ranks_[0]->split_steps, 20);
+  EXPECT_EQ(ranks_[0]->split_steps, ranks_[1]->split_steps);
+  for (size_t r = 0; r < 2; ++r) {
+    for (Answer& answer : both[r]) EXPECT_EQ(answer.tokens(), FakeModel::generate({static_cast<TokenId>(r), 1}, 50));
   }
 }
 

@@ -1,6 +1,11 @@
 #include "src/ep/balancer.h"
 
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 #include "src/base/log.h"
@@ -17,6 +22,7 @@ namespace {
 constexpr const char* kTag = "eplb";
 // The first placement follows a guess, so the first rebalance comes early.
 constexpr int64_t kFirstShare = 4;
+constexpr int kPlannerNiceness = 19;  // the most that there is
 
 // Counts travel as 32 bits: a bucket of a window has fewer tokens.
 uint32_t narrow(int64_t tokens) { return static_cast<uint32_t>(std::min<int64_t>(tokens, UINT32_MAX)); }
@@ -70,6 +76,8 @@ Balancer::Balancer(const BalancerOptions& options, Exchange& exchange, model::Ex
   if (rank_ == 0) register_metrics(registry);
   CHECK_EQ(store.num_slots(), options.layout.slots_per_rank());
   for (int64_t layer = 0; layer < num_layers(); ++layer) use_map(layer);
+  // A move may need one for each slot. Made now, since a step that has to make them takes longer than others.
+  for (int64_t slot = 0; slot < store.num_slots(); ++slot) spares_.push_back(store.make_spare());
 }
 
 Balancer::~Balancer() {
@@ -223,6 +231,11 @@ void Balancer::start_planning() {
 
 // On rank 0's planner.
 void Balancer::plan(std::vector<eplb::LoadSeries> ranks) {
+  // Linux gives each thread a niceness of its own. Nobody waits for a plan, all ranks wait for rank 0's step.
+  if (::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), kPlannerNiceness) != 0) {
+    log_warning(kTag, "the planner competes with steps: niceness {} was refused ({})", kPlannerNiceness,
+                std::strerror(errno));
+  }
   eplb::LoadSeries window = eplb::sum_over_ranks(ranks);
   std::erase_if(window, [](const eplb::ExpertLoad& load) { return load.total() == 0; });
   planned_ = placement_;  // committed placements do not change while one is planned
@@ -336,7 +349,7 @@ void Balancer::start_layer(int64_t layer) {
                                 static_cast<int32_t>(move.slot / slots_per_rank), bytes[0] + bytes[1]};
     transfers.push_back(transfer);
     if (transfer.target != rank_) continue;
-    if (spares_.empty()) spares_.push_back(store_.make_spare());
+    CHECK(!spares_.empty());
     incoming_[i] = Incoming{move, spares_.back()};
     spares_.pop_back();
   }

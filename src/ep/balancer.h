@@ -62,6 +62,8 @@ class Balancer final : public group::RoundUser {
   Status before_round(group::Fabric& fabric, group::StepIntent& mine) override;
   Status after_round(group::Fabric& fabric, std::span<const group::StepIntent> intents) override;
 
+  int64_t carried_bytes() const override { return channel_.carried_bytes(); }
+
   const eplb::Placement& placement() const { return placement_; }
   // Layers that have been switched so far, since the start of the group.
   uint64_t version() const { return version_; }

@@ -50,6 +50,7 @@ int64_t ChunkChannel::place(int32_t source) const {
 }
 
 Status ChunkChannel::send(group::Fabric& fabric, const Fill& fill) {
+  carried_bytes_ = 0;
   if (!is_busy()) return {};
   const int32_t own = fabric.rank().value;
   std::vector<std::byte> staged;  // of ranks whose windows are not mapped: must stay until flush()
@@ -58,6 +59,7 @@ Status ChunkChannel::send(group::Fabric& fabric, const Fill& fill) {
     const Piece piece = next_piece(cursor(own, target));
     if (target == own) own_piece_ = piece;
     if (piece.bytes == 0) continue;
+    carried_bytes_ += piece.bytes;
     if (std::byte* const window = fabric.direct(RankId(target)); window != nullptr) {
       fill(piece.index, piece.offset, {window + place(own), static_cast<size_t>(piece.bytes)});
       continue;
@@ -78,6 +80,7 @@ bool ChunkChannel::receive(group::Fabric& fabric, const Take& take) {
     Cursor& pair = cursor(source, own);
     const Piece piece = source == own ? own_piece_ : next_piece(pair);
     if (piece.bytes == 0) continue;
+    carried_bytes_ += piece.bytes;
     take(piece.index, piece.offset, fabric.window().subspan(static_cast<size_t>(place(source)),
                                                             static_cast<size_t>(piece.bytes)));
   }

@@ -40,6 +40,8 @@ class ChunkChannel {
   // Before and after the same round. receive() is true when it was the last one.
   Status send(group::Fabric& fabric, const Fill& fill);
   bool receive(group::Fabric& fabric, const Take& take);
+  // Sent and taken by this rank with the last round.
+  int64_t carried_bytes() const { return carried_bytes_; }
   // Forgets what is under way and what has been: in a new epoch, where some ranks have a past and some have none.
   void stop();
 
@@ -66,6 +68,7 @@ class ChunkChannel {
   std::vector<Cursor> cursors_;  // [source, target]; of this rank's pairs those of its own row and column are used
   int64_t rounds_left_ = 0;
   uint64_t round_ = 0;
+  int64_t carried_bytes_ = 0;
   Piece own_piece_;  // that this rank has put for itself
 };
 

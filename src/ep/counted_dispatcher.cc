@@ -16,13 +16,12 @@
 namespace tandem::ep {
 namespace {
 
-using group::Channel;
 using group::RankId;
 
 class CountedDispatcher final : public Dispatcher {
  public:
-  CountedDispatcher(group::Fabric& fabric, const WindowPlan& plan, int64_t window_offset)
-      : Dispatcher(fabric, plan, window_offset),
+  explicit CountedDispatcher(const DispatcherParts& parts)
+      : Dispatcher(parts),
         counts_(static_cast<size_t>(num_ranks()) * static_cast<size_t>(num_ranks())),
         positions_(counts_.size() + static_cast<size_t>(num_ranks())) {}
 
@@ -56,7 +55,7 @@ class CountedDispatcher final : public Dispatcher {
         const int32_t source = peer(i);
         const Part part = part_of(source, own_rank(), round_);
         if (part.count == 0) continue;
-        TANDEM_TRY(fabric_.wait(RankId(source), Channel::kDispatch, round_value(sequence_, round_ + 1)));
+        TANDEM_TRY(fabric_.wait(RankId(source), channels_.dispatch, round_value(sequence_, round_ + 1)));
         batch.push_back({source, part.first_record, part.count});
       }
       ++round_;
@@ -95,7 +94,7 @@ class CountedDispatcher final : public Dispatcher {
     const std::span<const std::byte> bytes = std::as_bytes(std::span(own));
     for (int32_t i = 0; i < num_peers(); ++i) {
       fabric_.put(RankId(peer(i)), window_offset_ + plan_.count_offset(sequence_, own_rank()), bytes);
-      fabric_.signal(RankId(peer(i)), Channel::kCounts, round_value(sequence_, 0));
+      fabric_.signal(RankId(peer(i)), channels_.counts, round_value(sequence_, 0));
     }
     for (int32_t source = 0; source < num_ranks(); ++source) {
       int32_t* row = counts_.data() + static_cast<size_t>(source) * own.size();
@@ -103,7 +102,7 @@ class CountedDispatcher final : public Dispatcher {
         std::copy(own.begin(), own.end(), row);
         continue;
       }
-      TANDEM_TRY(fabric_.wait(RankId(source), Channel::kCounts, round_value(sequence_, 0)));
+      TANDEM_TRY(fabric_.wait(RankId(source), channels_.counts, round_value(sequence_, 0)));
       const int64_t offset = window_offset_ + plan_.count_offset(sequence_, source);
       std::memcpy(row, fabric_.window().data() + offset, own.size() * sizeof(int32_t));
       for (size_t to = 0; to < own.size(); ++to) {
@@ -118,7 +117,7 @@ class CountedDispatcher final : public Dispatcher {
   void offer_room(int64_t round) {
     for (int32_t i = 0; i < num_peers(); ++i) {
       if (part_of(peer(i), own_rank(), round).count == 0) continue;
-      fabric_.signal(RankId(peer(i)), Channel::kCounts, round_value(sequence_, round));
+      fabric_.signal(RankId(peer(i)), channels_.counts, round_value(sequence_, round));
     }
   }
 
@@ -127,11 +126,11 @@ class CountedDispatcher final : public Dispatcher {
       const int32_t to = peer(i);
       const Part part = part_of(own_rank(), to, round);
       if (part.count == 0) continue;
-      if (round > 0) TANDEM_TRY(fabric_.wait(RankId(to), Channel::kCounts, round_value(sequence_, round)));
+      if (round > 0) TANDEM_TRY(fabric_.wait(RankId(to), channels_.counts, round_value(sequence_, round)));
       const std::span<const int32_t> rows = rows_->rows_of_rank[static_cast<size_t>(to)];
       send_records(to, rows.subspan(static_cast<size_t>(part.first_row), static_cast<size_t>(part.count)),
                    part.first_record);
-      fabric_.signal(RankId(to), Channel::kDispatch, round_value(sequence_, round + 1));
+      fabric_.signal(RankId(to), channels_.dispatch, round_value(sequence_, round + 1));
     }
     return {};
   }
@@ -147,9 +146,8 @@ class CountedDispatcher final : public Dispatcher {
 
 }  // namespace
 
-std::unique_ptr<Dispatcher> make_counted_dispatcher(group::Fabric& fabric, const WindowPlan& plan,
-                                                    int64_t window_offset) {
-  return std::make_unique<CountedDispatcher>(fabric, plan, window_offset);
+std::unique_ptr<Dispatcher> make_counted_dispatcher(const DispatcherParts& parts) {
+  return std::make_unique<CountedDispatcher>(parts);
 }
 
 }  // namespace tandem::ep

@@ -25,12 +25,12 @@ void Dispatcher::send_block(int32_t to, int64_t row, int64_t count, int64_t firs
               fabric_.window().subspan(static_cast<size_t>(source), static_cast<size_t>(count * plan_.record_bytes)));
 }
 
-std::unique_ptr<Dispatcher> make_dispatcher(group::Fabric& fabric, const WindowPlan& plan, int64_t window_offset) {
-  switch (plan.backend) {
-    case All2All::kNaive: return make_naive_dispatcher(fabric, plan, window_offset);
+std::unique_ptr<Dispatcher> make_dispatcher(const DispatcherParts& parts) {
+  switch (parts.plan.backend) {
+    case All2All::kNaive: return make_naive_dispatcher(parts);
     case All2All::kAllGather:
-    case All2All::kLowLatency: return make_rank_major_dispatcher(fabric, plan, window_offset);
-    case All2All::kHighThroughput: return make_counted_dispatcher(fabric, plan, window_offset);
+    case All2All::kLowLatency: return make_rank_major_dispatcher(parts);
+    case All2All::kHighThroughput: return make_counted_dispatcher(parts);
   }
   CHECK(false);
   return nullptr;

@@ -29,11 +29,27 @@ struct OutgoingRows {
   std::vector<std::vector<int32_t>> rows_of_rank;  // per rank: ascending rows that have a slot there, own rank included
 };
 
+// The counters of an exchange.
+struct LaneChannels {
+  group::Channel counts = group::Channel::kCounts;
+  group::Channel dispatch = group::Channel::kDispatch;
+  group::Channel combine = group::Channel::kCombine;
+};
+inline constexpr LaneChannels kSecondLane{group::Channel::kSecondCounts, group::Channel::kSecondDispatch,
+                                          group::Channel::kSecondCombine};
+
+// What a dispatcher works with; `fabric` and `plan` outlive it.
+struct DispatcherParts {
+  group::Fabric& fabric;
+  const WindowPlan& plan;
+  int64_t window_offset = 0;
+  LaneChannels channels;
+};
+
 class Dispatcher {
  public:
-  // Keeps references to all of them.
-  Dispatcher(group::Fabric& fabric, const WindowPlan& plan, int64_t window_offset)
-      : fabric_(fabric), plan_(plan), window_offset_(window_offset) {}
+  explicit Dispatcher(const DispatcherParts& parts)
+      : fabric_(parts.fabric), plan_(parts.plan), window_offset_(parts.window_offset), channels_(parts.channels) {}
   virtual ~Dispatcher() = default;
 
   // `sequence` counts exchanges from 1. `rows` stays valid until the last next().
@@ -60,16 +76,15 @@ class Dispatcher {
   group::Fabric& fabric_;
   const WindowPlan& plan_;
   const int64_t window_offset_;
+  const LaneChannels channels_;
 
  private:
   void send_block(int32_t to, int64_t row, int64_t count, int64_t first_record);
 };
 
-std::unique_ptr<Dispatcher> make_dispatcher(group::Fabric& fabric, const WindowPlan& plan, int64_t window_offset);
-std::unique_ptr<Dispatcher> make_naive_dispatcher(group::Fabric& fabric, const WindowPlan& plan, int64_t window_offset);
-std::unique_ptr<Dispatcher> make_rank_major_dispatcher(group::Fabric& fabric, const WindowPlan& plan,
-                                                       int64_t window_offset);
-std::unique_ptr<Dispatcher> make_counted_dispatcher(group::Fabric& fabric, const WindowPlan& plan,
-                                                    int64_t window_offset);
+std::unique_ptr<Dispatcher> make_dispatcher(const DispatcherParts& parts);
+std::unique_ptr<Dispatcher> make_naive_dispatcher(const DispatcherParts& parts);
+std::unique_ptr<Dispatcher> make_rank_major_dispatcher(const DispatcherParts& parts);
+std::unique_ptr<Dispatcher> make_counted_dispatcher(const DispatcherParts& parts);
 
 }  // namespace tandem::ep

@@ -1,13 +1,13 @@
 #include "src/ep/exchange.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "src/base/check.h"
 #include "src/ep/limits.h"
 
 namespace tandem::ep {
 
-using group::Channel;
 using group::RankId;
 using kernels::DType;
 using kernels::Tensor;
@@ -17,23 +17,53 @@ namespace {
 
 constexpr int64_t kPrefetchedTags = 16;
 
+// Of the second lane. Rounded up: tensor ranks share the rows of each part.
+model::ExchangeShape second_shape(const model::ExchangeShape& first) {
+  model::ExchangeShape shape = first;
+  shape.max_rows = (first.max_rows + 1) / 2;
+  return shape;
+}
+
+ExchangeOptions second_options(const ExchangeOptions& first, int64_t window_offset) {
+  ExchangeOptions options = first;
+  options.num_lanes = 1;
+  options.window_offset = window_offset;
+  return options;
+}
+
 }  // namespace
 
 int64_t Exchange::window_bytes(const ExchangeOptions& options, const kernels::Ops& ops,
                                const model::ExchangeShape& shape, int32_t num_ranks) {
-  return plan_window(options, ops, shape, num_ranks).bytes;
+  const int64_t first = plan_window(options, ops, shape, num_ranks).bytes;
+  if (options.num_lanes == 1) return first;
+  return first + plan_window(second_options(options, 0), ops, second_shape(shape), num_ranks).bytes;
 }
 
-Exchange::Exchange(model::ExpertShard shard, const ExchangeOptions& options)
-    : shard_(std::move(shard)), options_(options) {
+Exchange::Exchange(model::ExpertShard shard, const ExchangeOptions& options, LaneChannels channels)
+    : shard_(std::move(shard)), options_(options), channels_(channels) {
   CHECK_EQ(options.window_offset % 64, 0);
+  CHECK(options.num_lanes == 1 || options.num_lanes == 2);
 }
 
 Exchange::~Exchange() = default;
 
-// The window's outputs take the place of a buffer that a rank with all experts has, too.
+// The window's outputs take the place of a buffer that a rank with all experts has, too. A second lane has none to
+// replace.
 int64_t Exchange::extra_bytes(const kernels::Ops& ops, const model::ExchangeShape& shape) const {
-  return plan_window(options_, ops, shape, shard_.num_ranks).outputs;
+  const WindowPlan first = plan_window(options_, ops, shape, shard_.num_ranks);
+  return window_bytes(options_, ops, shape, shard_.num_ranks) - (first.bytes - first.outputs);
+}
+
+int64_t Exchange::window_end() const {
+  return second_ != nullptr ? second_->window_end() : options_.window_offset + plan_.bytes;
+}
+
+Exchange& Exchange::lane(int index) {
+  if (index == 0) return *this;
+  CHECK_EQ(index, 1);
+  CHECK(second_ != nullptr);
+  return *second_;
 }
 
 void Exchange::prepare(kernels::Ops& ops, kernels::Stream& stream, const model::ExchangeShape& shape) {
@@ -49,18 +79,25 @@ void Exchange::prepare(kernels::Ops& ops, kernels::Stream& stream, const model::
   targets_ = model::DeviceTensor(ops, DType::kI64, max_slots_, 1);
   offsets_ = model::DeviceTensor(ops, DType::kI32, std::ssize(shard_.slots) + 1, 1);
   counts_ = eplb::ExpertLoad(std::ssize(shape.formats), shape.num_experts);
+  if (options_.num_lanes == 1) return;
+  second_ = std::make_unique<Exchange>(shard_, second_options(options_, window_end()), kSecondLane);
+  second_->prepare(ops, stream, second_shape(shape));
 }
 
 void Exchange::set_map(int64_t layer, ExpertMap map) {
   CHECK(phase_ == Phase::kIdle || phase_ == Phase::kFailed);
   CHECK_EQ(map.num_experts(), shape_.num_experts);
   CHECK_EQ(map.slots_per_rank(), std::ssize(shard_.slots));
+  if (second_ != nullptr) second_->set_map(layer, map);
   maps_[static_cast<size_t>(layer)] = std::move(map);
 }
 
 void Exchange::take_counts(eplb::ExpertLoad& counts) {
   std::swap(counts, counts_);
   counts_.clear();
+  if (second_ == nullptr) return;
+  counts.add(second_->counts_);
+  second_->counts_.clear();
 }
 
 void Exchange::attach(group::Fabric& fabric) {
@@ -70,7 +107,7 @@ void Exchange::attach(group::Fabric& fabric) {
   CHECK_GE(std::ssize(fabric.window()), options_.window_offset + plan_.bytes);
   fabric_ = &fabric;
   own_part_ = fabric.window().data() + options_.window_offset;
-  dispatcher_ = make_dispatcher(fabric, plan_, options_.window_offset);
+  dispatcher_ = make_dispatcher({fabric, plan_, options_.window_offset, channels_});
   sequence_ = 0;
   phase_ = Phase::kIdle;
   why_failed_.reset();
@@ -89,11 +126,15 @@ void Exchange::attach(group::Fabric& fabric) {
   }
   const bool has_remote = std::find(is_mapped_.begin(), is_mapped_.end(), false) != is_mapped_.end();
   if (has_remote && staging_.bytes() == 0) staging_ = model::DeviceTensor(*ops_, DType::kF32, max_slots_, plan_.hidden);
+  has_unsent_outputs_ = false;
+  has_unsent_records_ = false;
+  if (second_ != nullptr) second_->attach(fabric);
 }
 
 void Exchange::detach() {
   dispatcher_.reset();
   fabric_ = nullptr;
+  if (second_ != nullptr) second_->detach();
 }
 
 Status Exchange::fail(Status status) {
@@ -118,8 +159,11 @@ Status Exchange::dispatch(int64_t layer, const Tensor& hidden, const Tensor& ids
   arrivals_.clear();
   next_arrival_ = 0;
   outgoing_.num_rows = hidden.rows;
+  // Not sooner: until now what left with the exchange before could travel beside other work.
+  if (std::exchange(has_unsent_records_, false)) TANDEM_TRY(fail(fabric_->flush()));
   write_records(hidden, ids);
   TANDEM_TRY(fail(dispatcher_->send(sequence_, outgoing_)));
+  has_unsent_records_ = true;
   phase_ = Phase::kReceiving;
   return {};
 }
@@ -174,6 +218,11 @@ Result<ReceivedSlots> Exchange::receive() {
   const size_t count = std::min(arrivals_.size() - next_arrival_, static_cast<size_t>(max_slots_));
   const std::span<const Arrival> slots = std::span<const Arrival>(arrivals_).subspan(next_arrival_, count);
   next_arrival_ += count;
+  // The outputs are staged where the last ones were.
+  if (std::exchange(has_unsent_outputs_, false)) {
+    const Status flushed = fail(fabric_->flush());
+    if (!flushed.ok()) return flushed.error();
+  }
   phase_ = Phase::kComputing;
   return sort_slots(slots);
 }
@@ -274,7 +323,7 @@ Status Exchange::give_back() {
     fabric_->put(RankId(staged_[i].source), options_.window_offset + plan_.output_offset(staged_[i].slot),
                  std::span(from, static_cast<size_t>(bytes)));
   }
-  if (!staged_.empty()) TANDEM_TRY(fail(fabric_->flush()));  // the next outputs are staged in the same place
+  has_unsent_outputs_ = !staged_.empty();
   phase_ = Phase::kReceiving;
   return {};
 }
@@ -282,7 +331,7 @@ Status Exchange::give_back() {
 void Exchange::tell_owners() {
   for (int32_t i = 1; i < shard_.num_ranks; ++i) {
     const int32_t owner = (shard_.rank + i) % shard_.num_ranks;
-    if (owes_[static_cast<size_t>(owner)]) fabric_->signal(RankId(owner), Channel::kCombine, sequence_);
+    if (owes_[static_cast<size_t>(owner)]) fabric_->signal(RankId(owner), channels_.combine, sequence_);
   }
 }
 
@@ -292,11 +341,9 @@ Result<Tensor> Exchange::collect() {
   for (int32_t i = 1; i < shard_.num_ranks; ++i) {
     const int32_t from = (shard_.rank + i) % shard_.num_ranks;
     if (!dispatcher_->has_sent_to(from)) continue;
-    const Status done = fail(fabric_->wait(RankId(from), Channel::kCombine, sequence_));
+    const Status done = fail(fabric_->wait(RankId(from), channels_.combine, sequence_));
     if (!done.ok()) return done.error();
   }
-  const Status flushed = fail(fabric_->flush());
-  if (!flushed.ok()) return flushed.error();
   phase_ = Phase::kIdle;
   const int64_t slots = outgoing_.num_rows * plan_.top_k;
   return Tensor{own_part_ + plan_.outputs, DType::kF32, slots, plan_.hidden, plan_.hidden};

@@ -30,11 +30,13 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
                               const model::ExchangeShape& shape, int32_t num_ranks);
 
   // `shard` is one of make_shard().
-  Exchange(model::ExpertShard shard, const ExchangeOptions& options);
+  Exchange(model::ExpertShard shard, const ExchangeOptions& options, LaneChannels channels = {});
   ~Exchange() override;
 
   const ExchangeOptions& options() const { return options_; }
   const WindowPlan& plan() const { return plan_; }
+  // Where the part of the windows ends that belongs to this exchange, its second lane included.
+  int64_t window_end() const;
 
   // Between steps and after prepare(). The fabric has as many ranks as the shard says.
   void attach(group::Fabric& fabric) override;
@@ -46,6 +48,7 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
   void take_counts(eplb::ExpertLoad& counts);
 
   const model::ExpertShard& shard() const override { return shard_; }
+  Exchange& lane(int index) override;
   int64_t extra_bytes(const kernels::Ops& ops, const model::ExchangeShape& shape) const override;
   void prepare(kernels::Ops& ops, kernels::Stream& stream, const model::ExchangeShape& shape) override;
   Status dispatch(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& ids) override;
@@ -82,6 +85,8 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
 
   const model::ExpertShard shard_;
   const ExchangeOptions options_;
+  const LaneChannels channels_;
+  std::unique_ptr<Exchange> second_;  // lane 1; null without
   WindowPlan plan_;
   model::ExchangeShape shape_;
   kernels::Ops* ops_ = nullptr;
@@ -113,6 +118,8 @@ class Exchange final : public model::ExpertExchange, public group::FabricUser {
   std::vector<int64_t> sorted_targets_;
   std::vector<int32_t> sorted_offsets_;
   std::vector<StagedOutput> staged_;
+  bool has_unsent_outputs_ = false;  // staging_ may still be read
+  bool has_unsent_records_ = false;
 };
 
 }  // namespace tandem::ep

@@ -52,7 +52,7 @@ std::vector<std::unique_ptr<TestRank>> make_ranks(const Case& test, const TestEx
   return ranks;
 }
 
-int64_t window_bytes(const Case& test, TestRank& rank) { return test.options.window_offset + rank.exchange().plan().bytes; }
+int64_t window_bytes(const Case& /*test*/, TestRank& rank) { return rank.exchange().window_end(); }
 
 void expect_bits_of_one_rank(const Case& test, TestExperts experts, kernels::Random& random) {
   experts.fill(random);
@@ -238,6 +238,74 @@ class RemoteFabric final : public group::Fabric {
   group::Fabric& mapped_;
   std::map<int32_t, std::vector<Put>> puts_;
 };
+
+// Two exchanges at once, one behind the other in each of their steps; now and then the first lane alone.
+void expect_bits_of_one_rank_in_two_lanes(All2All backend, bool is_remote, kernels::Random& random) {
+  Case test{.ranks = 4, .options = {.backend = backend, .max_slots = 10, .received_rows = 5, .num_lanes = 2}, .steps = 10};
+  test.options.window_offset = 64;
+  TestExperts experts;
+  experts.fill(random);
+  std::vector<std::vector<std::vector<RankInput>>> inputs{make_inputs(random, experts, test)};  // per lane
+  inputs.push_back(inputs[0]);
+  std::vector<bool> has_two;
+  for (std::vector<RankInput>& of_ranks : inputs[1]) {
+    has_two.push_back(random.integer(0, 3) != 0);
+    for (RankInput& input : of_ranks) {
+      input = make_input(random, experts, random.integer(0, kMaxTestRows / 2), Routing::kRandom);
+    }
+  }
+  Device device(test.kernels);
+  const PackedExperts packed(device, experts, std::vector<int32_t>{0, 1, 2, 3, 4, 5});
+  std::vector<std::unique_ptr<TestRank>> ranks = make_ranks(test, experts);
+  group::ThreadGroup threads(test.ranks, window_bytes(test, *ranks[0]));
+  const uint64_t seed = static_cast<uint64_t>(random.integer(0, 1'000'000));
+  std::array<std::vector<std::vector<Matrix<float>>>, 2> results;
+  for (auto& of_lane : results) of_lane.resize(static_cast<size_t>(test.ranks));
+  threads.run([&](group::Fabric& mapped) {
+    RemoteFabric remote(mapped);
+    group::Fabric& fabric = is_remote ? static_cast<group::Fabric&>(remote) : mapped;
+    const size_t r = static_cast<size_t>(fabric.rank().value);
+    TestRank& rank = *ranks[r];
+    rank.exchange().attach(fabric);
+    rank.set_delays(seed + r);
+    for (size_t e = 0; e < has_two.size(); ++e) {
+      const int lanes = has_two[e] ? 2 : 1;
+      for (int l = 0; l < lanes; ++l) ASSERT_TRUE(rank.send(l, e % 2, inputs[static_cast<size_t>(l)][e][r]).ok());
+      for (int l = 0; l < lanes; ++l) ASSERT_TRUE(rank.compute(l, e % 2).ok());
+      for (int l = 0; l < lanes; ++l) results[static_cast<size_t>(l)][r].push_back(rank.finish(l).value());
+      if (lanes == 1) results[1][r].emplace_back();
+    }
+    rank.exchange().detach();
+  });
+  for (size_t lane = 0; lane < 2; ++lane) {
+    for (size_t e = 0; e < has_two.size(); ++e) {
+      for (size_t r = 0; r < ranks.size(); ++r) {
+        if (lane == 1 && !has_two[e]) continue;
+        const Matrix<float> alone = run_alone(device, experts, packed, e % 2, inputs[lane][e][r], test.options.row_format);
+        ASSERT_TRUE(same_bits(results[lane][r][e], alone))
+            << all2all_name(backend) << (is_remote ? " remote" : "") << ", lane " << lane << ", exchange " << e << ", rank "
+            << r << ", delays " << seed;
+      }
+    }
+  }
+  // What both lanes sent is counted.
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    eplb::ExpertLoad counts(experts.num_layers, experts.num_experts);
+    ranks[r]->exchange().take_counts(counts);
+    int64_t rows = 0;
+    for (size_t e = 0; e < has_two.size(); ++e) rows += inputs[0][e][r].x.rows + (has_two[e] ? inputs[1][e][r].x.rows : 0);
+    EXPECT_EQ(counts.total(), rows * experts.top_k);
+  }
+}
+
+TEST(Exchange, TwoLanesDoNotDisturbEachOther) {
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    kernels::Random random(static_cast<uint64_t>(60 + repeat));
+    for (const All2All backend : kBackends) {
+      for (const bool is_remote : {false, true}) expect_bits_of_one_rank_in_two_lanes(backend, is_remote, random);
+    }
+  }
+}
 
 TEST(Exchange, ReachesRanksWhoseWindowsAreNotMapped) {
   kernels::Random random(47);

@@ -9,7 +9,6 @@
 namespace tandem::ep {
 namespace {
 
-using group::Channel;
 using group::RankId;
 
 class NaiveDispatcher final : public Dispatcher {
@@ -46,24 +45,24 @@ class NaiveDispatcher final : public Dispatcher {
   // That this rank is done with the turn of `sender`.
   void tell_successor(int32_t sender) {
     const int32_t successor = (sender + 1) % num_ranks();
-    if (successor != own_rank()) fabric_.signal(RankId(successor), Channel::kCounts, turn_number(sender));
+    if (successor != own_rank()) fabric_.signal(RankId(successor), channels_.counts, turn_number(sender));
   }
 
   Result<RecordRange> send_own() {
     const bool is_first_turn = sequence_ == 1 && own_rank() == 0;
     for (int32_t i = 0; i < num_peers(); ++i) {
       const int32_t to = peer(i);
-      if (!is_first_turn) TANDEM_TRY(fabric_.wait(RankId(to), Channel::kCounts, turn_number(own_rank()) - 1));
+      if (!is_first_turn) TANDEM_TRY(fabric_.wait(RankId(to), channels_.counts, turn_number(own_rank()) - 1));
       send_all_records(to, rows_->num_rows, plan_.first_received(own_rank()));
-      fabric_.signal(RankId(to), Channel::kDispatch, count_value(turn_number(own_rank()), rows_->num_rows));
+      fabric_.signal(RankId(to), channels_.dispatch, count_value(turn_number(own_rank()), rows_->num_rows));
     }
     return own_range(*rows_);
   }
 
   // The counter cannot have gone on to a later turn of `sender`: that one begins when this rank is done with this.
   Result<RecordRange> receive_from(int32_t sender) {
-    TANDEM_TRY(fabric_.wait(RankId(sender), Channel::kDispatch, count_value(turn_number(sender), 0)));
-    const int64_t count = count_of(fabric_.signalled(RankId(sender), Channel::kDispatch));
+    TANDEM_TRY(fabric_.wait(RankId(sender), channels_.dispatch, count_value(turn_number(sender), 0)));
+    const int64_t count = count_of(fabric_.signalled(RankId(sender), channels_.dispatch));
     return RecordRange{sender, plan_.first_received(sender), count};
   }
 
@@ -74,9 +73,8 @@ class NaiveDispatcher final : public Dispatcher {
 
 }  // namespace
 
-std::unique_ptr<Dispatcher> make_naive_dispatcher(group::Fabric& fabric, const WindowPlan& plan,
-                                                  int64_t window_offset) {
-  return std::make_unique<NaiveDispatcher>(fabric, plan, window_offset);
+std::unique_ptr<Dispatcher> make_naive_dispatcher(const DispatcherParts& parts) {
+  return std::make_unique<NaiveDispatcher>(parts);
 }
 
 }  // namespace tandem::ep

@@ -13,7 +13,6 @@
 namespace tandem::ep {
 namespace {
 
-using group::Channel;
 using group::RankId;
 
 class RankMajorDispatcher final : public Dispatcher {
@@ -32,7 +31,7 @@ class RankMajorDispatcher final : public Dispatcher {
       } else {
         send_records(to, rows.rows_of_rank[static_cast<size_t>(to)], first);
       }
-      fabric_.signal(RankId(to), Channel::kDispatch, count_value(sequence, num_sent_to(to)));
+      fabric_.signal(RankId(to), channels_.dispatch, count_value(sequence, num_sent_to(to)));
     }
     return {};
   }
@@ -44,8 +43,8 @@ class RankMajorDispatcher final : public Dispatcher {
     if (rows_->num_rows > 0) batch.push_back(own_range(*rows_));
     for (int32_t i = num_peers(); i-- > 0;) {  // who sent here first comes first
       const int32_t source = peer(i);
-      TANDEM_TRY(fabric_.wait(RankId(source), Channel::kDispatch, count_value(sequence_, 0)));
-      const uint64_t value = fabric_.signalled(RankId(source), Channel::kDispatch);
+      TANDEM_TRY(fabric_.wait(RankId(source), channels_.dispatch, count_value(sequence_, 0)));
+      const uint64_t value = fabric_.signalled(RankId(source), channels_.dispatch);
       const int64_t count = sequence_of(value) == sequence_ ? count_of(value) : 0;
       if (count > 0) batch.push_back({source, plan_.first_received(source), count});
     }
@@ -67,9 +66,8 @@ class RankMajorDispatcher final : public Dispatcher {
 
 }  // namespace
 
-std::unique_ptr<Dispatcher> make_rank_major_dispatcher(group::Fabric& fabric, const WindowPlan& plan,
-                                                       int64_t window_offset) {
-  return std::make_unique<RankMajorDispatcher>(fabric, plan, window_offset);
+std::unique_ptr<Dispatcher> make_rank_major_dispatcher(const DispatcherParts& parts) {
+  return std::make_unique<RankMajorDispatcher>(parts);
 }
 
 }  // namespace tandem::ep

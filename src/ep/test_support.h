@@ -130,23 +130,34 @@ class TestRank {
   int64_t most_slots() const { return most_slots_; }
 
   Result<Matrix<float>> run(size_t layer, const RankInput& input) {
+    TANDEM_TRY(send(0, layer, input));
+    TANDEM_TRY(compute(0, layer));
+    return finish(0);
+  }
+  // The parts of run(), for one of several lanes.
+  Status send(int lane, size_t layer, const RankInput& input) {
     const Tensor x = device_.put(input.x);
     const Tensor ids = device_.put(input.ids);
     delay();
-    TANDEM_TRY(exchange_.dispatch(static_cast<int64_t>(layer), x, ids));
+    return exchange_.lane(lane).dispatch(static_cast<int64_t>(layer), x, ids);
+  }
+  Status compute(int lane, size_t layer) {
+    Exchange& exchange = exchange_.lane(lane);
     while (true) {
       delay();
-      TANDEM_ASSIGN(const model::ReceivedSlots received, exchange_.receive());
-      if (received.count == 0) break;
+      TANDEM_ASSIGN(const model::ReceivedSlots received, exchange.receive());
+      if (received.count == 0) return {};
       most_slots_ = std::max(most_slots_, received.count);
       device_.ops().expert_mlp_encoded(device_.stream(), received.rows, received.order, received.offsets,
                                        experts_.top_k, *packed_.gate_up[layer], *packed_.down[layer], received.out,
                                        received.targets);
       delay();
-      TANDEM_TRY(exchange_.give_back());
+      TANDEM_TRY(exchange.give_back());
     }
+  }
+  Result<Matrix<float>> finish(int lane) {
     delay();
-    TANDEM_ASSIGN(const Tensor out, exchange_.collect());
+    TANDEM_ASSIGN(const Tensor out, exchange_.lane(lane).collect());
     return device_.get_f32(out);
   }
 

@@ -26,6 +26,8 @@ struct ExchangeOptions {
   int64_t received_rows = 0;
   // Where the exchange's part of the windows begins; a multiple of 64.
   int64_t window_offset = 0;
+  // 2: a second exchange behind it, for the second part of a step, which has at most half of the rows.
+  int num_lanes = 1;
 };
 
 struct WindowPlan {

@@ -29,7 +29,23 @@ using Epoch = StrongId<struct EpochTag, uint64_t>;
 inline constexpr int32_t kMaxRanks = 1024;
 
 // What a counter is for. A rank has one of each at every other rank.
-enum class Channel : uint8_t { kStep, kCounts, kDispatch, kCombine, kBarrier, kWeights, kMove, kReduce, kShare, kLogits, kOrders };
+enum class Channel : uint8_t {
+  kStep,
+  kCounts,
+  kDispatch,
+  kCombine,
+  kBarrier,
+  kWeights,
+  kMove,
+  kReduce,
+  kShare,
+  kLogits,
+  kOrders,
+  // Of the second part of a step.
+  kSecondCounts,
+  kSecondDispatch,
+  kSecondCombine,
+};
 inline constexpr int64_t kNumChannels = 16;
 const char* channel_name(Channel channel);  // "step", "dispatch", …
 

@@ -44,6 +44,9 @@ const char* channel_name(Channel channel) {
     case Channel::kShare: return "share";
     case Channel::kLogits: return "logits";
     case Channel::kOrders: return "orders";
+    case Channel::kSecondCounts: return "second counts";
+    case Channel::kSecondDispatch: return "second dispatch";
+    case Channel::kSecondCombine: return "second combine";
   }
   return "unknown";
 }

@@ -21,7 +21,8 @@ struct StepIntent {
   int64_t is_planned = 0;         // 1, of rank 0: a placement is ready to be announced
   int64_t placement_version = 0;  // how many changes of the placement this rank has carried out
   int64_t first_of_node = 0;      // the lowest rank whose window is mapped here
-  int64_t reserved[3] = {};
+  int64_t can_split = 0;          // 1: rows enough for a step in two parts
+  int64_t reserved[2] = {};
 };
 
 class StepAgreement {
@@ -53,6 +54,8 @@ class RoundUser {
   // Before this rank enters a round, and after it has left it, before it computes.
   virtual Status before_round(Fabric& fabric, StepIntent& mine) = 0;
   virtual Status after_round(Fabric& fabric, std::span<const StepIntent> intents) = 0;
+  // What it moved with the last round: bytes that this rank has sent and taken.
+  virtual int64_t carried_bytes() const { return 0; }
 };
 
 }  // namespace tandem::group

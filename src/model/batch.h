@@ -27,6 +27,9 @@ struct Batch {
   std::vector<TokenId> tokens;      // [rows]
   std::vector<Chunk> chunks;        // rows in order, without gaps
   std::vector<int32_t> logit_rows;  // rows whose logits are wanted, ascending
+  // Not 0: rows from here on are a second part of the step, so that one part computes while the other one's tokens are
+  // on their way to their experts (docs/expert-parallel.md). A chunk may lie in both.
+  int32_t split_row = 0;
 };
 
 // Called on the engine thread when a layer's KV for every row of the batch is in the cache.

@@ -99,12 +99,12 @@ Status Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_
   CHECK(cache.layout() == info_.kv);
   num_logits_ = 0;
   if (batch.tokens.empty()) return forward_without_rows();
-  const Step& step = uploader_->upload(batch, cache);
+  const UploadedBatch uploaded = uploader_->upload(batch, cache);
   mlp_.begin_step(batch);
-  TANDEM_TRY(forward_layers(step, cache, on_layer_done));
-  if (!batch.logit_rows.empty()) TANDEM_TRY(compute_logits(step));
+  TANDEM_TRY(forward_layers(make_lanes(uploaded), cache, on_layer_done));
+  if (!batch.logit_rows.empty()) TANDEM_TRY(compute_logits(uploaded));
   ops_.synchronize(*stream_);
-  mlp_.read_routing(step.rows);
+  mlp_.read_routing(uploaded.rows);
   return {};
 }
 
@@ -112,45 +112,79 @@ Status Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_
 Status Decoder::forward_without_rows() {
   mlp_.read_routing(0);
   if (exchange_ == nullptr) return {};
-  for (const int64_t layer : info_.moe_layers) TANDEM_TRY(mlp_.forward(layer, hidden_.rows(0), delta_.rows(0)));
+  const MlpRows none{0, 0, hidden_.rows(0), delta_.rows(0)};
+  for (const int64_t layer : info_.moe_layers) {
+    TANDEM_TRY(mlp_.send(layer, none));
+    TANDEM_TRY(mlp_.compute(layer, none));
+    TANDEM_TRY(mlp_.finish(layer, none));
+  }
   ops_.synchronize(*stream_);
   return {};
 }
 
-Status Decoder::forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done) {
-  const float eps = config_.rms_norm_eps;
-  const Tensor residual = residual_.rows(step.rows);
-  const Tensor hidden = hidden_.rows(step.rows);
-  const Tensor delta = delta_.rows(step.rows);
-  ops_.embed(*stream_, *embedding_, step.tokens, residual);
-  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-    const Norms& norms = norms_[static_cast<size_t>(layer)];
-    if (layer == 0) {
-      ops_.rms_norm(*stream_, residual, norms.attention.all(), eps, hidden);
-    } else {
-      ops_.add_rms_norm(*stream_, residual, delta, norms.attention.all(), eps, hidden);
-    }
-    attention_->write_kv(step, layer, hidden, cache.layer(layer));
-    if (on_layer_done) {
-      ops_.synchronize(*stream_);
-      on_layer_done(static_cast<int>(layer));
-    }
-    attention_->attend(step, layer, cache.layer(layer), delta);
-    if (tensor_ != nullptr) TANDEM_TRY(tensor_->sum(delta));
-    ops_.add_rms_norm(*stream_, residual, delta, norms.mlp.all(), eps, hidden);
-    TANDEM_TRY(mlp_.forward(layer, hidden, delta));
+std::vector<Decoder::Lane> Decoder::make_lanes(const UploadedBatch& batch) const {
+  std::vector<Lane> lanes;
+  for (const Step& step : batch.parts) {
+    const auto rows_of = [&step](const DeviceTensor& all) { return all.all().row_slice(step.first_row, step.rows); };
+    const int index = static_cast<int>(lanes.size());
+    lanes.push_back({&step, rows_of(residual_), {index, step.first_row, rows_of(hidden_), rows_of(delta_)}});
   }
+  return lanes;
+}
+
+// Two lanes go through a layer one behind the other, so that whatever one of them waits for travels while the other one
+// computes: its rows during the other's attention or experts, its outputs during the other's experts or the next
+// attention. All ranks go in this order. With one lane it is the plain order of a decoder.
+//
+// The first lane writes its keys and values of a layer before the second one reads any, so a sequence may be in both.
+Status Decoder::forward_layers(std::span<const Lane> lanes, const KvCache& cache, const LayerDone& on_layer_done) {
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    for (const Lane& lane : lanes) {
+      if (layer > 0) TANDEM_TRY(mlp_.finish(layer - 1, lane.mlp));
+      begin_layer(lane, layer, cache);
+      if (on_layer_done && &lane == &lanes.back()) {
+        ops_.synchronize(*stream_);
+        on_layer_done(static_cast<int>(layer));
+      }
+      TANDEM_TRY(attend(lane, layer, cache));
+      TANDEM_TRY(mlp_.send(layer, lane.mlp));
+    }
+    for (const Lane& lane : lanes) TANDEM_TRY(mlp_.compute(layer, lane.mlp));
+  }
+  for (const Lane& lane : lanes) TANDEM_TRY(mlp_.finish(config_.num_layers - 1, lane.mlp));
+  return {};
+}
+
+// Until the layer's keys and values are in the cache.
+void Decoder::begin_layer(const Lane& lane, int64_t layer, const KvCache& cache) {
+  const float eps = config_.rms_norm_eps;
+  const Norms& norms = norms_[static_cast<size_t>(layer)];
+  if (layer == 0) {
+    ops_.embed(*stream_, *embedding_, lane.step->tokens, lane.residual);
+    ops_.rms_norm(*stream_, lane.residual, norms.attention.all(), eps, lane.mlp.hidden);
+  } else {
+    ops_.add_rms_norm(*stream_, lane.residual, lane.mlp.out, norms.attention.all(), eps, lane.mlp.hidden);
+  }
+  attention_->write_kv(*lane.step, layer, lane.mlp.hidden, cache.layer(layer));
+}
+
+// Until the MLP's input is in `hidden`.
+Status Decoder::attend(const Lane& lane, int64_t layer, const KvCache& cache) {
+  attention_->attend(*lane.step, layer, cache.layer(layer), lane.mlp.out);
+  if (tensor_ != nullptr) TANDEM_TRY(tensor_->sum(lane.mlp.out));
+  ops_.add_rms_norm(*stream_, lane.residual, lane.mlp.out, norms_[static_cast<size_t>(layer)].mlp.all(),
+                    config_.rms_norm_eps, lane.mlp.hidden);
   return {};
 }
 
 // The last sum and norm, and the head, for the wanted rows alone.
-Status Decoder::compute_logits(const Step& step) {
-  const int64_t wanted = step.logit_rows.rows;
+Status Decoder::compute_logits(const UploadedBatch& batch) {
+  const int64_t wanted = batch.logit_rows.rows;
   const bool is_first = config_.tensor.rank == 0;
   if (!is_first && !has_split_head()) return {};
   const Tensor hidden = wanted_hidden_.rows(wanted);
-  ops_.gather_rows(*stream_, residual_.rows(step.rows), step.logit_rows, wanted_residual_.rows(wanted));
-  ops_.gather_rows(*stream_, delta_.rows(step.rows), step.logit_rows, wanted_delta_.rows(wanted));
+  ops_.gather_rows(*stream_, residual_.rows(batch.rows), batch.logit_rows, wanted_residual_.rows(wanted));
+  ops_.gather_rows(*stream_, delta_.rows(batch.rows), batch.logit_rows, wanted_delta_.rows(wanted));
   ops_.add_rms_norm(*stream_, wanted_residual_.rows(wanted), wanted_delta_.rows(wanted), final_norm_.all(),
                     config_.rms_norm_eps, hidden);
   const Tensor logits = logits_device_.rows(wanted);

@@ -49,9 +49,18 @@ class Decoder final : public Model {
     DeviceTensor attention;
     DeviceTensor mlp;
   };
-  Status forward_layers(const Step& step, const KvCache& cache, const LayerDone& on_layer_done);
+  // What each part of a step has in the buffers that are here for all rows.
+  struct Lane {
+    const Step* step = nullptr;
+    kernels::Tensor residual;
+    MlpRows mlp;  // hidden_ and delta_
+  };
+  std::vector<Lane> make_lanes(const UploadedBatch& batch) const;
+  Status forward_layers(std::span<const Lane> lanes, const KvCache& cache, const LayerDone& on_layer_done);
+  void begin_layer(const Lane& lane, int64_t layer, const KvCache& cache);
+  Status attend(const Lane& lane, int64_t layer, const KvCache& cache);
   Status forward_without_rows();
-  Status compute_logits(const Step& step);
+  Status compute_logits(const UploadedBatch& batch);
   bool has_split_head() const;
   int64_t logit_cols() const;
 

@@ -90,6 +90,31 @@ class ExactnessTest : public testing::TestWithParam<ExactCase> {
     return options;
   }
 
+  // All sequences in steps of chunks of up to `most_rows` rows, in any order, until all are computed.
+  void run_mixed(Sequences& sequences, uint64_t seed, int32_t most_rows) {
+    std::mt19937_64 random(seed);
+    bool is_done = false;
+    while (!is_done) {
+      std::vector<Piece> pieces;
+      is_done = true;
+      for (size_t i = 0; i < work_.tokens.size(); ++i) {
+        const int32_t done = static_cast<int32_t>(sequences.logits(i).size());
+        const int32_t total = static_cast<int32_t>(work_.tokens[i].size());
+        const bool is_prompt = done < work_.prompt[i];
+        const int32_t left = (is_prompt ? work_.prompt[i] : total) - done;
+        is_done &= left == 0;
+        if (left == 0 || random() % 4 == 0) continue;
+        pieces.push_back(
+            {i, 1 + static_cast<int32_t>(random() % static_cast<uint64_t>(std::min(left, most_rows))), is_prompt});
+      }
+      std::shuffle(pieces.begin(), pieces.end(), random);
+      if (!pieces.empty()) sequences.step(pieces);
+    }
+    for (size_t i = 0; i < work_.tokens.size(); ++i) {
+      ASSERT_EQ(sequences.logits(i), expected_[i]) << "sequence " << i << ", seed " << seed;
+    }
+  }
+
   const std::unique_ptr<kernels::Ops> ops_ = must_make_ops(GetParam().backend, 1);
   const std::unique_ptr<Model> model_ = must_load(*ops_, options());
   Workload work_;
@@ -119,28 +144,16 @@ TEST_P(ExactnessTest, GeneratedTokensRecomputedTogether) {
 
 TEST_P(ExactnessTest, BatchesOfMixedChunksInAnyOrder) {
   constexpr uint64_t kSeed = 99;
-  std::mt19937_64 random(kSeed);
   Sequences sequences(*ops_, *model_, work_.tokens, kSeed);
-  for (;;) {
-    std::vector<Piece> pieces;
-    for (size_t i = 0; i < work_.tokens.size(); ++i) {
-      const int32_t done = static_cast<int32_t>(sequences.logits(i).size());
-      const int32_t total = static_cast<int32_t>(work_.tokens[i].size());
-      const bool is_prompt = done < work_.prompt[i];
-      const int32_t left = (is_prompt ? work_.prompt[i] : total) - done;
-      if (left == 0 || random() % 4 == 0) continue;
-      pieces.push_back({i, 1 + static_cast<int32_t>(random() % static_cast<uint64_t>(std::min(left, 9))), is_prompt});
-    }
-    std::shuffle(pieces.begin(), pieces.end(), random);
-    if (!pieces.empty()) {
-      sequences.step(pieces);
-      continue;
-    }
-    bool is_done = true;
-    for (size_t i = 0; i < work_.tokens.size(); ++i) is_done &= sequences.logits(i).size() == work_.tokens[i].size();
-    if (is_done) break;
-  }
-  for (size_t i = 0; i < work_.tokens.size(); ++i) ASSERT_EQ(sequences.logits(i), expected_[i]) << "sequence " << i;
+  run_mixed(sequences, kSeed, 9);
+}
+
+// Cut between sequences and within them.
+TEST_P(ExactnessTest, StepsInTwoParts) {
+  constexpr uint64_t kSeed = 17;
+  Sequences sequences(*ops_, *model_, work_.tokens, kSeed);
+  sequences.split_steps(kSeed);
+  run_mixed(sequences, kSeed, 30);
 }
 
 TEST_P(ExactnessTest, ThreadsDoNotShow) {
@@ -171,15 +184,21 @@ TEST_P(ExactnessTest, LayerDoneAndWantedRows) {
   batch.logit_rows = {2, 40, work_.prompt[longest] - 1};
   std::vector<int> layers;
   std::vector<std::vector<std::byte>> seen;
-  const Status done = model_->forward(batch, cache, [&](int layer) {
-    layers.push_back(layer);
-    seen.push_back(read_layer(layer));
-  });
-  ASSERT_TRUE(done.ok());
   std::vector<int> all(static_cast<size_t>(model_->info().kv.num_layers));
   std::iota(all.begin(), all.end(), 0);
-  EXPECT_EQ(layers, all);
-  for (const int layer : all) EXPECT_TRUE(seen[static_cast<size_t>(layer)] == read_layer(layer));
+  for (const int32_t split : {0, 33}) {
+    layers.clear();
+    seen.clear();
+    batch.split_row = split;
+    for (const BlockId block : sequences.blocks(longest)) cache.fill(block, 0.0F);
+    const Status done = model_->forward(batch, cache, [&](int layer) {
+      layers.push_back(layer);
+      seen.push_back(read_layer(layer));
+    });
+    ASSERT_TRUE(done.ok());
+    EXPECT_EQ(layers, all);
+    for (const int layer : all) EXPECT_TRUE(seen[static_cast<size_t>(layer)] == read_layer(layer));
+  }
   for (size_t i = 0; i < batch.logit_rows.size(); ++i) {
     const std::span<const float> logits = model_->logits(i);
     EXPECT_EQ(std::vector<float>(logits.begin(), logits.end()),

@@ -10,6 +10,9 @@
 //   }
 //   collect()                              the outputs of this rank's rows, slot by slot
 //
+// A second lane is a second exchange beside it, of other rows of the same step: all ranks then call dispatch of both, then
+// receive and give_back of both, then collect of both, each in the order of the lanes.
+//
 // A token's outputs come back one by one and are summed by the rank that owns the token, in the order of its slots. So
 // the sum has one order, whatever the placement, and the bits are those of one rank that has all experts.
 #pragma once
@@ -54,6 +57,8 @@ class ExpertExchange {
   virtual ~ExpertExchange() = default;
 
   virtual const ExpertShard& shard() const = 0;
+  // 0, which is this one, or 1 if it has a second one. That takes the second part of a step, at most half of its rows.
+  virtual ExpertExchange& lane(int index) = 0;
   // What it will take of this rank's memory, beside what a rank that has all experts takes.
   virtual int64_t extra_bytes(const kernels::Ops& ops, const ExchangeShape& shape) const = 0;
   // Allocates; once, before the first dispatch.

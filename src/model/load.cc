@@ -149,6 +149,10 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
     if (options.tensor != nullptr) {
       needs.workspace_bytes += options.tensor->extra_bytes(decoder->tensor_shape(capacity));
     }
+    if (options.moves_experts) {  // spares for the experts of one layer
+      const std::vector<bool>& is_moe = decoder->config().layer_is_moe;
+      needs.workspace_bytes += needs.expert_bytes / std::max<int64_t>(1, std::count(is_moe.begin(), is_moe.end(), true));
+    }
     needs.max_model_len = max_model_len;
     needs.kv = decoder->make_kv_layout(options.block_size, kv_dtype);
     TANDEM_TRY(options.on_sized(needs));

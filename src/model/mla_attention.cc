@@ -106,15 +106,14 @@ class MlaAttention final : public Attention {
 
   void attend(const Step& step, int64_t index, const kernels::KvLayerView& cache, const Tensor& out) override {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    const std::vector<Chunk>& chunks = step.batch->chunks;
-    for (size_t i = 0; i < chunks.size();) {
-      if (chunks[i].is_prompt) {
+    for (size_t i = 0; i < step.sequences.size();) {
+      if (step.is_prompt[i]) {
         attend_prompt(layer, step, step.sequences[i], cache);
         ++i;
         continue;
       }
       size_t end = i;
-      while (end < chunks.size() && !chunks[end].is_prompt) ++end;
+      while (end < step.sequences.size() && !step.is_prompt[end]) ++end;
       attend_generated(layer, step, std::span(step.sequences).subspan(i, end - i), cache);
       i = end;
     }

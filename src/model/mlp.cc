@@ -132,7 +132,7 @@ void MlpLayers::read_routing(int64_t rows) {
     if (layer.moe_index < 0) continue;
     const std::span<int32_t> kept =
         std::span(kept_routing_).subspan(static_cast<size_t>(layer.moe_index) * count, count);
-    ops_.read_back(stream_, expert_ids(layer, rows).address, std::as_writable_bytes(kept));
+    ops_.read_back(stream_, expert_ids(layer, 0, rows).address, std::as_writable_bytes(kept));
   }
 }
 
@@ -143,40 +143,119 @@ std::span<const int32_t> MlpLayers::routed_experts(int64_t index) const {
   return std::span(kept_routing_).subspan(static_cast<size_t>(index) * count, count);
 }
 
-Tensor MlpLayers::expert_ids(const Layer& layer, int64_t rows) const {
-  if (!keeps_routing_) return expert_ids_.rows(rows);
+Tensor MlpLayers::expert_ids(const Layer& layer, int64_t first_row, int64_t rows) const {
+  if (!keeps_routing_) return expert_ids_.all().row_slice(first_row, rows);
   const int64_t max_rows = expert_ids_.all().rows / num_moe_layers_;
-  return expert_ids_.all().row_slice(layer.moe_index * max_rows, rows);
+  return expert_ids_.all().row_slice(layer.moe_index * max_rows + first_row, rows);
 }
 
 // The real router has run already: a benchmark shall pay for it.
-void MlpLayers::simulate_routing(const Layer& layer, int64_t first, const Tensor& ids, const Tensor& weights) {
+void MlpLayers::simulate_routing(const Layer& layer, int64_t first_row, const Tensor& ids, const Tensor& weights) {
   const size_t count = static_cast<size_t>(ids.rows * ids.cols);
-  const size_t begin = static_cast<size_t>(layer.moe_index) * simulated_weights_.size() + static_cast<size_t>(first * ids.cols);
-  const std::span<const int32_t> chosen = std::span<const int32_t>(simulated_ids_).subspan(begin, count);
+  const size_t first = static_cast<size_t>(first_row * ids.cols);
+  const size_t of_layer = simulated_weights_.size();
+  const std::span<const int32_t> chosen =
+      std::span<const int32_t>(simulated_ids_).subspan(static_cast<size_t>(layer.moe_index) * of_layer + first, count);
   ops_.upload(stream_, ids.address, std::as_bytes(chosen));
-  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_).first(count)));
+  ops_.upload(stream_, weights.address, std::as_bytes(std::span(simulated_weights_).subspan(first, count)));
 }
 
-Status MlpLayers::forward(int64_t index, const Tensor& hidden, const Tensor& out) {
+// Of a part's rows those that this rank asks experts for.
+RowRange MlpLayers::own_rows(const MlpRows& part) const {
+  const int64_t rows = part.hidden.rows;
+  return tensor_ == nullptr ? RowRange{0, rows} : tensor_->own_rows(rows);
+}
+
+Status MlpLayers::send(int64_t index, const MlpRows& part) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
-  const int64_t rows = hidden.rows;
+  if (layer.router == nullptr) return {};
+  const RowRange own = own_rows(part);
+  const Tensor hidden = part.hidden.row_slice(own.first, own.count);
+  // Routing that is kept is that of all rows.
+  if (keeps_routing_) {
+    route(layer, part.first_row, part.hidden);
+  } else {
+    route(layer, part.first_row + own.first, hidden);
+  }
+  if (exchange_ == nullptr) return {};
+  const Tensor ids = expert_ids(layer, part.first_row + own.first, own.count);
+  return exchange_->lane(part.lane).dispatch(layer.moe_index, hidden, ids);
+}
+
+// Chooses the experts of `hidden`, which begins at row `first_row` of the step.
+void MlpLayers::route(const Layer& layer, int64_t first_row, const Tensor& hidden) {
+  if (hidden.rows == 0) return;
+  const Tensor logits = router_logits_.rows(hidden.rows);
+  const Tensor ids = expert_ids(layer, first_row, hidden.rows);
+  const Tensor weights = expert_weights_.all().row_slice(first_row, hidden.rows);
+  ops_.linear(stream_, hidden, *layer.router, logits);
+  ops_.route(stream_, logits, layer.correction_bias.all(), config_.moe.router, ids, weights);
+  if (simulated_) simulate_routing(layer, first_row, ids, weights);
+}
+
+Status MlpLayers::compute(int64_t index, const MlpRows& part) {
+  const Layer& layer = layers_[static_cast<size_t>(index)];
+  if (layer.router == nullptr) return {};
+  if (exchange_ != nullptr) return compute_arrived(layer, exchange_->lane(part.lane));
+  compute_own_experts(layer, part);
+  return {};
+}
+
+// All experts are here.
+void MlpLayers::compute_own_experts(const Layer& layer, const MlpRows& part) {
+  const RowRange own = own_rows(part);
+  const Tensor ids = expert_ids(layer, part.first_row + own.first, own.count);
+  const Tensor order = order_.rows(ids.rows * ids.cols);
+  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
+  ops_.expert_mlp(stream_, part.hidden.row_slice(own.first, own.count), order, offsets_.all(), ids.cols,
+                  *layer.expert_gate_up, *layer.expert_down, own_outputs(part));
+}
+
+Tensor MlpLayers::own_outputs(const MlpRows& part) const {
+  const RowRange own = own_rows(part);
+  const int64_t top_k = config_.moe.router.top_k;
+  return expert_out_.all().row_slice((part.first_row + own.first) * top_k, own.count * top_k);
+}
+
+// Slots of all ranks' rows whose experts are here.
+Status MlpLayers::compute_arrived(const Layer& layer, ExpertExchange& exchange) {
+  while (true) {
+    TANDEM_ASSIGN(const ReceivedSlots received, exchange.receive());
+    if (received.count == 0) return {};
+    ops_.expert_mlp_encoded(stream_, received.rows, received.order, received.offsets, config_.moe.router.top_k,
+                            *layer.expert_gate_up, *layer.expert_down, received.out, received.targets);
+    TANDEM_TRY(exchange.give_back());
+  }
+}
+
+Status MlpLayers::finish(int64_t index, const MlpRows& part) {
+  const Layer& layer = layers_[static_cast<size_t>(index)];
+  const int64_t rows = part.hidden.rows;
   if (layer.router == nullptr) {
     if (rows == 0) return {};
-    forward_dense(layer.dense, hidden, out);
-    return tensor_ == nullptr ? Status() : tensor_->sum(out);
+    forward_dense(layer.dense, part.hidden, part.out);
+    return tensor_ == nullptr ? Status() : tensor_->sum(part.out);
   }
-  const RowRange own = tensor_ == nullptr ? RowRange{0, rows} : tensor_->own_rows(rows);
-  TANDEM_TRY(forward_experts(layer, hidden, own, out.row_slice(own.first, own.count)));
-  if (layer.dense.width > 0 && rows > 0) {
-    const Tensor shared_out = shared_out_.rows(rows);
-    forward_dense(layer.dense, hidden, shared_out);
+  // Shared experts first: outputs of the others may still be on their way.
+  const bool has_shared = layer.dense.width > 0 && rows > 0;
+  const Tensor shared_out = shared_out_.rows(rows);
+  if (has_shared) {
+    forward_dense(layer.dense, part.hidden, shared_out);
     if (tensor_ != nullptr) TANDEM_TRY(tensor_->reduce(shared_out));
-    if (own.count > 0) {
-      ops_.add(stream_, out.row_slice(own.first, own.count), shared_out.row_slice(own.first, own.count));
-    }
   }
-  return tensor_ == nullptr || rows == 0 ? Status() : tensor_->share(out);
+  Tensor outputs;
+  if (exchange_ == nullptr) {
+    outputs = own_outputs(part);
+  } else {
+    TANDEM_ASSIGN(outputs, exchange_->lane(part.lane).collect());
+  }
+  const RowRange own = own_rows(part);
+  if (own.count > 0) {
+    const Tensor out = part.out.row_slice(own.first, own.count);
+    ops_.combine(stream_, outputs, expert_weights_.all().row_slice(part.first_row + own.first, own.count), out);
+    if (has_shared) ops_.add(stream_, out, shared_out.row_slice(own.first, own.count));
+  }
+  return tensor_ == nullptr || rows == 0 ? Status() : tensor_->share(part.out);
 }
 
 void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Tensor& out) {
@@ -185,53 +264,6 @@ void MlpLayers::forward_dense(const Dense& dense, const Tensor& hidden, const Te
   ops_.linear(stream_, hidden, *dense.gate_up, gate_up);
   ops_.silu_mul(stream_, gate_up, activated);
   ops_.linear(stream_, activated, *dense.down, out);
-}
-
-Status MlpLayers::forward_experts(const Layer& layer, const Tensor& all_hidden, const RowRange& own, const Tensor& out) {
-  const Tensor hidden = all_hidden.row_slice(own.first, own.count);
-  // Routing that is kept is that of all rows.
-  route(layer, keeps_routing_ ? all_hidden : hidden, keeps_routing_ ? 0 : own.first);
-  const int64_t first = keeps_routing_ ? own.first : 0;
-  const Tensor ids = expert_ids(layer, first + own.count).row_slice(first, own.count);
-  const Tensor weights = expert_weights_.all().row_slice(first, own.count);
-  TANDEM_ASSIGN(const Tensor expert_out,
-                exchange_ == nullptr ? compute_experts(layer, hidden, ids) : exchange_experts(layer, hidden, ids));
-  if (own.count > 0) ops_.combine(stream_, expert_out, weights, out);
-  return {};
-}
-
-// Chooses the experts of `hidden`, which begins at row `first` of the step.
-void MlpLayers::route(const Layer& layer, const Tensor& hidden, int64_t first) {
-  if (hidden.rows == 0) return;
-  const Tensor logits = router_logits_.rows(hidden.rows);
-  const Tensor ids = expert_ids(layer, hidden.rows);
-  const Tensor weights = expert_weights_.rows(hidden.rows);
-  ops_.linear(stream_, hidden, *layer.router, logits);
-  ops_.route(stream_, logits, layer.correction_bias.all(), config_.moe.router, ids, weights);
-  if (simulated_) simulate_routing(layer, first, ids, weights);
-}
-
-// All experts are here.
-Result<Tensor> MlpLayers::compute_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
-  const Tensor order = order_.rows(ids.rows * ids.cols);
-  const Tensor expert_out = expert_out_.rows(ids.rows * ids.cols);
-  ops_.sort_by_expert(stream_, ids, config_.moe.num_experts, order, offsets_.all());
-  ops_.expert_mlp(stream_, hidden, order, offsets_.all(), ids.cols, *layer.expert_gate_up, *layer.expert_down,
-                  expert_out);
-  return expert_out;
-}
-
-// Rows go to the ranks that hold their experts, the slots of others are computed here.
-Result<Tensor> MlpLayers::exchange_experts(const Layer& layer, const Tensor& hidden, const Tensor& ids) {
-  TANDEM_TRY(exchange_->dispatch(layer.moe_index, hidden, ids));
-  while (true) {
-    TANDEM_ASSIGN(const ReceivedSlots received, exchange_->receive());
-    if (received.count == 0) break;
-    ops_.expert_mlp_encoded(stream_, received.rows, received.order, received.offsets, ids.cols, *layer.expert_gate_up,
-                            *layer.expert_down, received.out, received.targets);
-    TANDEM_TRY(exchange_->give_back());
-  }
-  return exchange_->collect();
 }
 
 std::vector<kernels::WeightFormat> MlpLayers::expert_formats() const {

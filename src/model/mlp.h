@@ -21,13 +21,21 @@
 
 namespace tandem::model {
 
+// Rows of a step that go through a layer together: all, or one of two parts.
+struct MlpRows {
+  int lane = 0;           // of the exchange; 0 or 1
+  int64_t first_row = 0;  // in the step
+  kernels::Tensor hidden;  // [T, H]; T = 0 only with an exchange: this rank then computes what others send
+  kernels::Tensor out;     // [T, H]
+};
+
 class MlpLayers final : public ExpertStore {
  public:
   MlpLayers(kernels::Ops& ops, kernels::Stream& stream, const ModelConfig& config);
 
   // Before list_weights: only the experts of the exchange's shard are loaded, and rows travel through it.
   void set_exchange(ExpertExchange* exchange) { exchange_ = exchange; }
-  // With tensor parallelism: `out` of forward() is summed and shared over the ranks.
+  // With tensor parallelism: `out` of finish() is summed and shared over the ranks.
   void set_tensor(TensorExchange* tensor) { tensor_ = tensor; }
   // Lists the tensors of layer `layer`; `prefix` is "model.layers.3.mlp.".
   void list_weights(WeightPlan& plan, int64_t layer, const std::string& prefix);
@@ -40,9 +48,12 @@ class MlpLayers final : public ExpertStore {
   void set_routing(bool is_kept, const RoutingSimulation& simulation);
   // Before the first layer of a step.
   void begin_step(const Batch& batch);
-  // out [T, H] = MLP of layer `layer` of hidden [T, H]. T = 0 only with an exchange: this rank then computes what
-  // others send. Faults are those of the exchange.
-  Status forward(int64_t layer, const kernels::Tensor& hidden, const kernels::Tensor& out);
+  // out = MLP of layer `layer` of hidden, in three steps, each done with all parts before the next one: rows leave for
+  // their experts, this rank's experts compute what has come, outputs are summed up. Between two of them a part's rows or
+  // outputs may travel; its hidden must stay as it is. Faults are those of the exchange.
+  Status send(int64_t layer, const MlpRows& part);
+  Status compute(int64_t layer, const MlpRows& part);
+  Status finish(int64_t layer, const MlpRows& part);
   // After the last layer, once the stream is done: fetches the kept routing of the step's rows.
   void read_routing(int64_t rows);
   // Of the `index`-th MoE layer, [rows, top_k].
@@ -81,15 +92,14 @@ class MlpLayers final : public ExpertStore {
   Layer& moe_layer(int64_t index);
   const Layer& moe_layer(int64_t index) const { return const_cast<MlpLayers*>(this)->moe_layer(index); }
   void forward_dense(const Dense& dense, const kernels::Tensor& hidden, const kernels::Tensor& out);
-  Status forward_experts(const Layer& layer, const kernels::Tensor& all_hidden, const RowRange& own,
-                         const kernels::Tensor& out);
-  void route(const Layer& layer, const kernels::Tensor& hidden, int64_t first);
-  Result<kernels::Tensor> compute_experts(const Layer& layer, const kernels::Tensor& hidden,
-                                          const kernels::Tensor& ids);
-  Result<kernels::Tensor> exchange_experts(const Layer& layer, const kernels::Tensor& hidden,
-                                           const kernels::Tensor& ids);
-  kernels::Tensor expert_ids(const Layer& layer, int64_t rows) const;
-  void simulate_routing(const Layer& layer, int64_t first, const kernels::Tensor& ids, const kernels::Tensor& weights);
+  RowRange own_rows(const MlpRows& part) const;
+  void route(const Layer& layer, int64_t first_row, const kernels::Tensor& hidden);
+  void compute_own_experts(const Layer& layer, const MlpRows& part);
+  Status compute_arrived(const Layer& layer, ExpertExchange& exchange);
+  kernels::Tensor expert_ids(const Layer& layer, int64_t first_row, int64_t rows) const;
+  kernels::Tensor own_outputs(const MlpRows& part) const;
+  void simulate_routing(const Layer& layer, int64_t first_row, const kernels::Tensor& ids,
+                        const kernels::Tensor& weights);
 
   kernels::Ops& ops_;
   kernels::Stream& stream_;

@@ -48,7 +48,11 @@ ExpertMemory MlpLayers::make_spare() {
     const std::array<int64_t, 2> needed = slot_bytes(layer);
     for (size_t part = 0; part < 2; ++part) bytes[part] = std::max(bytes[part], needed[part]);
   }
-  for (const int64_t part : bytes) spares_.push_back(ops_.allocate(part));
+  for (const int64_t part : bytes) {
+    spares_.push_back(ops_.allocate(part));
+    // So that its pages are there: who fills it, in pieces between steps, is not to wait for them.
+    std::memset(spares_.back()->address(), 0, static_cast<size_t>(part));
+  }
   return {spares_[spares_.size() - 2]->address(), spares_.back()->address()};
 }
 

@@ -1,7 +1,10 @@
-// One Batch as the device sees it: positions, cache slots and block tables, checked and uploaded once per step.
+// One Batch as the device sees it: positions, cache slots and block tables, checked and uploaded once per step; in one
+// part, or in two that go through the layers one behind the other.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "src/kernels/ops.h"
@@ -11,16 +14,22 @@
 
 namespace tandem::model {
 
-// A step ready to be computed. Views are valid until the next StepUploader::upload.
+// A part of a step, ready to be computed. Views are valid until the next StepUploader::upload.
 struct Step {
+  int64_t first_row = 0;                         // in the batch
   int64_t rows = 0;
-  const Batch* batch = nullptr;
   kernels::Tensor tokens;                        // I32 [rows, 1]
   kernels::Tensor positions;                     // I32 [rows, 1]
   kernels::Tensor slots;                         // I64 [rows, 1]: block * block_size + offset
   kernels::Tensor block_table;                   // I32 [blocks of all chunks, 1]
-  kernels::Tensor logit_rows;                    // I32 [wanted rows, 1]
-  std::vector<kernels::SequenceRows> sequences;  // one per chunk, in order
+  std::vector<kernels::SequenceRows> sequences;  // one per chunk, in order; rows count from first_row
+  std::vector<bool> is_prompt;                   // of each of them
+};
+
+struct UploadedBatch {
+  int64_t rows = 0;
+  std::span<const Step> parts;  // one or two
+  kernels::Tensor logit_rows;   // I32 [wanted rows, 1], of the batch
 };
 
 struct StepLimits {
@@ -36,18 +45,20 @@ class StepUploader {
   StepUploader(kernels::Ops& ops, kernels::Stream& stream, const StepLimits& limits);
 
   // CHECKs the batch against the limits: a bad one is a bug of the engine.
-  const Step& upload(const Batch& batch, const KvCache& cache);
+  UploadedBatch upload(const Batch& batch, const KvCache& cache);
 
  private:
-  void add_chunk(const Chunk& chunk, const KvCache& cache);
+  void add_chunk(const Chunk& chunk, const KvCache& cache, int32_t split_row);
+  void add_rows(Step& part, const Chunk& chunk, int32_t first, int32_t end);
 
   kernels::Ops& ops_;
   kernels::Stream& stream_;
   StepLimits limits_;
-  Step step_;
+  std::array<Step, 2> parts_;
   std::vector<int32_t> positions_;
   std::vector<int64_t> slots_;
-  std::vector<int32_t> block_table_;
+  std::vector<int32_t> block_table_;  // of all chunks
+  int32_t first_block_ = 0;           // of the chunk that is added, in block_table_
   DeviceTensor tokens_device_;
   DeviceTensor positions_device_;
   DeviceTensor slots_device_;

@@ -142,6 +142,9 @@ class Sequences {
 
   void set_token(size_t sequence, size_t position, TokenId token) { tokens_[sequence][position] = token; }
 
+  // From now on steps of two rows or more are computed in two parts, cut anywhere.
+  void split_steps(uint64_t seed) { splits_.emplace(seed); }
+
   // Computes the next rows of each named sequence in one step.
   void step(const std::vector<Piece>& pieces, const LayerDone& on_layer_done = {}) {
     Batch batch;
@@ -159,6 +162,9 @@ class Sequences {
         batch.logit_rows.push_back(static_cast<int32_t>(batch.tokens.size()));
         batch.tokens.push_back(tokens[static_cast<size_t>(first + i)]);
       }
+    }
+    if (splits_ && batch.tokens.size() >= 2) {
+      batch.split_row = 1 + static_cast<int32_t>((*splits_)() % (batch.tokens.size() - 1));
     }
     CHECK(model_.forward(batch, *cache_, on_layer_done).ok());
     size_t row = 0;
@@ -188,6 +194,7 @@ class Sequences {
   std::vector<Logits> logits_;
   std::vector<std::vector<BlockId>> blocks_;
   std::unique_ptr<KvCache> cache_;
+  std::optional<std::mt19937_64> splits_;
 };
 
 inline LoadOptions golden_options(const std::string& path, ComputeType compute) {

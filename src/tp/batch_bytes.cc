@@ -65,6 +65,7 @@ std::vector<int32_t> write_order(const model::Batch& batch, const CacheNews& new
   Writer out;
   out.add(batch.tokens);
   out.add(batch.logit_rows);
+  out.add(batch.split_row);
   out.add(static_cast<int32_t>(batch.chunks.size()));
   for (const model::Chunk& chunk : batch.chunks) {
     out.add(chunk.first_row);
@@ -84,6 +85,7 @@ Result<StepOrder> read_order(std::span<const int32_t> numbers) {
   StepOrder order;
   in.read(order.batch.tokens);
   in.read(order.batch.logit_rows);
+  order.batch.split_row = in.next();
   const int32_t num_chunks = in.next_count();
   for (int32_t i = 0; i < num_chunks && in.is_good(); ++i) {
     model::Chunk chunk;

@@ -11,6 +11,7 @@ StepOrder make_order() {
   StepOrder order;
   order.batch.tokens = {5, 6, 7, 0};
   order.batch.logit_rows = {2, 3};
+  order.batch.split_row = 2;
   order.batch.chunks.push_back({0, 3, 16, true, {BlockId(4), BlockId(9)}});
   order.batch.chunks.push_back({3, 1, 0, false, {BlockId(1)}});
   order.news.received = {BlockId(9)};
@@ -25,6 +26,7 @@ TEST(BatchBytes, AnOrderComesBackAsItWas) {
   const StepOrder order = read_order(std::span(numbers).subspan(1)).value();
   EXPECT_EQ(write_order(order.batch, order.news), numbers);
   EXPECT_EQ(order.batch.tokens, make_order().batch.tokens);
+  EXPECT_EQ(order.batch.split_row, 2);
   EXPECT_EQ(order.batch.chunks[0].blocks, make_order().batch.chunks[0].blocks);
   EXPECT_FALSE(order.batch.chunks[1].is_prompt);
   EXPECT_EQ(order.news.fill_value, 0.015F);

@@ -164,6 +164,23 @@ def test_experts_that_move_change_no_answer(launcher, expected, backend):
     server.stop()
 
 
+DBO = ["--enable-dbo", "--dbo-decode-token-threshold", 2, "--dbo-prefill-token-threshold", 8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_in_two_parts_change_no_answer(launcher, expected, backend):
+    """Beside experts that move, with chunks that are cut in their middle."""
+    server = start_ranks(launcher, 4, "--all2all-backend", backend, "--max-num-batched-tokens", 64, *DBO, *EPLB)
+    for _ in range(2):
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda item: ask(server.url, *item), enumerate(PROMPTS)))
+        assert answers == expected[:len(PROMPTS)]
+    steps = rank_metric(server, "tandem:group_rounds_total") / 4
+    split = rank_metric(server, "tandem:group_split_rounds_total") / 4
+    assert steps / 10 < split < steps  # ranks with few rows keep all from it
+    server.stop()
+
+
 def test_a_rank_that_comes_back_takes_up_the_moved_experts(launcher, expected):
     server = start_ranks(launcher, 3, "--rank-timeout", 2, "--enable-eplb", "--eplb-config",
                          json.dumps({"window_size": 16, "step_interval": 40, "num_redundant_experts": 2}))

@@ -38,7 +38,7 @@ def ask(body):
         return error.code, error.read().decode()
     except OSError as error:
         return 0, json.dumps(str(error))
-with ThreadPoolExecutor(8) as pool:
+with ThreadPoolExecutor(24) as pool:
     json.dump(list(pool.map(ask, bodies)), sys.stdout)
 """
 
@@ -55,6 +55,15 @@ def ask_inside(path, bodies, background=False, node=0):
         process.wait()
         return [(status, json.loads(body) if body else None) for status, body in json.loads(text)]
     return finish if background else finish()
+
+
+def rank_metric(node, log, name):
+    """Of the first rank that says in this log where it serves."""
+    url = re.search(r"rank\d \[serve\] serving demo on (http://\S+)", log)[1]
+    text = subprocess.run(inside(NAMES[node], "python3", "-c", "import sys, urllib.request\n"
+                                 "print(urllib.request.urlopen(sys.argv[1]).read().decode())", url + "/metrics"),
+                          check=True, capture_output=True, text=True).stdout
+    return float(re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)[1])
 
 
 def health(node=0):
@@ -125,14 +134,19 @@ def wait_until_standing(what):
     wait_until(lambda: health()[0] == 200, 40, what)
 
 
+@pytest.mark.parametrize("overlap", [[], ["--enable-dbo", "--dbo-decode-token-threshold", 2, "--dbo-prefill-token-threshold",
+                                           2, "--max-num-batched-tokens", 64]], ids=["whole_steps", "two_parts"])
 @pytest.mark.parametrize("backend", ["naive", "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency"])
-def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend):
-    first, second = start_node_1(tmp_path / "n1.log", backend), start_node_2(tmp_path / "n2.log", backend)
+def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend, overlap):
+    first = start_node_1(tmp_path / "n1.log", backend, *overlap)
+    second = start_node_2(tmp_path / "n2.log", backend, *overlap)
     try:
         wait_until_standing("both nodes stand")
         answers = ask_inside("/v1/completions", all_bodies())
         assert [status for status, _ in answers] == [200] * len(PROMPTS), answers
         assert [read_answer(answer) for _, answer in answers] == expected
+        split = rank_metric(1, second.read_log(), "tandem:group_split_rounds_total")
+        assert (split > 10) == bool(overlap), split
     except AssertionError:
         print(first.read_log()[-3000:], second.read_log()[-3000:])
         raise
