@@ -114,6 +114,40 @@ TEST(NetworkPort, BytesAreThereBeforeTheirSignal) {
   thread.join();
 }
 
+TEST(NetworkPort, SmallPutsTravelTogetherAndInOrder) {
+  Side zero(0);
+  Side one(1);
+  ASSERT_TRUE(zero.connect(one.port->address()).ok());
+  ASSERT_TRUE(one.connect(zero.port->address()).ok());
+  for (Side* side : {&zero, &one}) {
+    ASSERT_FALSE(side->wait_for_outcome().error.has_value());
+    side->make_fabric();
+  }
+  constexpr size_t kPuts = 1000;  // more than one message takes
+  constexpr size_t kBytes = 100;
+  std::vector<std::byte> data(kPuts * kBytes);
+  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>(i * 7 + i / 251);
+  // To places in another order, the last place twice: the later put stays.
+  const auto place = [](size_t i) { return (i * 37 % kPuts) * 2 * kBytes; };
+  const std::vector<std::byte> first(kBytes, std::byte{99});
+  zero.fabric->put(RankId(1), static_cast<int64_t>(place(kPuts - 1)), first);
+  for (size_t i = 0; i < kPuts; ++i) {
+    zero.fabric->put(RankId(1), static_cast<int64_t>(place(i)), std::span(data).subspan(i * kBytes, kBytes));
+  }
+  ASSERT_TRUE(zero.fabric->flush().ok());  // without a signal they leave, too …
+  std::fill(data.begin(), data.begin() + kBytes, std::byte{1});
+  zero.fabric->put(RankId(1), kWindowBytes - 1, std::span(data).first(1));
+  zero.fabric->signal(RankId(1), Channel::kCombine, 1);  // … and before it
+  ASSERT_TRUE(one.fabric->wait(RankId(0), Channel::kCombine, 1).ok());
+  const std::span<const std::byte> window = one.fabric->window();
+  EXPECT_EQ(window[kWindowBytes - 1], std::byte{1});
+  for (size_t i = 1; i < kPuts; ++i) {
+    ASSERT_EQ(std::memcmp(window.data() + place(i), data.data() + i * kBytes, kBytes), 0) << i;
+    ASSERT_EQ(window[place(i) + kBytes], std::byte{0}) << i;
+  }
+  EXPECT_EQ(window[place(0)], std::byte{0});  // as it was when flush() returned
+}
+
 TEST(NetworkPort, Throughput) {
   Side zero(0);
   Side one(1);

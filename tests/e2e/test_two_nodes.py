@@ -235,6 +235,8 @@ def test_a_lost_node_is_noticed_in_time_and_taken_back(pair, expected, how):
     running = ask_inside("/v1/completions", [body | {"max_tokens": 400} for body in all_bodies()[:8]], background=True)
     time.sleep(0.5)
     pids = second.rank_pids()
+    if how == "killed":
+        second.popen.send_signal(signal.SIGSTOP)  # or it would start them again before the health is seen
     lost_at = time.time()
     if how == "cut":
         ip("-n", NAMES[1], "link", "set", DEVICES[1], "down")
@@ -252,6 +254,8 @@ def test_a_lost_node_is_noticed_in_time_and_taken_back(pair, expected, how):
     elif how == "stopped":
         for pid in pids.values():
             os.kill(pid, signal.SIGCONT)
+    else:
+        second.popen.send_signal(signal.SIGCONT)
     wait_until_standing("both nodes stand again")
     for status, answer in running():
         # Moved to the next epoch, or a named error; never another answer (its length shows that it is whole).
