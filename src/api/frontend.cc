@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -248,7 +249,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     if (num_requests >= options.max_concurrent_requests) {
       return refuse(*exchange, *request_id,
                     make_error(ErrorKind::kResourceExhausted, "{} requests are running, the limit is {}; retry later",
-                               num_requests, options.max_concurrent_requests));
+                               num_requests.load(), options.max_concurrent_requests));
     }
     const Result<int64_t> timeout_us = read_timeout_us(request, static_cast<int64_t>(options.request_timeout_s * 1e6));
     if (!timeout_us.ok()) return refuse(*exchange, *request_id, timeout_us.error());
@@ -420,7 +421,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
   std::shared_ptr<Serving> serving;  // null: `closed_because` says why
   Error closed_because = Error{ErrorKind::kUnavailable, "the model is still loading", "", "loading"};
   std::unordered_set<std::shared_ptr<Generation>> generations;
-  int64_t num_requests = 0;  // with those whose text is still worked on
+  std::atomic<int64_t> num_requests = 0;  // with those whose text is still worked on
   std::unique_ptr<TextThread> text_thread = std::make_unique<TextThread>();
 };
 
@@ -462,7 +463,8 @@ void Frontend::add_routes(HttpServer& server) {
     e->respond(std::move(response));
   });
   add("GET", "/load", true, [impl](ExchangePtr e) {
-    e->respond(json_response({{"server_load", impl->num_requests}}));
+    const int64_t load = impl->options.server_load ? impl->options.server_load() : impl->num_requests.load();
+    e->respond(json_response({{"server_load", load}}));
   });
   add("GET", "/health", false, [impl](ExchangePtr e) { impl->show_health(*e); });
   add("GET", "/ping", false, [impl](ExchangePtr e) { impl->show_health(*e); });

@@ -52,6 +52,7 @@ struct FrontendOptions {
   int64_t max_concurrent_requests = 4096;  // more are answered with 429
   std::string version;
   std::function<Health()> health;  // unset: ready once open() was called
+  std::function<int64_t()> server_load;  // what GET /load says; unset: the requests that run here
   SpanSink* spans = nullptr;       // null: requests are not traced, and a client's trace context goes on unchanged
 };
 
@@ -73,7 +74,7 @@ class Frontend {
   void open(ServedText served, engine::Worker& worker);
   // Running requests end with `why`, later ones are refused with it.
   void close(Error why);
-  int64_t num_requests() const;
+  int64_t num_requests() const;  // from any thread
 
  private:
   struct Impl;

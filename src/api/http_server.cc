@@ -4,6 +4,8 @@
 // timer operation.
 #include "src/api/http_server.h"
 
+#include <fcntl.h>
+
 #include <algorithm>
 #include <array>
 #include <boost/asio/as_tuple.hpp>
@@ -741,6 +743,17 @@ Result<std::unique_ptr<HttpServer>> HttpServer::listen(asio::io_context& io, con
                       "--port",
                       host, port, ec.message());
   }
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
+}
+
+Result<std::unique_ptr<HttpServer>> HttpServer::share(asio::io_context& io, const HttpServer& first,
+                                                      HttpServerOptions options) {
+  error_code ec;
+  auto impl = std::make_shared<Impl>(io, std::move(options));
+  const int socket = ::fcntl(first.impl_->acceptor.native_handle(), F_DUPFD_CLOEXEC, 0);
+  if (socket < 0) return make_error(ErrorKind::kUnavailable, "cannot share the listening socket; are there too many files?");
+  impl->acceptor.assign(first.impl_->acceptor.local_endpoint(ec).protocol(), socket, ec);
+  CHECK(!ec);
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
 }
 

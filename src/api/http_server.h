@@ -95,6 +95,10 @@ class HttpServer {
   // Binds and listens; port 0 takes any free one. Nothing is accepted before start().
   static Result<std::unique_ptr<HttpServer>> listen(boost::asio::io_context& io, const std::string& host, uint16_t port,
                                                     HttpServerOptions options);
+  // Takes connections from the same socket as `first`, on another io_context: each goes to one of the servers that wait.
+  // Errors: the process has no descriptor left.
+  static Result<std::unique_ptr<HttpServer>> share(boost::asio::io_context& io, const HttpServer& first,
+                                                   HttpServerOptions options);
   ~HttpServer();  // as close()
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;

@@ -508,5 +508,29 @@ TEST_F(HttpServerTest, RefusesATakenPort) {
   EXPECT_NE(error.message.find("--port"), std::string::npos);
 }
 
+TEST_F(HttpServerTest, ASharedSocketIsServedByWhoeverIsFree) {
+  LoopThread other;
+  std::unique_ptr<HttpServer> second;
+  other.run([&] {
+    second = std::move(HttpServer::share(other.io, *server, quick_options()).value());
+    second->add_route({"GET", "/open", false, [](std::shared_ptr<HttpExchange> exchange) {
+                         exchange->respond({200, {}, "text/plain", "second"});
+                       }});
+    EXPECT_EQ(second->port(), port);
+    second->start();
+  });
+  const auto ask = [this] {
+    RawSocket client(port);
+    client.send("GET /open HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    return client.read_response().body;
+  };
+  // While the first one is busy, the second serves; and the other way round.
+  loop.run([&] { EXPECT_EQ(ask(), "second"); });
+  other.run([&] { EXPECT_EQ(ask(), "hello"); });
+  other.run([&] { second->drain([] {}); });
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(ask(), "hello");
+  other.run([&] { second.reset(); });
+}
+
 }  // namespace
 }  // namespace tandem::api

@@ -40,7 +40,7 @@ constexpr SubcommandInfo kSubcommands[] = {
     {Subcommand::kBenchThroughput, "bench throughput", "Measure the engine without HTTP: many requests at once."},
     {Subcommand::kBenchLatency, "bench latency", "Measure the engine without HTTP: one batch at a time."},
     {Subcommand::kBenchRouter, "bench router", "Measure the router by itself, on one core, between instant mock workers and a load."},
-    {Subcommand::kBenchA2a, "bench a2a", "Measure dispatch and combine of the experts' rows beside a plain memcpy of the same bytes."},
+    {Subcommand::kBenchA2a, "bench a2a", "Measure dispatch and combine of the experts' rows beside a plain copy of the same bytes."},
     {Subcommand::kBenchKv, "bench kv", "Measure the transfer of KV blocks between two processes of this machine, beside memcpy and sockets."},
     {Subcommand::kBenchKernels, "bench kernels", "Measure every kernel beside this machine's limits."},
     {Subcommand::kQuantize, "quantize", "Write a copy of a model with weights of 4 or 8 bits."},
@@ -157,8 +157,9 @@ constexpr OptionSpec kTable[] = {
     {.name = "tensor-parallel-rank", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
      .help = "Be this one of the ranks that share; 0 starts the others itself.", .min = 0, .max = 1023},
     {.name = "api-server-count", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
-     .help = "Front ends that vLLM would start. Here one is enough for what a group computes (`tandem bench router`), so more "
-             "are not started, which the log says.", .min = 0, .max = 1024},
+     .help = "Front ends that share the endpoint of a node with several ranks, each a thread with a router of its own; 0 is 1. "
+             "One is enough until text and sockets take a core (`tandem bench router`). Elsewhere there is one, which the log "
+             "says.", .min = 0, .max = 64},
     {.name = "headless", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
      .help = "Only start ranks of this node; the endpoint is another node's."},
     {.name = "enable-expert-parallel", .commands = kServe, .group = "Ranks", .type = kFlag, .default_text = "false",
@@ -434,6 +435,8 @@ constexpr OptionSpec kTable[] = {
     // bench a2a
     {.name = "all2all-backend", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "all",
      .help = "Way of the rows to their experts, as for serve; all measures each."},
+    {.name = "over", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "shm",
+     .help = "How ranks reach each other: shm (one host), tcp (several, here over loopback), or both with a comma."},
     {.name = "ranks", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "2,4",
      .help = "Numbers of ranks, each a process of this host, separated by commas."},
     {.name = "tokens", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "1,8,32,128,512,1024,4096",

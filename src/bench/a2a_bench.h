@@ -1,23 +1,32 @@
-// Dispatch and combine of the experts' rows by themselves, beside a plain memcpy of the same bytes.
+// Dispatch and combine of the experts' rows by themselves, beside a plain copy of the same bytes: a memcpy over shared
+// memory, raw sockets over TCP.
 //
 // Each rank is a process on a core of its own as far as there are cores. In every round, all begin at once:
 //   dispatch   from hidden rows to the operands of the experts: encode, send, receive, sort
 //   experts    not timed: outputs stand ready in local memory
 //   combine    the outputs for other ranks go from there to their places, then until this rank has all of its own
 //   encoding   the first part of dispatch by itself; one rank alone does the same when its experts take rows
-//   memcpy     what dispatch has sent, then what combine has, each from one buffer to one place per peer
+//   plain      what dispatch has sent, then what combine has: over shared memory by memcpy, each from one buffer to one
+//              place per peer; over TCP by one raw socket per peer until all has come
 // A round's time is that of its slowest rank. Own rows and outputs do not travel and are counted nowhere; in a step, the
-// experts write outputs straight into place, so combine has no copy left: here it stands for what that writing costs.
+// experts write outputs straight into place, so combine has no copy left: here it stands for what that writing costs. Over
+// TCP they write into a buffer of their rank, as in a step, and combine begins there.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "src/base/result.h"
 #include "src/ep/window_plan.h"
 
 namespace tandem::bench {
+
+// How ranks reach each other. kTcp: as ranks of other nodes do, but over loopback.
+enum class A2aOver : uint8_t { kSharedMemory, kTcp };
+const char* a2a_over_name(A2aOver over);  // "shm", "tcp"
+Result<A2aOver> parse_a2a_over(std::string_view name);
 
 struct A2aBenchOptions {
   int64_t hidden = 2048;
@@ -32,13 +41,14 @@ struct A2aBenchOptions {
 // One direction. Medians over the rounds.
 struct A2aTimes {
   double us = 0;
-  double memcpy_us = 0;
-  double ratio = 0;       // of the medians
-  double bytes = 0;       // sent by a rank, mean
+  double plain_us = 0;   // of a plain copy of the same bytes
+  double ratio = 0;      // of the medians
+  double bytes = 0;      // sent by a rank, mean
   double gbytes() const { return bytes / us * 1e-3; }  // per second and rank
 };
 
 struct A2aLine {
+  A2aOver over = A2aOver::kSharedMemory;
   ep::All2All backend = ep::All2All::kAllGather;
   int64_t ranks = 0;
   int64_t tokens = 0;
@@ -49,8 +59,9 @@ struct A2aLine {
   A2aTimes combine;
 };
 
-// Ranks of this host over shared memory. Forks: call it before the process has threads.
-Result<A2aLine> measure_a2a(const A2aBenchOptions& options, ep::All2All backend, int64_t ranks, int64_t tokens);
+// Ranks of this host. Forks: call it before the process has threads.
+Result<A2aLine> measure_a2a(const A2aBenchOptions& options, A2aOver over, ep::All2All backend, int64_t ranks,
+                            int64_t tokens);
 
 // Heading and one line, as a Markdown table.
 std::string a2a_heading();

@@ -6,8 +6,13 @@
 namespace tandem::bench {
 namespace {
 
+class A2aBench : public testing::TestWithParam<A2aOver> {};
+
+INSTANTIATE_TEST_SUITE_P(Over, A2aBench, testing::Values(A2aOver::kSharedMemory, A2aOver::kTcp),
+                         [](const auto& over) { return std::string(a2a_over_name(over.param)); });
+
 // Real processes; the ranks themselves check what comes back.
-TEST(A2aBench, MeasuresEveryBackend) {
+TEST_P(A2aBench, MeasuresEveryBackend) {
   A2aBenchOptions options;
   options.hidden = 64;
   options.top_k = 2;
@@ -17,11 +22,13 @@ TEST(A2aBench, MeasuresEveryBackend) {
   for (const ep::All2All backend :
        {ep::All2All::kNaive, ep::All2All::kAllGather, ep::All2All::kHighThroughput, ep::All2All::kLowLatency}) {
     for (const int64_t tokens : {1, 9}) {
-      const Result<A2aLine> line = measure_a2a(options, backend, 3, tokens);
+      const Result<A2aLine> line = measure_a2a(options, GetParam(), backend, 3, tokens);
       ASSERT_TRUE(line.ok()) << line.error().message;
       EXPECT_GE(line->rounds, 1);
       EXPECT_GT(line->dispatch.us, 0);
       EXPECT_GT(line->combine.us, 0);
+      EXPECT_GT(line->dispatch.plain_us, 0);
+      EXPECT_GT(line->combine.plain_us, 0);
       // Two outputs of 64 floats for each row, of which some stay at home.
       EXPECT_LE(line->combine.bytes, static_cast<double>(tokens * 2 * 64 * 4));
       const bool sends_all = backend == ep::All2All::kNaive || backend == ep::All2All::kAllGather;
@@ -37,6 +44,7 @@ TEST(A2aBench, MeasuresEveryBackend) {
         EXPECT_EQ(line->dispatch.bytes, to_all);
       }
       EXPECT_THAT(a2a_line_as_text(*line), testing::HasSubstr(ep::all2all_name(backend)));
+      EXPECT_THAT(a2a_line_as_text(*line), testing::HasSubstr(a2a_over_name(GetParam())));
     }
   }
 }

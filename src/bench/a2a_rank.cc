@@ -27,10 +27,11 @@ double us_since(Time::time_point begin) {
 
 class A2aRank {
  public:
-  A2aRank(const A2aRankOptions& options, group::Fabric& fabric, A2aBoard& board, A2aRecord& record)
+  A2aRank(const A2aRankOptions& options, group::Fabric& fabric, PlainCopy& plain, A2aBoard& board, A2aRecord& record)
       : bench_(*options.bench),
         tokens_(options.tokens),
         fabric_(fabric),
+        plain_(plain),
         board_(board),
         record_(record),
         ops_(kernels::make_ops("auto", 1).value()),
@@ -39,8 +40,7 @@ class A2aRank {
                   a2a_exchange_options(bench_, options.backend, fabric.size(), tokens_)),
         hidden_(*ops_, DType::kF32, tokens_, bench_.hidden),
         ids_(*ops_, DType::kI32, tokens_, bench_.top_k),
-        rows_to_(static_cast<size_t>(fabric.size())),
-        outputs_to_(rows_to_.size()) {
+        traffic_(static_cast<size_t>(fabric.size())) {
     exchange_.prepare(*ops_, *stream_, a2a_shape(bench_, tokens_));
     exchange_.attach(fabric_);
     make_rows();
@@ -63,6 +63,14 @@ class A2aRank {
   }
 
  private:
+  // Bytes in a round between this rank and another.
+  struct Traffic {
+    int64_t rows_to = 0;
+    int64_t rows_from = 0;
+    int64_t outputs_to = 0;
+    int64_t outputs_from = 0;
+  };
+
   static constexpr int64_t kLine = 64;
   static constexpr int64_t kLooksBeforeYield = 20'000;  // well below a millisecond
 
@@ -71,12 +79,10 @@ class A2aRank {
     std::normal_distribution<float> normal;
     rows_.resize(static_cast<size_t>(tokens_ * bench_.hidden));
     for (float& value : rows_) value = normal(random);
-    std::vector<int32_t> experts(static_cast<size_t>(bench_.num_experts));
-    std::iota(experts.begin(), experts.end(), 0);
-    for (int64_t t = 0; t < tokens_; ++t) {
-      std::shuffle(experts.begin(), experts.end(), random);
-      chosen_.insert(chosen_.end(), experts.begin(), experts.begin() + bench_.top_k);
-      count_destinations(std::span(experts).first(static_cast<size_t>(bench_.top_k)));
+    for (int32_t r = 0; r < fabric_.size(); ++r) {
+      std::vector<int32_t> chosen = choose_experts(r);
+      count_traffic(r, chosen);
+      if (r == rank()) chosen_ = std::move(chosen);
     }
     ops_->upload(*stream_, ids_.all().address, std::as_bytes(std::span(chosen_)));
     ops_->synchronize(*stream_);
@@ -88,14 +94,39 @@ class A2aRank {
     ops_->synchronize(*stream_);
   }
 
-  void count_destinations(std::span<const int32_t> experts) {
-    const ep::All2All backend = exchange_.plan().backend;
-    const bool sends_all = backend == ep::All2All::kAllGather || backend == ep::All2All::kNaive;
+  // Of all rows of `owner`, [T, k]; each rank can tell what the others choose.
+  std::vector<int32_t> choose_experts(int32_t owner) const {
+    std::mt19937_64 random(bench_.seed * 1000 + static_cast<uint64_t>(owner) + 1'000'000);
+    std::vector<int32_t> experts(static_cast<size_t>(bench_.num_experts));
+    std::iota(experts.begin(), experts.end(), 0);
+    std::vector<int32_t> chosen;
+    for (int64_t t = 0; t < tokens_; ++t) {
+      std::shuffle(experts.begin(), experts.end(), random);
+      chosen.insert(chosen.end(), experts.begin(), experts.begin() + bench_.top_k);
+    }
+    return chosen;
+  }
+
+  // Adds what passes between this rank and others because of the rows of `owner`.
+  void count_traffic(int32_t owner, const std::vector<int32_t>& chosen) {
+    const ep::WindowPlan& plan = exchange_.plan();
+    const bool sends_all = plan.backend == ep::All2All::kAllGather || plan.backend == ep::All2All::kNaive;
     const ep::ExpertMap map = ep::ExpertMap::contiguous(fabric_.size(), static_cast<int32_t>(bench_.num_experts));
-    std::vector<int64_t> is_destination(rows_to_.size(), sends_all ? 1 : 0);
-    for (const int32_t e : experts) is_destination[static_cast<size_t>(map.slot_of(e, 0) / map.slots_per_rank())] = 1;
-    is_destination[static_cast<size_t>(rank())] = 0;
-    for (size_t r = 0; r < rows_to_.size(); ++r) rows_to_[r] += is_destination[r];
+    for (int64_t t = 0; t < tokens_; ++t) {
+      std::vector<int64_t> outputs_of(traffic_.size(), 0);
+      for (int64_t j = 0; j < bench_.top_k; ++j) {
+        const int32_t expert = chosen[static_cast<size_t>(t * bench_.top_k + j)];
+        ++outputs_of[static_cast<size_t>(map.slot_of(expert, 0) / map.slots_per_rank())];
+      }
+      for (int32_t holder = 0; holder < fabric_.size(); ++holder) {
+        const int64_t outputs = outputs_of[static_cast<size_t>(holder)];
+        if (holder == owner || (holder != rank() && owner != rank())) continue;
+        const int64_t record_bytes = sends_all || outputs > 0 ? plan.record_bytes : 0;
+        Traffic& traffic = traffic_[static_cast<size_t>(owner == rank() ? holder : owner)];
+        (owner == rank() ? traffic.rows_to : traffic.rows_from) += record_bytes;
+        (owner == rank() ? traffic.outputs_from : traffic.outputs_to) += outputs * output_bytes();
+      }
+    }
   }
 
   // All ranks leave it together. It looks without sleeping, so that nobody begins late by the time that waking takes.
@@ -112,7 +143,6 @@ class A2aRank {
   }
 
   Status run_round(int64_t round) {
-    std::fill(outputs_to_.begin(), outputs_to_.end(), 0);
     write_hidden();
     meet();
     double dispatch_us = 0;
@@ -141,14 +171,14 @@ class A2aRank {
     note(round, kA2aCombine, combine_us);
     read_outputs(out, round);
     encode_alone(round);
-    copy_plainly(round);
-    return {};
+    return copy_plainly(round);
   }
 
   bool has_turns() const { return exchange_.plan().backend == ep::All2All::kNaive; }
 
   // Stands for the experts: reads the rows; each output begins with the number of its expert. Own outputs would be
-  // written where they belong; here that is done once, to be checked.
+  // written where they belong; here that is done once, to be checked. Those for ranks that are not mapped go into the
+  // exchange's buffer.
   void compute(const model::ReceivedSlots& received, int64_t round) {
     const int64_t hidden = bench_.hidden;
     if (outputs_.all().rows < received.count) {
@@ -163,17 +193,16 @@ class A2aRank {
         outputs[place * hidden] = static_cast<float>(experts[e]);
         read(received.rows.rows.address + order[place] / bench_.top_k * received.rows.rows.stride,
              received.rows.rows.cols);
-        if (round == -kA2aWarmups && owner_of(received, place) == rank()) copy_output(received, place);
+        const int32_t at = window_of(received, place);
+        if (at < 0 || (round == -kA2aWarmups && at == rank())) copy_output(received, place);
       }
     }
   }
 
   void place_outputs(const model::ReceivedSlots& received) {
     for (int64_t place = 0; place < received.count; ++place) {
-      const int32_t owner = owner_of(received, place);
-      if (owner == rank()) continue;
-      copy_output(received, place);
-      outputs_to_[static_cast<size_t>(owner)] += output_bytes();
+      const int32_t at = window_of(received, place);
+      if (at >= 0 && at != rank()) copy_output(received, place);
     }
   }
 
@@ -206,38 +235,37 @@ class A2aRank {
   }
 
   // The bytes of dispatch and of combine, each in one piece per peer.
-  void copy_plainly(int64_t round) {
-    const ep::WindowPlan& plan = exchange_.plan();
-    record_.dispatch_bytes = std::accumulate(rows_to_.begin(), rows_to_.end(), int64_t{0}) * plan.record_bytes;
-    record_.combine_bytes = std::accumulate(outputs_to_.begin(), outputs_to_.end(), int64_t{0});
+  Status copy_plainly(int64_t round) {
+    std::vector<int64_t> rows_to;
+    std::vector<int64_t> rows_from;
+    std::vector<int64_t> outputs_to;
+    std::vector<int64_t> outputs_from;
+    for (const Traffic& traffic : traffic_) {
+      rows_to.push_back(traffic.rows_to);
+      rows_from.push_back(traffic.rows_from);
+      outputs_to.push_back(traffic.outputs_to);
+      outputs_from.push_back(traffic.outputs_from);
+    }
+    record_.dispatch_bytes = std::accumulate(rows_to.begin(), rows_to.end(), int64_t{0});
+    record_.combine_bytes = std::accumulate(outputs_to.begin(), outputs_to.end(), int64_t{0});
     const int64_t most = std::max(record_.dispatch_bytes, record_.combine_bytes);
     if (copied_.bytes() < most) copied_ = model::DeviceTensor(*ops_, DType::kU8, most, 1);
-    std::vector<int64_t> bytes_to = rows_to_;
-    for (int64_t& bytes : bytes_to) bytes *= plan.record_bytes;
     std::memset(copied_.all().address, static_cast<int>(round), static_cast<size_t>(record_.dispatch_bytes));
-    note(round, kA2aCopyDispatch, copy_to_peers(bytes_to));
-    note(round, kA2aCopyCombine, copy_to_peers(outputs_to_));
+    TANDEM_ASSIGN(const double dispatch_us, exchange_plainly(rows_to, rows_from));
+    note(round, kA2aPlainDispatch, dispatch_us);
+    TANDEM_ASSIGN(const double combine_us, exchange_plainly(outputs_to, outputs_from));
+    note(round, kA2aPlainCombine, combine_us);
+    return {};
   }
 
-  // Into the outputs of the peers, each sender into a part of its own.
-  double copy_to_peers(const std::vector<int64_t>& bytes_to) {
+  Result<double> exchange_plainly(std::span<const int64_t> bytes_to, std::span<const int64_t> bytes_from) {
     const ep::WindowPlan& plan = exchange_.plan();
-    const int64_t room = plan.bytes - plan.outputs;
     meet();
     const Time::time_point begin = Time::now();
-    size_t from = 0;
-    for (int32_t i = 1; i < fabric_.size(); ++i) {
-      const int32_t to = (rank() + i) % fabric_.size();
-      const int64_t bytes = bytes_to[static_cast<size_t>(to)];
-      CHECK_LE(bytes, room);
-      const int64_t place = room / (fabric_.size() - 1) * (rank() < to ? rank() : rank() - 1) / kLine * kLine;
-      std::memcpy(fabric_.direct(RankId(to)) + plan.outputs + std::min(place, room - bytes), copied_.all().address + from,
-                  static_cast<size_t>(bytes));
-      from += static_cast<size_t>(bytes);
-    }
+    TANDEM_TRY(plain_.exchange({copied_.all().address, static_cast<size_t>(copied_.bytes())}, bytes_to, bytes_from));
     const double us = us_since(begin);
     meet();
-    read(fabric_.window().data() + plan.outputs, room);
+    read(fabric_.window().data() + plan.outputs, plan.bytes - plan.outputs);
     return us;
   }
 
@@ -245,15 +273,14 @@ class A2aRank {
     for (int64_t at = 0; at < bytes; at += kLine) sink_ += static_cast<uint64_t>(memory[at]);
   }
 
-  // Whose window a place's target lies in.
-  int32_t owner_of(const model::ReceivedSlots& received, int64_t place) {
+  // Whose window a place's target lies in; -1: in none, so a network brings it there.
+  int32_t window_of(const model::ReceivedSlots& received, int64_t place) {
     const std::byte* const target = reinterpret_cast<const std::byte*>(
         received.out + reinterpret_cast<const int64_t*>(received.targets.address)[place]);
     for (int32_t r = 0; r < fabric_.size(); ++r) {
       const std::byte* const window = fabric_.direct(RankId(r));
-      if (target >= window && target < window + std::ssize(fabric_.window())) return r;
+      if (window != nullptr && target >= window && target < window + std::ssize(fabric_.window())) return r;
     }
-    CHECK(false);
     return -1;
   }
 
@@ -263,6 +290,7 @@ class A2aRank {
   const A2aBenchOptions& bench_;
   const int64_t tokens_;
   group::Fabric& fabric_;
+  PlainCopy& plain_;
   A2aBoard& board_;
   A2aRecord& record_;
   std::unique_ptr<kernels::Ops> ops_;
@@ -275,9 +303,8 @@ class A2aRank {
   model::DeviceTensor outputs_;
   model::DeviceTensor copied_;
   model::DeviceTensor encoded_;
-  std::vector<int64_t> rows_to_;     // per rank: rows that dispatch sends
-  std::vector<int64_t> outputs_to_;  // per rank: bytes of outputs
-  uint64_t sink_ = 0;                // or the compiler would drop the reading
+  std::vector<Traffic> traffic_;  // per rank
+  uint64_t sink_ = 0;             // or the compiler would drop the reading
   int64_t meetings_ = 0;
 };
 
@@ -299,8 +326,14 @@ ep::ExchangeOptions a2a_exchange_options(const A2aBenchOptions& options, ep::All
           .received_rows = (ranks - 1) * tokens};
 }
 
-Status run_a2a_rank(const A2aRankOptions& options, group::Fabric& fabric, A2aBoard& board, A2aRecord& record) {
-  return A2aRank(options, fabric, board, record).run();
+int64_t a2a_outputs_offset(const A2aRankOptions& options, const kernels::Ops& ops, int64_t ranks) {
+  const ep::ExchangeOptions exchange = a2a_exchange_options(*options.bench, options.backend, ranks, options.tokens);
+  return ep::plan_window(exchange, ops, a2a_shape(*options.bench, options.tokens), static_cast<int32_t>(ranks)).outputs;
+}
+
+Status run_a2a_rank(const A2aRankOptions& options, group::Fabric& fabric, PlainCopy& plain, A2aBoard& board,
+                    A2aRecord& record) {
+  return A2aRank(options, fabric, plain, board, record).run();
 }
 
 }  // namespace tandem::bench

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "src/bench/a2a_bench.h"
+#include "src/bench/a2a_copy.h"
 #include "src/group/fabric.h"
 
 namespace tandem::bench {
@@ -12,7 +13,7 @@ inline constexpr int64_t kMaxA2aRounds = 2000;
 inline constexpr int64_t kMinA2aRounds = 15;
 inline constexpr int64_t kA2aWarmups = 3;
 
-enum A2aPhase : uint8_t { kA2aDispatch, kA2aEncode, kA2aCombine, kA2aCopyDispatch, kA2aCopyCombine };
+enum A2aPhase : uint8_t { kA2aDispatch, kA2aEncode, kA2aCombine, kA2aPlainDispatch, kA2aPlainCombine };
 inline constexpr int64_t kNumA2aPhases = 5;
 
 // Shared by the ranks of one measurement.
@@ -38,7 +39,10 @@ struct A2aRankOptions {
 model::ExchangeShape a2a_shape(const A2aBenchOptions& options, int64_t tokens);
 ep::ExchangeOptions a2a_exchange_options(const A2aBenchOptions& options, ep::All2All backend, int64_t ranks,
                                          int64_t tokens);
+// Where the outputs begin in the windows of that exchange: plain copies go there.
+int64_t a2a_outputs_offset(const A2aRankOptions& options, const kernels::Ops& ops, int64_t ranks);
 // Runs rounds until the time is up. A wrong output is a failed CHECK.
-Status run_a2a_rank(const A2aRankOptions& options, group::Fabric& fabric, A2aBoard& board, A2aRecord& record);
+Status run_a2a_rank(const A2aRankOptions& options, group::Fabric& fabric, PlainCopy& plain, A2aBoard& board,
+                    A2aRecord& record);
 
 }  // namespace tandem::bench

@@ -50,7 +50,7 @@ class Side {
     agent_options.model_fingerprint = "bench";
     agent_options.transport = transport;
     agent_options.checksum = options.checksum;
-    agent = transfer::make_ucx_agent(cache_, agent_options, [this] { CHECK_EQ(write(news_[1], "x", 1), 1); }).value();
+    agent = transfer::make_agent(cache_, agent_options, [this] { CHECK_EQ(write(news_[1], "x", 1), 1); }).value();
   }
   ~Side() {
     agent.reset();

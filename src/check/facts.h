@@ -37,7 +37,7 @@ struct ProcessFacts {
   std::string config_hash;
   std::string weights_hash;
   std::string tokenizer_hash;
-  std::string kv_layout;        // KvLayout::describe()
+  std::string kv_layout;        // KvLayout::describe_token(): blocks may differ in size
   std::string instruction_set;  // of its kernels
   int64_t threads = 0;          // compute threads of all its ranks here
   int64_t memory_bytes = 0;     // of all its ranks here

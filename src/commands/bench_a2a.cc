@@ -1,4 +1,4 @@
-// tandem bench a2a: the ways of rows to their experts and of outputs back, beside memcpy.
+// tandem bench a2a: the ways of rows to their experts and of outputs back, beside a plain copy.
 #include <charconv>
 #include <cstdio>
 
@@ -39,6 +39,18 @@ Result<std::vector<ep::All2All>> parse_backends(const std::string& name) {
   return std::vector{choice.backend};
 }
 
+// "shm,tcp".
+Result<std::vector<bench::A2aOver>> parse_overs(const std::string& text) {
+  std::vector<bench::A2aOver> overs;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    TANDEM_ASSIGN(const bench::A2aOver over, bench::parse_a2a_over(text.substr(begin, end - begin)));
+    overs.push_back(over);
+    begin = end + 1;
+  }
+  return overs;
+}
+
 Status run_lines(const Options& options) {
   bench::A2aBenchOptions bench{.hidden = options.integer("hidden-size"),
                                .top_k = options.integer("top-k"),
@@ -47,6 +59,7 @@ Status run_lines(const Options& options) {
                                .seed = static_cast<uint64_t>(options.integer("seed"))};
   TANDEM_ASSIGN(bench.row_format, kernels::parse_row_format(options.text("dispatch-format")));
   TANDEM_ASSIGN(const std::vector<ep::All2All> backends, parse_backends(options.text("all2all-backend")));
+  TANDEM_ASSIGN(const std::vector<bench::A2aOver> overs, parse_overs(options.text("over")));
   TANDEM_ASSIGN(const std::vector<int64_t> ranks, parse_numbers(options, "ranks", 2, kMaxRanks));
   TANDEM_ASSIGN(const std::vector<int64_t> tokens, parse_numbers(options, "tokens", 1, kMaxTokens));
   for (const int64_t count : ranks) {
@@ -55,14 +68,16 @@ Status run_lines(const Options& options) {
                               bench.top_k, count);
     }
   }
-  std::printf("hidden %ld, top %ld of %ld experts, rows travel as %s\n%s", bench.hidden, bench.top_k, bench.num_experts,
+  std::printf("hidden %ld, top %ld of %ld experts, rows travel as %s; plain is memcpy over shm, raw sockets over tcp\n%s", bench.hidden, bench.top_k, bench.num_experts,
               kernels::row_format_name(bench.row_format), bench::a2a_heading().c_str());
-  for (const int64_t count : ranks) {
-    for (const int64_t rows : tokens) {
-      for (const ep::All2All backend : backends) {
-        std::fflush(stdout);  // or the ranks, which are forks, would print it again
-        TANDEM_ASSIGN(const bench::A2aLine line, bench::measure_a2a(bench, backend, count, rows));
-        std::fputs(bench::a2a_line_as_text(line).c_str(), stdout);
+  for (const bench::A2aOver over : overs) {
+    for (const int64_t count : ranks) {
+      for (const int64_t rows : tokens) {
+        for (const ep::All2All backend : backends) {
+          std::fflush(stdout);  // or the ranks, which are forks, would print it again
+          TANDEM_ASSIGN(const bench::A2aLine line, bench::measure_a2a(bench, over, backend, count, rows));
+          std::fputs(bench::a2a_line_as_text(line).c_str(), stdout);
+        }
       }
     }
   }

@@ -30,7 +30,7 @@ Status size_model(const RankConfig& config, int64_t num_ranks, int64_t group_siz
     const int64_t elsewhere = needs.expert_bytes - needs.expert_bytes / group_size;
     needs.expert_bytes -= elsewhere;
     needs.weight_bytes -= elsewhere;
-    facts.kv_layout = needs.kv.describe();
+    facts.kv_layout = needs.kv.describe_token();
     const Result<engine::MemoryPlan> plan = engine::plan_memory(needs, config.memory, available_memory());
     if (plan.ok()) facts.memory_bytes = plan->total_bytes * num_ranks;
     if (!plan.ok()) fits = plan.error();

@@ -59,21 +59,25 @@ void ExpertLoadFile::write_new() {
   log_error("serve", "--record-expert-load {}: cannot be written any more; recording ends", path_);
 }
 
-std::string expert_load_json(const engine::ExpertLoadRecorder& recorder) {
+std::string expert_load_json(const std::string& model_name, const model::ModelInfo& info,
+                             const engine::ExpertLoadRecorder* recorder, const eplb::LoadReport* group) {
   std::string text =
-      fmt::format(R"({{"model":{},"layers":[{}],"num_experts":{},"experts_per_token":{},"window":{{)",
-                  nlohmann::json(recorder.model_name()).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace),
-                  fmt::join(recorder.moe_layers(), ","), recorder.num_experts(), recorder.experts_per_token());
+      fmt::format(R"({{"model":{},"layers":[{}],"num_experts":{},"experts_per_token":{})",
+                  nlohmann::json(model_name).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace),
+                  fmt::join(info.moe_layers, ","), info.num_experts, info.experts_per_token);
   for (const eplb::Phase phase : eplb::kPhases) {
-    const engine::ExpertLoadRecorder::Window window = recorder.window(phase);
+    if (recorder == nullptr) break;
+    const engine::ExpertLoadRecorder::Window window = recorder->window(phase);
     const eplb::BalanceReport balance = eplb::report_expert_balance(window.load);
     fmt::format_to(
         std::back_inserter(text),
         R"({}"{}":{{"steps":{},"balance":{{"overall":{:.4f},"p50":{:.4f},"p99":{:.4f},"worst":{:.4f}}},"tokens":{}}})",
-        phase == eplb::Phase::kPrompt ? "" : ",", eplb::phase_name(phase), window.steps, balance.overall, balance.p50,
-        balance.p99, balance.worst, eplb::format_counts(window.load));
+        phase == eplb::Phase::kPrompt ? R"(,"window":{)" : ",", eplb::phase_name(phase), window.steps, balance.overall,
+        balance.p50, balance.p99, balance.worst, eplb::format_counts(window.load));
   }
-  return text + "}}";
+  if (recorder != nullptr) text += '}';
+  if (group != nullptr) text += R"(,"group":)" + eplb::format_load_report(*group, info.moe_layers);
+  return text + "}";
 }
 
 }  // namespace tandem::commands

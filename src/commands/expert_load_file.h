@@ -12,6 +12,8 @@
 #include "src/base/clock.h"
 #include "src/base/result.h"
 #include "src/engine/expert_load.h"
+#include "src/eplb/load_report.h"
+#include "src/model/model.h"
 
 namespace tandem::commands {
 
@@ -40,7 +42,9 @@ class ExpertLoadFile {
   std::thread thread_;
 };
 
-// The recorder's windows, [layer][expert] of each phase.
-std::string expert_load_json(const engine::ExpertLoadRecorder& recorder);
+// What GET /expert_load answers. "window": the recorder's, [layer][expert] of each phase, if there is one; "group": what
+// the ranks of a group shared (eplb::format_load_report), if that is known.
+std::string expert_load_json(const std::string& model_name, const model::ModelInfo& info,
+                             const engine::ExpertLoadRecorder* recorder, const eplb::LoadReport* group);
 
 }  // namespace tandem::commands

@@ -252,7 +252,7 @@ Status Rank::open_agent(const RankConfig& config) {
   options.role = kv.role;
   options.transport = config.kv_transport;
   options.checksum = config.kv_checksum;
-  TANDEM_ASSIGN(agent_, transfer::make_ucx_agent(*cache_, options, [this] { engine_->wake(); }));
+  TANDEM_ASSIGN(agent_, transfer::make_agent(*cache_, options, [this] { engine_->wake(); }));
   engine_->attach(agent_.get());
   log_info("serve", "prefill/decode: {} as {}, KV on {}:{}", kv.connector, kv_role_name(kv.role), kv.ip,
            agent_->port());
@@ -302,6 +302,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
     }
     options.facts.push_back({"layout of the experts", Sha256().add(store.layout()).finish().hex()});
     options.facts.push_back({"--eplb-config", config.eplb_text});
+    balancing_->layers = info().moe_layers;
     balancing_->window_offset = (options.window_bytes + 63) / 64 * 64;
     options.window_bytes = balancing_->window_offset + ep::Balancer::window_bytes(*balancing_);
     balancer_ = std::make_unique<ep::Balancer>(*balancing_, *exchange_, store, registry);

@@ -78,6 +78,8 @@ class Rank {
   const model::ModelInfo& info() const { return model_->info(); }
   // Null unless loads are recorded.
   const engine::ExpertLoadRecorder* expert_load() const { return expert_load_.get(); }
+  // Null unless this rank balances the experts of its group; see ep::Balancer::load_report.
+  const ep::Balancer* balancer() const { return balancer_.get(); }
 
  private:
   Rank() = default;

@@ -65,6 +65,9 @@ class Server {
     config.model_name = served_.model.names.front();
     TANDEM_TRY(open_coordinator(config));
     group_ = config.group;
+    if (const int64_t count = options_.integer("api-server-count"); count > 1) {
+      log_info("serve", "--api-server-count {}: an engine has one front end; several are for nodes with several ranks", count);
+    }
     load_in_background(std::move(config));
     TANDEM_TRY(wait_until_checked());
     Status opened = open_port();
@@ -167,12 +170,20 @@ class Server {
 
   api::HttpResponse show_expert_load() const {
     if (!is_serving_) return api::error_response(make_error(ErrorKind::kUnavailable, "the model is loading"));
-    if (rank_->expert_load() == nullptr) {
+    if (rank_->expert_load() == nullptr && rank_->balancer() == nullptr) {
       return api::error_response(make_error(
-          ErrorKind::kNotFound, "expert loads are not recorded; start the server with --record-expert-load FILE"));
+          ErrorKind::kNotFound, "expert loads are not recorded; start the server with --record-expert-load FILE, or a "
+                                "group of ranks with --enable-eplb"));
+    }
+    const std::shared_ptr<const eplb::LoadReport> group =
+        rank_->balancer() == nullptr ? nullptr : rank_->balancer()->load_report();
+    if (rank_->expert_load() == nullptr && group == nullptr) {
+      return api::error_response(make_error(ErrorKind::kUnavailable,
+                                            "the loads of a group are shown by rank 0, after its first {} steps",
+                                            ep::Balancer::kStepsPerReport));
     }
     api::HttpResponse response;
-    response.body = expert_load_json(*rank_->expert_load());
+    response.body = expert_load_json(served_.model.names.front(), rank_->info(), rank_->expert_load(), group.get());
     return response;
   }
 

@@ -3,7 +3,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
+#include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/signal_set.hpp>
@@ -11,23 +13,20 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
-#include <map>
+#include <functional>
 #include <memory>
-#include <random>
+#include <thread>
 
-#include "src/api/frontend.h"
-#include "src/api/http_server.h"
 #include "src/base/log.h"
 #include "src/base/version.h"
 #include "src/cluster/process.h"
 #include "src/cluster/rank_processes.h"
 #include "src/comm/address.h"
 #include "src/comm/meeting.h"
+#include "src/commands/node_front_end.h"
 #include "src/commands/serve_text.h"
 #include "src/commands/server_common.h"
 #include "src/group/coordinator.h"
-#include "src/group/node.h"
-#include "src/router/routed_worker.h"
 
 namespace tandem::commands {
 namespace {
@@ -36,10 +35,6 @@ namespace asio = boost::asio;
 
 constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
 constexpr std::chrono::milliseconds kDrainCheck{20};
-constexpr std::chrono::milliseconds kProbeInterval{5'000};
-// Ranks load their weights again after a restart, and requests wait for them.
-constexpr int64_t kRescueUs = 60'000'000;
-
 // The address of this machine that faces `host`: ranks listen there, so that the front end of another node finds them.
 Result<std::string> own_address_facing(const std::string& host) {
   TANDEM_ASSIGN(const comm::SocketAddress peer, comm::look_up_address(host, 1));
@@ -70,7 +65,8 @@ Result<int64_t> find_free_port(const std::string& host) {
 // Everything that this node's ranks are told besides what the user said.
 std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeConfig& config, const std::string& host,
                                              const std::vector<int64_t>& ports, int64_t coordinator_port) {
-  static constexpr std::array<std::string_view, 6> kOwn{"host", "port", "log-name", "otlp-endpoint", "config", "secret-config"};
+  static constexpr std::array<std::string_view, 7> kOwn{
+      "host", "port", "log-name", "otlp-endpoint", "config", "secret-config", "record-expert-load"};
   std::vector<cluster::RankProcess> ranks;
   for (int32_t rank = config.first_rank; rank < config.first_rank + config.num_ranks; ++rank) {
     cluster::RankProcess process;
@@ -85,6 +81,9 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
     const std::vector<std::string> of_group =
         rank_arguments(options, config.shape, rank, config.coordinator_host, coordinator_port);
     process.arguments.insert(process.arguments.end(), of_group.begin(), of_group.end());
+    if (const std::string& path = options.text("record-expert-load"); !path.empty()) {
+      process.arguments.insert(process.arguments.end(), {"--record-expert-load", fmt::format("{}.rank{}", path, rank)});
+    }
     ranks.push_back(std::move(process));
   }
   return ranks;
@@ -93,6 +92,9 @@ std::vector<cluster::RankProcess> plan_ranks(const Options& options, const NodeC
 class NodeServer {
  public:
   NodeServer(const Options& options, const NodeConfig& config) : options_(options), config_(config) {}
+  ~NodeServer() { close_front_ends(); }
+  NodeServer(const NodeServer&) = delete;
+  NodeServer& operator=(const NodeServer&) = delete;
 
   Status run() {
     // The ranks check the options again; here a fault is told before anything is started.
@@ -102,14 +104,14 @@ class NodeServer {
     }
     TANDEM_ASSIGN(exporter_, open_exporter(options_, "tandem-serve", io_, metrics_));
     int64_t coordinator_port = config_.coordinator_port;
-    if (config_.has_front_end) TANDEM_TRY(open_front_end());
+    if (config_.has_front_end) TANDEM_TRY(open_front_ends());
     if (config_.hosts_coordinator) {
       TANDEM_TRY(open_coordinator());
       coordinator_port = coordinator_->port();
     }
     TANDEM_ASSIGN(const std::string host, own_address_facing(config_.coordinator_host));
     std::vector<int64_t> ports(static_cast<size_t>(config_.num_ranks), 0);  // any; the coordinator hears which
-    if (router_ != nullptr && !config_.hosts_coordinator) TANDEM_TRY(choose_ports(host, ports));
+    if (config_.has_front_end && !config_.hosts_coordinator) TANDEM_TRY(choose_ports(host, ports));
     ranks_ = std::make_unique<cluster::RankProcesses>(io_, cluster::kOwnProgram,
                                                       plan_ranks(options_, config_, host, ports, coordinator_port),
                                                       [this](const Error& why) { give_up(why); });
@@ -117,43 +119,57 @@ class NodeServer {
       if (!error) shut_down(signal);
     });
     TANDEM_TRY(ranks_->start());
+    for (const std::unique_ptr<Thread>& more : more_) more->thread = std::thread([&io = more->io] { io.run(); });
     io_.run();
-    if (frontend_ != nullptr) frontend_->close(make_error(ErrorKind::kUnavailable, "the server is shutting down"));
     return fault_ ? Status(*fault_) : Status();
   }
 
  private:
-  Status open_front_end() {
-    if (const int64_t count = options_.integer("api-server-count"); count > 1) {
-      log_info("serve", "--api-server-count {}: one front end serves all ranks", count);
+  Status open_front_ends() {
+    const int64_t count = std::max<int64_t>(1, options_.integer("api-server-count"));
+    front_end_options_.emplace(NodeFrontEndOptions{options_, config_, served_, exporter_.get(), count, [this] {
+                                                     return num_requests();
+                                                   }});
+    for (int64_t i = 0; i < count; ++i) {
+      if (i > 0) more_.push_back(std::make_unique<Thread>());
+      asio::io_context& io = i == 0 ? io_ : more_.back()->io;
+      NodeFrontEnd* const first = i == 0 ? nullptr : front_ends_.front().get();
+      TANDEM_ASSIGN(std::unique_ptr<NodeFrontEnd> front_end,
+                    NodeFrontEnd::open(io, *front_end_options_, i, first, clock_, metrics_));
+      front_ends_.push_back(std::move(front_end));
     }
-    router::RouterOptions routing;
-    routing.may_begin_without_workers = true;
-    routing.spans = exporter_.get();
-    routing.core.rescue_us = kRescueUs;
-    // The coordinator tells what becomes of ranks; probes only guard against one whose endpoint hangs.
-    if (config_.hosts_coordinator) routing.probe_interval = kProbeInterval;
-    routing.core.registry.seed = std::random_device{}();
-    const std::vector<std::string>& keys = options_.list("api-key");
-    if (!keys.empty()) routing.worker_api_key = keys.front();
-    TANDEM_ASSIGN(router_, router::RoutedWorker::create(io_, std::move(routing), metrics_));
-
-    api::FrontendOptions front = frontend_options(options_, served_.model.names.front());
-    front.policy.accepts_kv_transfer = front.policy.accepts_resumed = false;
-    front.first_rank = config_.serves_node_only ? config_.first_rank : 0;
-    front.num_ranks = config_.serves_node_only ? config_.num_ranks : config_.shape.data;
-    front.spans = exporter_.get();
-    front.health = [this] { return health(); };
-    frontend_ = std::make_unique<api::Frontend>(io_, std::move(front), clock_, metrics_);
-    TANDEM_ASSIGN(server_,
-                  api::HttpServer::listen(io_, options_.text("host"), static_cast<uint16_t>(options_.integer("port")),
-                                          frontend_->http_options()));
-    frontend_->add_routes(*server_);
-    server_->start();
-    frontend_->open(served_, *router_);
-    log_info("serve", "serving {} on http://{}:{} with {} ranks", served_.model.names.front(), options_.text("host"),
-             server_->port(), config_.shape.data);
+    log_info("serve", "serving {} on http://{}:{} with {} ranks{}", served_.model.names.front(), options_.text("host"),
+             front_ends_.front()->port(), config_.shape.data,
+             count > 1 ? fmt::format(" and {} front ends", count) : std::string());
     return {};
+  }
+
+  int64_t num_requests() const {
+    int64_t sum = 0;
+    for (const std::unique_ptr<NodeFrontEnd>& front_end : front_ends_) sum += front_end->num_requests();
+    return sum;
+  }
+
+  // Runs `action` for each front end, on its thread. From the main thread.
+  void for_each_front_end(const std::function<void(NodeFrontEnd&)>& action) {
+    for (size_t i = 0; i < front_ends_.size(); ++i) {
+      asio::post(i == 0 ? io_ : more_[i - 1]->io, [action, front_end = front_ends_[i].get()] { action(*front_end); });
+    }
+  }
+
+  // The main thread's io_context does not run any more.
+  void close_front_ends() {
+    if (front_ends_.empty()) return;
+    front_ends_.front()->close();
+    for (size_t i = 0; i < more_.size(); ++i) {
+      asio::post(more_[i]->io, [front_end = front_ends_[i + 1].get(), &io = more_[i]->io] {
+        front_end->close();
+        io.stop();
+      });
+    }
+    for (const std::unique_ptr<Thread>& more : more_) {
+      if (more->thread.joinable()) more->thread.join();
+    }
   }
 
   // A node with an endpoint but without the coordinator knows where its ranks listen only if it says so itself.
@@ -162,7 +178,7 @@ class NodeServer {
       TANDEM_ASSIGN(ports[i], find_free_port(host));
       const int32_t rank = config_.first_rank + static_cast<int32_t>(i);
       const std::string url = fmt::format("http://{}:{}", host, ports[i]);
-      TANDEM_TRY(router_->add_worker(router::Role::kDecode, url, rank));
+      for (const std::unique_ptr<NodeFrontEnd>& front_end : front_ends_) TANDEM_TRY(front_end->add_rank(rank, url));
     }
     return {};
   }
@@ -180,51 +196,11 @@ class NodeServer {
     return {};
   }
 
-  // The front end sends requests to the ranks of the group as it is now.
   void take_status(const group::GroupStatus& status) {
-    status_ = status;
     for (const group::MemberStatus& member : status.members) {
-      if (status.standing) ranks_->mark_ready(data_rank(member));
-      if (router_ != nullptr && is_served_here(member)) take_member(member);
+      if (status.standing) ranks_->mark_ready(member.rank.value / config_.shape.tensor);
     }
-    if (router_ == nullptr) return;
-    std::vector<router::WorkerId> ids;
-    for (const auto& [rank, worker] : workers_) ids.push_back(worker.id);
-    router_->set_health(ids, status.standing);
-  }
-
-  int32_t data_rank(const group::MemberStatus& member) const { return member.rank.value / config_.shape.tensor; }
-
-  // Only the first of the tensor ranks has an endpoint.
-  bool is_served_here(const group::MemberStatus& member) const {
-    return !member.http_address.empty() && (!config_.serves_node_only || member.node == group::this_node());
-  }
-
-  // A rank that was restarted has another port.
-  void take_member(const group::MemberStatus& member) {
-    const std::string url = "http://" + member.http_address;
-    const auto found = workers_.find(member.rank);
-    if (found != workers_.end() && found->second.url == url) return;
-    if (found != workers_.end()) {
-      // Its requests have failed already, with its process.
-      if (const Status removed = router_->remove_worker(found->second.id); !removed.ok()) {
-        log_warning("serve", "{}", removed.error().message);
-      }
-      workers_.erase(found);
-    }
-    const Result<router::WorkerId> id = router_->add_worker(router::Role::kDecode, url, data_rank(member));
-    if (!id.ok()) return log_error("serve", "rank {} at {}: {}", member.rank, url, id.error().message);
-    workers_[member.rank] = {url, *id};
-  }
-
-  // Live: this answers at all. Ready: 200. Degraded: the group has stood and does not now.
-  api::Health health() const {
-    if (!config_.hosts_coordinator) {
-      return router_->is_ready() ? api::Health{true, "ok", std::nullopt} : api::Health{false, "no rank", std::nullopt};
-    }
-    if (status_.standing && router_->is_ready()) return {true, "ok", std::nullopt};
-    const char* const state = status_.formations > 0 ? "degraded" : "loading";
-    return {false, fmt::format("{}: {}", state, status_.standing ? "ranks answer soon" : status_.text), std::nullopt};
+    for_each_front_end([status](NodeFrontEnd& front_end) { front_end.take_status(status); });
   }
 
   void give_up(const Error& why) {
@@ -234,8 +210,8 @@ class NodeServer {
 
   void shut_down(int signal) {
     log_info("serve", "{}: shutting down", signal == SIGINT ? "interrupted" : "terminated");
-    if (server_ == nullptr) return stop();
-    server_->drain([] {});
+    if (front_ends_.empty()) return stop();
+    for_each_front_end([](NodeFrontEnd& front_end) { front_end.drain(); });
     drain_until_ = std::chrono::steady_clock::now() + kDrainTime;
     stop_when_idle();
   }
@@ -243,7 +219,7 @@ class NodeServer {
   void stop_when_idle() {
     const bool is_late = std::chrono::steady_clock::now() >= drain_until_;
     drain_timer_.expires_after(kDrainCheck);
-    drain_timer_.async_wait([this, is_last = is_late || frontend_->num_requests() == 0](const boost::system::error_code&) {
+    drain_timer_.async_wait([this, is_last = is_late || num_requests() == 0](const boost::system::error_code&) {
       is_last ? stop() : stop_when_idle();  // one more round after the last answer, for its bytes to leave
     });
   }
@@ -251,6 +227,13 @@ class NodeServer {
   void stop() {
     ranks_->stop([this] { io_.stop(); });
   }
+
+  // Of a front end beyond the first.
+  struct Thread {
+    asio::io_context io{1};
+    asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
+    std::thread thread;
+  };
 
   const Options& options_;
   const NodeConfig config_;
@@ -262,15 +245,9 @@ class NodeServer {
   std::chrono::steady_clock::time_point drain_until_{};
   api::ServedText served_;
   std::unique_ptr<api::OtlpExporter> exporter_;
-  std::unique_ptr<router::RoutedWorker> router_;
-  std::unique_ptr<api::Frontend> frontend_;
-  std::unique_ptr<api::HttpServer> server_;
-  struct RankWorker {
-    std::string url;
-    router::WorkerId id;
-  };
-  std::map<group::RankId, RankWorker> workers_;
-  group::GroupStatus status_;
+  std::optional<NodeFrontEndOptions> front_end_options_;
+  std::vector<std::unique_ptr<Thread>> more_;
+  std::vector<std::unique_ptr<NodeFrontEnd>> front_ends_;  // the first on the main thread, the others on more_
   std::unique_ptr<cluster::RankProcesses> ranks_;
   std::unique_ptr<group::Coordinator> coordinator_;  // first to go: it posts to io_
   std::optional<Error> fault_;

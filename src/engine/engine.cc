@@ -386,10 +386,10 @@ Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
     }
     if (!push) return TransferRole::kPullPublish;
     const int64_t cached = params.remote_cached_tokens;
-    if (cached < 0 || cached >= params.remote_num_tokens || cached % options_.limits.block_size != 0) {
-      return invalid_argument("kv_transfer_params.remote_cached_tokens",
-                              "{} is not a multiple of the block size {} below the prompt's {} tokens", cached,
-                              options_.limits.block_size, params.remote_num_tokens);
+    // It may end inside one of our blocks if decode's have another size; that block is sent whole.
+    if (cached < 0 || cached >= params.remote_num_tokens) {
+      return invalid_argument("kv_transfer_params.remote_cached_tokens", "{} is not below the prompt's {} tokens", cached,
+                              params.remote_num_tokens);
     }
     return TransferRole::kPushSend;
   }

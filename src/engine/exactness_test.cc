@@ -1,5 +1,5 @@
 // The same request gives the same tokens and logprobs, bit for bit, whatever runs beside it and wherever it runs.
-// Real models, the real engine, the real transfer agent over UCX; every comparison is ==.
+// Real models, the real engine, the real transfer agent; every comparison is ==.
 #include <gtest/gtest.h>
 
 #include <condition_variable>
@@ -48,6 +48,7 @@ struct RankSetup {
   bool prefix_caching = false;
   std::optional<KvRole> kv_role;
   bool first_token_from_decode = false;
+  int64_t block_size = 16;
 };
 
 // A model, its cache, an engine and, for a kv_role, an agent: what one worker process has.
@@ -62,6 +63,7 @@ class Rank {
     load.max_num_batched_tokens = setup.max_num_batched_tokens;
     load.max_num_seqs = setup.max_num_seqs;
     load.max_model_len = kMaxModelLen;
+    load.block_size = setup.block_size;
     model_ = model::load_model(*ops_, load).value();
     const model::ModelInfo& info = model_->info();
     cache_ = std::make_unique<model::KvCache>(*ops_, info.kv, setup.num_blocks);
@@ -84,7 +86,7 @@ class Rank {
       agent.engine_id = kv_role_name(*setup.kv_role);
       agent.model_fingerprint = info.fingerprint;
       agent.role = *setup.kv_role;
-      agent_ = transfer::make_ucx_agent(*cache_, agent, [engine = engine_.get()] { engine->wake(); }).value();
+      agent_ = transfer::make_agent(*cache_, agent, [engine = engine_.get()] { engine->wake(); }).value();
       engine_->attach(agent_.get());
     }
     engine_->start();
@@ -195,6 +197,48 @@ std::string name_of(const ModelSetup& model) {
     if (std::isalnum(static_cast<unsigned char>(letter)) == 0) letter = '_';
   }
   return name + (model.kv_cache == model::KvCacheType::kF8E4M3 ? "_kv_fp8" : "");
+}
+
+// One after the other through both ranks. `firsts` gets prefill's answers.
+std::vector<Answer> push_all(Rank& prefill, Rank& decode, const std::vector<TokenRequest>& requests,
+                             std::vector<Answer>& firsts) {
+  std::vector<Answer> answers;
+  for (const TokenRequest& request : requests) {
+    TokenRequest to_decode = request;
+    to_decode.kv_transfer.emplace();
+    to_decode.kv_transfer->do_remote_prefill = true;
+    to_decode.kv_transfer->mode = transfer::TransferMode::kPush;
+    Collector decoded;
+    decode.engine().submit(to_decode, decoded.sink());
+    TokenRequest to_prefill = request;
+    to_prefill.kv_transfer = decoded.wait_for_kv_transfer();
+    Collector prefilled;
+    if (to_prefill.kv_transfer) {
+      prefill.engine().submit(to_prefill, prefilled.sink());
+      firsts.push_back(prefilled.wait());
+      EXPECT_EQ(firsts.back().error, "");
+    }
+    answers.push_back(decoded.wait());
+  }
+  return answers;
+}
+
+std::vector<Answer> pull_all(Rank& prefill, Rank& decode, const std::vector<TokenRequest>& requests) {
+  std::vector<Answer> answers;
+  for (const TokenRequest& request : requests) {
+    TokenRequest to_prefill = request;
+    to_prefill.kv_transfer.emplace().do_remote_decode = true;
+    Collector prefilled;
+    prefill.engine().submit(to_prefill, prefilled.sink());
+    EXPECT_EQ(prefilled.wait().error, "");
+    TokenRequest to_decode = request;
+    to_decode.prompt = {1};
+    to_decode.kv_transfer = prefilled.wait_for_kv_transfer();
+    Collector decoded;
+    decode.engine().submit(to_decode, decoded.sink());
+    answers.push_back(decoded.wait());
+  }
+  return answers;
 }
 
 class Exactness : public testing::TestWithParam<ModelSetup> {
@@ -348,25 +392,11 @@ TEST_P(Exactness, PushedFromPrefillToDecode) {
     setup.kv_role = KvRole::kConsumer;
     setup.first_token_from_decode = c.first_token_from_decode;
     Rank decode(GetParam(), setup);
-    std::vector<Answer> answers;
-    for (const TokenRequest& request : requests_) {
-      TokenRequest to_decode = request;
-      to_decode.kv_transfer.emplace();
-      to_decode.kv_transfer->do_remote_prefill = true;
-      to_decode.kv_transfer->mode = transfer::TransferMode::kPush;
-      Collector decoded;
-      decode.engine().submit(to_decode, decoded.sink());
-      TokenRequest to_prefill = request;
-      to_prefill.kv_transfer = decoded.wait_for_kv_transfer();
-      ASSERT_TRUE(to_prefill.kv_transfer) << decoded.wait().error;
-      Collector prefilled;
-      prefill.engine().submit(to_prefill, prefilled.sink());
-      const Answer first = prefilled.wait();
-      ASSERT_EQ(first.error, "");
-      answers.push_back(decoded.wait());
-      EXPECT_EQ(first.tokens[0], answers.back().tokens.at(0));
-    }
+    std::vector<Answer> firsts;
+    const std::vector<Answer> answers = push_all(prefill, decode, requests_, firsts);
     expect_same(answers, "push");
+    ASSERT_EQ(firsts.size(), answers.size());
+    for (size_t i = 0; i < firsts.size(); ++i) EXPECT_EQ(firsts[i].tokens.at(0), answers[i].tokens.at(0));
     EXPECT_EQ(decode.metric("tandem:kv_blocks_pinned"), 0);
   }
 }
@@ -378,21 +408,36 @@ TEST_P(Exactness, PulledByDecodeFromPrefill) {
   setup.kv_role = KvRole::kBoth;
   Rank prefill(GetParam(), setup);
   Rank decode(GetParam(), setup);
-  std::vector<Answer> answers;
-  for (const TokenRequest& request : requests_) {
-    TokenRequest to_prefill = request;
-    to_prefill.kv_transfer.emplace().do_remote_decode = true;
-    Collector prefilled;
-    prefill.engine().submit(to_prefill, prefilled.sink());
-    ASSERT_EQ(prefilled.wait().error, "");
-    TokenRequest to_decode = request;
-    to_decode.prompt = {1};
-    to_decode.kv_transfer = prefilled.wait_for_kv_transfer();
-    Collector decoded;
-    decode.engine().submit(to_decode, decoded.sink());
-    answers.push_back(decoded.wait());
+  expect_same(pull_all(prefill, decode, requests_), "pull");
+}
+
+// Shared prefixes end inside blocks of the other side, and what was sent comes again when decode has it already.
+TEST_P(Exactness, BetweenBlocksOfDifferentSizes) {
+  struct Sizes {
+    int64_t prefill;
+    int64_t decode;
+  };
+  for (const Sizes sizes : {Sizes{64, 16}, Sizes{16, 64}, Sizes{16, 32}, Sizes{5, 16}}) {
+    const std::string what = fmt::format("blocks of {} to {}", sizes.prefill, sizes.decode);
+    RankSetup setup;
+    setup.max_num_seqs = 8;
+    setup.max_num_batched_tokens = 40;
+    setup.prefix_caching = true;
+    setup.block_size = sizes.prefill;
+    setup.num_blocks = 16 * kMaxModelLen / sizes.prefill;
+    setup.kv_role = KvRole::kProducer;
+    Rank prefill(GetParam(), setup);
+    setup.block_size = sizes.decode;
+    setup.num_blocks = 16 * kMaxModelLen / sizes.decode;
+    setup.kv_role = KvRole::kConsumer;
+    Rank decode(GetParam(), setup);
+    std::vector<Answer> firsts;
+    expect_same(push_all(prefill, decode, requests_, firsts), what + ", push");
+    const double hits = decode.metric("vllm:prefix_cache_hits_total");
+    expect_same(pull_all(prefill, decode, requests_), what + ", pull");
+    EXPECT_GT(decode.metric("vllm:prefix_cache_hits_total"), hits);
+    EXPECT_EQ(decode.metric("tandem:kv_blocks_pinned"), 0);
   }
-  expect_same(answers, "pull");
 }
 
 // The same of every integer format: alone and whole, or together, in small steps, on two threads.

@@ -27,6 +27,29 @@ constexpr int kPlannerNiceness = 19;  // the most that there is
 // Counts travel as 32 bits: a bucket of a window has fewer tokens.
 uint32_t narrow(int64_t tokens) { return static_cast<uint32_t>(std::min<int64_t>(tokens, UINT32_MAX)); }
 
+std::vector<std::byte> pack_counts(std::span<const eplb::ExpertLoad> loads) {
+  std::vector<uint32_t> counts;
+  for (const eplb::ExpertLoad& load : loads) {
+    for (const int64_t tokens : load.all()) counts.push_back(narrow(tokens));
+  }
+  const std::span<const std::byte> bytes = std::as_bytes(std::span(counts));
+  return {bytes.begin(), bytes.end()};
+}
+
+// The inverse: `loads` have the shapes that were packed.
+void unpack_counts(std::span<const std::byte> bytes, std::span<eplb::ExpertLoad> loads) {
+  for (eplb::ExpertLoad& load : loads) {
+    for (int64_t layer = 0; layer < load.num_layers(); ++layer) {
+      for (int64_t& tokens : load.layer(layer)) {
+        uint32_t count = 0;
+        std::memcpy(&count, bytes.data(), sizeof count);
+        bytes = bytes.subspan(sizeof count);
+        tokens = count;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 model::ExpertShard Balancer::initial_shard(const eplb::Layout& layout, int32_t rank) {
@@ -39,6 +62,7 @@ model::ExpertShard Balancer::initial_shard(const eplb::Layout& layout, int32_t r
 
 Balancer::Balancer(const BalancerOptions& options, Exchange& exchange, model::ExpertStore& store, Registry& registry)
     : options_(options),
+      layout_(options.layout),
       exchange_(exchange),
       store_(store),
       rank_(exchange.shard().rank),
@@ -47,13 +71,9 @@ Balancer::Balancer(const BalancerOptions& options, Exchange& exchange, model::Ex
       step_load_(store.num_layers(), options.layout.num_experts),
       window_(store.num_layers(), options.layout.num_experts, options.config.window_size),
       rebalances_(registry.counter("tandem:eplb_rebalances_total", "Placements of experts that were carried out.")),
-      moved_(registry.counter("tandem:eplb_moved_experts_total", "Experts that this rank has got from others.")),
-      measured_(registry.gauge("tandem:eplb_balancedness",
-                               "Mean over maximum of the ranks' tokens in the last window, over all layers.",
-                               {{"placement", "measured"}})),
-      planned_balance_(registry.gauge("tandem:eplb_balancedness",
-                                      "Mean over maximum of the ranks' tokens in the last window, over all layers.",
-                                      {{"placement", "planned"}})) {
+      moved_(registry.counter("tandem:eplb_moved_experts_total", "Experts that this rank has got from others.")) {
+  CHECK_EQ(std::ssize(options.layers), num_layers());
+  if (rank_ == 0) register_metrics(registry);
   CHECK_EQ(store.num_slots(), options.layout.slots_per_rank());
   for (int64_t layer = 0; layer < num_layers(); ++layer) use_map(layer);
   // A move may need one for each slot. Made now, since a step that has to make them takes longer than others.
@@ -64,9 +84,38 @@ Balancer::~Balancer() {
   if (planner_.joinable()) planner_.join();
 }
 
-int64_t Balancer::counts_bytes() const {
-  const int64_t counts = eplb::LoadWindow::kBuckets * num_layers() * options_.layout.num_experts;
-  return counts * static_cast<int64_t>(sizeof(uint32_t));
+void Balancer::register_metrics(Registry& registry) {
+  const auto balance = [&registry](const char* placement) {
+    const auto gauge = [&](const char* layers) {
+      Gauge& made = registry.gauge("tandem:eplb_balancedness",
+                                   "Mean over maximum of the ranks' tokens in the last window: of all layers together, "
+                                   "what half and 99 % of them reach, and the worst.",
+                                   {{"placement", placement}, {"layers", layers}});
+      made.set(1);
+      return &made;
+    };
+    return BalanceGauges{gauge("overall"), gauge("p50"), gauge("p99"), gauge("worst")};
+  };
+  measured_ = balance("measured");
+  planned_balance_ = balance("planned");
+  for (const int64_t layer : options_.layers) {
+    layer_balance_.push_back(&registry.gauge("tandem:eplb_layer_balancedness",
+                                             "Mean over maximum of the ranks' tokens of a layer in the last window.",
+                                             {{"layer", std::to_string(layer)}}));
+    layer_balance_.back()->set(1);
+  }
+  for (int32_t r = 0; r < num_ranks(); ++r) {
+    rank_tokens_.push_back(&registry.gauge("tandem:eplb_rank_tokens",
+                                           "Rows that a rank's experts computed in the last window, over all layers.",
+                                           {{"rank", std::to_string(r)}}));
+  }
+}
+
+void Balancer::BalanceGauges::set(const eplb::BalanceReport& balance) const {
+  overall->set(balance.overall);
+  p50->set(balance.p50);
+  p99->set(balance.p99);
+  worst->set(balance.worst);
 }
 
 int64_t Balancer::table_bytes() const {
@@ -84,6 +133,7 @@ Status Balancer::before_round(Fabric& fabric, StepIntent& mine) {
   if (!is_synchronizing_) count_step();
   if (phase_ == Phase::kPlan && rank_ == 0 && is_planned_.load(std::memory_order_acquire)) mine.is_planned = 1;
   mine.placement_version = static_cast<int64_t>(version_);
+  mine.first_of_node = first_of_node_;
   return channel_.send(fabric, [this](size_t index, int64_t offset, std::span<std::byte> out) {
     fill(index, offset, out);
   });
@@ -97,7 +147,17 @@ Status Balancer::after_round(Fabric& fabric, std::span<const StepIntent> intents
   ++steps_;
   switch (phase_) {
     case Phase::kCount:
-      if (steps_ >= next_rebalance_) start_gather();
+      if (steps_ >= next_rebalance_) {
+        start_gather();
+      } else if (steps_ >= next_report_) {
+        start_report();
+      }
+      break;
+    case Phase::kReport:
+      if (!is_through) break;
+      if (rank_ == 0) show(sum_gathered(), std::nullopt);
+      next_report_ = steps_ + kStepsPerReport;
+      phase_ = Phase::kCount;
       break;
     case Phase::kGather:
       if (!is_through) break;
@@ -125,34 +185,43 @@ void Balancer::count_step() {
 
 // ---- Counts to rank 0 ----------------------------------------------------------------------------------------------
 
+void Balancer::start_report() {
+  outgoing_ = pack_counts(std::span(&window_.total(), 1));
+  gather(Phase::kReport);
+}
+
 void Balancer::start_gather() {
-  const eplb::LoadSeries samples = window_.samples();
-  outgoing_.assign(static_cast<size_t>(counts_bytes()), std::byte{0});
-  uint32_t* out = reinterpret_cast<uint32_t*>(outgoing_.data());
-  // The newest bucket last; those that are missing at the beginning stay zero.
-  out += (eplb::LoadWindow::kBuckets - std::ssize(samples)) * num_layers() * options_.layout.num_experts;
-  for (const eplb::ExpertLoad& sample : samples) {
-    for (const int64_t tokens : sample.all()) *out++ = narrow(tokens);
-  }
+  eplb::LoadSeries samples = window_.samples();
+  // The newest bucket last; those that are missing at the beginning are zero.
+  const int64_t missing = eplb::LoadWindow::kBuckets - std::ssize(samples);
+  samples.insert(samples.begin(), static_cast<size_t>(missing),
+                 eplb::ExpertLoad(num_layers(), options_.layout.num_experts));
+  outgoing_ = pack_counts(samples);
+  gather(Phase::kGather);
+}
+
+// outgoing_ of every rank to rank 0.
+void Balancer::gather(Phase phase) {
   if (rank_ == 0) gathered_.assign(static_cast<size_t>(num_ranks()), std::vector<std::byte>(outgoing_.size()));
   std::vector<BulkTransfer> transfers;
-  for (int32_t r = 0; r < num_ranks(); ++r) transfers.push_back({r, 0, counts_bytes()});
+  for (int32_t r = 0; r < num_ranks(); ++r) transfers.push_back({r, 0, std::ssize(outgoing_)});
   channel_.start(num_ranks(), std::move(transfers));
-  phase_ = Phase::kGather;
+  gathered_steps_ = window_.num_steps();
+  phase_ = phase;
+}
+
+eplb::ExpertLoad Balancer::sum_gathered() {
+  eplb::LoadSeries loads(static_cast<size_t>(num_ranks()), eplb::ExpertLoad(num_layers(), options_.layout.num_experts));
+  for (size_t r = 0; r < loads.size(); ++r) unpack_counts(gathered_[r], std::span(&loads[r], 1));
+  gathered_.clear();
+  return eplb::sum_of(loads);
 }
 
 void Balancer::start_planning() {
   std::vector<eplb::LoadSeries> ranks;
   for (const std::vector<std::byte>& bytes : gathered_) {
-    const uint32_t* in = reinterpret_cast<const uint32_t*>(bytes.data());
-    eplb::LoadSeries series(eplb::LoadWindow::kBuckets,
-                            eplb::ExpertLoad(num_layers(), options_.layout.num_experts));
-    for (eplb::ExpertLoad& load : series) {
-      for (int64_t layer = 0; layer < num_layers(); ++layer) {
-        for (int64_t& tokens : load.layer(layer)) tokens = *in++;
-      }
-    }
-    ranks.push_back(std::move(series));
+    ranks.emplace_back(eplb::LoadWindow::kBuckets, eplb::ExpertLoad(num_layers(), options_.layout.num_experts));
+    unpack_counts(bytes, ranks.back());
   }
   gathered_.clear();
   is_planned_ = false;
@@ -171,24 +240,50 @@ void Balancer::plan(std::vector<eplb::LoadSeries> ranks) {
   std::erase_if(window, [](const eplb::ExpertLoad& load) { return load.total() == 0; });
   planned_ = placement_;  // committed placements do not change while one is planned
   if (!window.empty()) {
-    const eplb::RebalanceInput input{window, options_.layout, placement_, past_balance_};
+    const eplb::RebalanceInput input{window, layout_, placement_, past_balance_};
     planned_ = eplb::rebalance(options_.config.policy, input);
     eplb::keep_slots(placement_, planned_);
-    report(eplb::sum_of(window), planned_);
+    report_plan(eplb::sum_of(window), planned_);
   }
   is_planned_.store(true, std::memory_order_release);
 }
 
-void Balancer::report(const eplb::ExpertLoad& load, const eplb::Placement& next) {
+void Balancer::report_plan(const eplb::ExpertLoad& load, const eplb::Placement& next) {
   const eplb::BalanceReport now = eplb::report_balance(load, placement_);
   const eplb::BalanceReport then = eplb::report_balance(load, next);
   past_balance_ = then.layers;
-  measured_.set(now.overall);
-  planned_balance_.set(then.overall);
-  const int64_t remote = eplb::plan_moves(placement_, next, options_.layout.num_nodes).num_remote();
+  planned_balance_.set(then);
+  show(load, then);
+  const int64_t remote = eplb::plan_moves(placement_, next, layout_.num_nodes).num_remote();
   if (!options_.config.log_balancedness) return;
-  log_info(kTag, "balancedness {:.3f} (p50 {:.3f}, p99 {:.3f}) of the window, {:.3f} as planned; {} experts move",
-           now.overall, now.p50, now.p99, then.overall, remote);
+  log_info(kTag, "balancedness {:.3f} (p50 {:.3f}, p99 {:.3f}) of the window, {:.3f} as planned{}; {} experts move",
+           now.overall, now.p50, now.p99, then.overall,
+           is_hierarchical() ? fmt::format(" for {} nodes", layout_.num_nodes) : std::string(), remote);
+}
+
+// On the engine thread or the planner; never on both at once. `planned`: by a rebalance just now.
+void Balancer::show(const eplb::ExpertLoad& load, std::optional<eplb::BalanceReport> planned) {
+  eplb::LoadReport report;
+  report.steps = gathered_steps_;
+  report.num_nodes = layout_.num_nodes;
+  report.is_hierarchical = is_hierarchical();
+  report.changes = version_;
+  report.load = load;
+  report.placement = placement_;
+  report.balance = eplb::report_balance(load, placement_);
+  report.planned = std::move(planned);
+  measured_.set(report.balance);
+  for (size_t l = 0; l < layer_balance_.size(); ++l) layer_balance_[l]->set(report.balance.layers[l]);
+  const std::vector<double> tokens = eplb::total_rank_loads(report);
+  for (size_t r = 0; r < rank_tokens_.size(); ++r) rank_tokens_[r]->set(tokens[r]);
+  const std::lock_guard<std::mutex> lock(report_mutex_);
+  if (!report.planned && report_ != nullptr) report.planned = report_->planned;
+  report_ = std::make_shared<const eplb::LoadReport>(std::move(report));
+}
+
+std::shared_ptr<const eplb::LoadReport> Balancer::load_report() const {
+  const std::lock_guard<std::mutex> lock(report_mutex_);
+  return report_;
 }
 
 // ---- A placement to all --------------------------------------------------------------------------------------------
@@ -222,7 +317,7 @@ Status Balancer::take_announcement() {
                       checked.error().message);
   }
   if (is_synchronizing_) return {};
-  moves_ = eplb::plan_moves(placement_, next_, options_.layout.num_nodes);
+  moves_ = eplb::plan_moves(placement_, next_, layout_.num_nodes);
   window_.clear();
   start_layer(0);
   return {};
@@ -288,7 +383,8 @@ void Balancer::fill(size_t index, int64_t offset, std::span<std::byte> out) {
 
 void Balancer::take(size_t index, int64_t offset, std::span<const std::byte> in) {
   if (phase_ == Phase::kMove) return write_expert(incoming_[index]->memory, layer_, offset, in);
-  std::vector<std::byte>& target = phase_ == Phase::kGather ? gathered_[index] : table_;
+  const bool is_gathering = phase_ == Phase::kGather || phase_ == Phase::kReport;
+  std::vector<std::byte>& target = is_gathering ? gathered_[index] : table_;
   std::memcpy(target.data() + offset, in.data(), in.size());
 }
 
@@ -326,6 +422,9 @@ Status Balancer::begin_epoch(Fabric& fabric, group::StepAgreement& agreement) {
   exchange_.take_counts(step_load_);
   steps_ = 0;
   next_rebalance_ = std::max<int64_t>(1, options_.config.step_interval / kFirstShare);
+  next_report_ = kStepsPerReport;
+  first_of_node_ = 0;
+  while (fabric.direct(group::RankId(first_of_node_)) == nullptr) ++first_of_node_;
 
   is_synchronizing_ = true;
   const auto round = [&]() -> Result<std::vector<StepIntent>> {
@@ -336,6 +435,7 @@ Status Balancer::begin_epoch(Fabric& fabric, group::StepAgreement& agreement) {
     return intents;
   };
   TANDEM_ASSIGN(const std::vector<StepIntent> intents, round());
+  find_nodes(intents);
   const auto is_older = [](const StepIntent& a, const StepIntent& b) { return a.placement_version < b.placement_version; };
   const auto newest = std::max_element(intents.begin(), intents.end(), is_older);
   const auto oldest = std::min_element(intents.begin(), intents.end(), is_older);
@@ -351,6 +451,16 @@ Status Balancer::begin_epoch(Fabric& fabric, group::StepAgreement& agreement) {
   is_synchronizing_ = false;
   phase_ = Phase::kCount;
   return {};
+}
+
+// All ranks see the same.
+void Balancer::find_nodes(std::span<const StepIntent> intents) {
+  std::vector<int32_t> first_of_node;
+  for (const StepIntent& intent : intents) first_of_node.push_back(static_cast<int32_t>(intent.first_of_node));
+  layout_.num_nodes = eplb::count_even_nodes(first_of_node);
+  if (rank_ != 0 || layout_.num_nodes == 1) return;
+  const char* const how = is_hierarchical() ? "groups of experts stay on a node" : "experts go to any of them";
+  log_info(kTag, "ranks are on {} nodes: {}", layout_.num_nodes, how);
 }
 
 // This rank holds what its own placement says; what the newest one wants instead is read from the files.

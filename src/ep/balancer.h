@@ -5,6 +5,8 @@
 //           every rank's counts    rank 0, on a thread   weights and map of a layer switch together, on all ranks
 //           go to rank 0           of its own            before the same step
 //
+// Between rebalances rank 0 also gathers the sum of the window from time to time, to show it (load_report).
+//
 // All ranks are in the same phase in the same round: each change follows from the round's number, from what all have
 // exchanged, or from rank 0's intent. Copies of an expert are equal, so answers do not depend on where it is.
 //
@@ -17,6 +19,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -25,6 +28,7 @@
 #include "src/ep/chunk_channel.h"
 #include "src/ep/exchange.h"
 #include "src/eplb/config.h"
+#include "src/eplb/load_report.h"
 #include "src/eplb/load_window.h"
 #include "src/eplb/moves.h"
 #include "src/eplb/placement.h"
@@ -35,8 +39,10 @@ namespace tandem::ep {
 
 struct BalancerOptions {
   eplb::EplbConfig config;
-  eplb::Layout layout;         // passed check_layout
-  int64_t window_offset = 0;   // where its part of the windows begins
+  // Passed check_layout. The number of nodes is found anew in each epoch: ranks that map each other's windows are on one.
+  eplb::Layout layout;
+  std::vector<int64_t> layers;  // with routed experts, as indices in the model: names of metrics
+  int64_t window_offset = 0;  // where its part of the windows begins
   int64_t chunk_bytes = 1 << 18;
 };
 
@@ -48,7 +54,7 @@ class Balancer final : public group::RoundUser {
   // The experts that `rank` holds at start.
   static model::ExpertShard initial_shard(const eplb::Layout& layout, int32_t rank);
 
-  // All outlive this; `exchange` has the initial shard and is prepared. Only rank 0 has metrics.
+  // All outlive this; `exchange` has the initial shard and is prepared. Only rank 0 has all metrics.
   Balancer(const BalancerOptions& options, Exchange& exchange, model::ExpertStore& store, Registry& registry);
   ~Balancer() override;
 
@@ -61,16 +67,32 @@ class Balancer final : public group::RoundUser {
   const eplb::Placement& placement() const { return placement_; }
   // Layers that have been switched so far, since the start of the group.
   uint64_t version() const { return version_; }
+  int64_t num_nodes() const { return layout_.num_nodes; }
+  // Between two gatherings of what is only shown. Each puts one sum of counts per rank: 58 layers of 256 experts are 58 KiB.
+  static constexpr int64_t kStepsPerReport = 64;
+  // Rank 0: what the group did in the last window that was gathered; null before the first. From any thread.
+  std::shared_ptr<const eplb::LoadReport> load_report() const;
 
  private:
-  enum class Phase : uint8_t { kCount, kGather, kPlan, kAnnounce, kMove };
+  enum class Phase : uint8_t { kCount, kReport, kGather, kPlan, kAnnounce, kMove };
+  // Mean / max of the ranks' tokens.
+  struct BalanceGauges {
+    Gauge* overall = nullptr;
+    Gauge* p50 = nullptr;
+    Gauge* p99 = nullptr;
+    Gauge* worst = nullptr;
+    void set(const eplb::BalanceReport& balance) const;
+  };
   struct Incoming {
     eplb::Move move;
     model::ExpertMemory memory;  // spare, being filled
   };
 
   void count_step();
+  void start_report();
   void start_gather();
+  void gather(Phase phase);
+  eplb::ExpertLoad sum_gathered();
   void take_counts(size_t source, int64_t offset, std::span<const std::byte> in);
   void start_planning();
   void plan(std::vector<eplb::LoadSeries> ranks);
@@ -86,12 +108,18 @@ class Balancer final : public group::RoundUser {
   void write_expert(const model::ExpertMemory& memory, int64_t layer, int64_t offset,
                     std::span<const std::byte> in) const;
   int64_t num_layers() const { return store_.num_layers(); }
-  int64_t counts_bytes() const;
   int64_t table_bytes() const;
   int32_t num_ranks() const { return static_cast<int32_t>(options_.layout.num_ranks); }
-  void report(const eplb::ExpertLoad& load, const eplb::Placement& next);
+  bool is_hierarchical() const {
+    return options_.config.policy == eplb::Policy::kDefault && layout_.is_hierarchical();
+  }
+  void find_nodes(std::span<const group::StepIntent> intents);
+  void register_metrics(Registry& registry);
+  void report_plan(const eplb::ExpertLoad& load, const eplb::Placement& next);
+  void show(const eplb::ExpertLoad& load, std::optional<eplb::BalanceReport> planned);
 
   const BalancerOptions options_;
+  eplb::Layout layout_;  // with the nodes of this epoch
   Exchange& exchange_;
   model::ExpertStore& store_;
   const int32_t rank_;
@@ -103,6 +131,9 @@ class Balancer final : public group::RoundUser {
   bool is_synchronizing_ = false;
   int64_t steps_ = 0;  // of this epoch
   int64_t next_rebalance_ = 0;
+  int64_t next_report_ = 0;
+  int32_t first_of_node_ = 0;
+  int64_t gathered_steps_ = 0;  // of the window that was gathered last
   eplb::ExpertLoad step_load_;
   eplb::LoadWindow window_;
   std::vector<std::byte> outgoing_;               // counts, or an announced table
@@ -122,10 +153,16 @@ class Balancer final : public group::RoundUser {
   std::vector<std::optional<Incoming>> incoming_;  // by index in layer_moves_; those to this rank
   std::vector<model::ExpertMemory> spares_;
 
+  mutable std::mutex report_mutex_;  // of report_ alone
+  std::shared_ptr<const eplb::LoadReport> report_;
+
   Counter& rebalances_;
   Counter& moved_;
-  Gauge& measured_;
-  Gauge& planned_balance_;
+  // Rank 0's.
+  BalanceGauges measured_;
+  BalanceGauges planned_balance_;
+  std::vector<Gauge*> layer_balance_;
+  std::vector<Gauge*> rank_tokens_;
 };
 
 }  // namespace tandem::ep

@@ -7,6 +7,17 @@
 
 namespace tandem::eplb {
 
+int64_t count_even_nodes(std::span<const int32_t> first_of_node) {
+  const size_t size = first_of_node.size();
+  size_t each = 1;  // ranks of the first node
+  while (each < size && first_of_node[each] == first_of_node[0]) ++each;
+  if (size % each != 0) return 1;
+  for (size_t r = 0; r < size; ++r) {
+    if (first_of_node[r] != static_cast<int32_t>(r / each * each)) return 1;
+  }
+  return static_cast<int64_t>(size / each);
+}
+
 Status check_layout(const Layout& layout) {
   const auto check_range = [](const char* name, int64_t value, int64_t max) -> Status {
     if (value >= 1 && value <= max) return {};

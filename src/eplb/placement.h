@@ -28,6 +28,8 @@ struct Layout {
            num_experts % num_groups == 0;
   }
 };
+// The nodes that ranks are on, if each has equally many, which are neighbours; else 1. [rank]: the lowest rank of its node.
+int64_t count_even_nodes(std::span<const int32_t> first_of_node);
 // Errors name the value and the nearest that would do.
 Status check_layout(const Layout& layout);
 

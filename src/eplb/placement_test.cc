@@ -115,5 +115,19 @@ TEST(Assignment, IsTheBest) {
   }
 }
 
+TEST(CountEvenNodes, OnlyNeighboursOfEqualNumber) {
+  const auto count = [](std::vector<int32_t> first_of_node) { return count_even_nodes(first_of_node); };
+  EXPECT_EQ(count({0}), 1);
+  EXPECT_EQ(count({0, 0, 0, 0}), 1);
+  EXPECT_EQ(count({0, 0, 2, 2}), 2);
+  EXPECT_EQ(count({0, 1, 2, 3}), 4);
+  EXPECT_EQ(count({0, 0, 0, 3}), 1);        // not equally many
+  EXPECT_EQ(count({0, 0, 0, 0, 4, 4}), 1);
+  EXPECT_EQ(count({0, 1, 0, 1}), 1);        // not neighbours
+  EXPECT_EQ(count({0, 0, 2, 0}), 1);
+  EXPECT_EQ(count({1, 1, 2, 2}), 1);        // nonsense
+  EXPECT_EQ(count({0, 0, 2, 2, 2, 2}), 1);
+}
+
 }  // namespace
 }  // namespace tandem::eplb

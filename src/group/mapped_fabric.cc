@@ -22,11 +22,11 @@ int64_t header_bytes(int32_t size) {
 
 constexpr int kSpinLooks = 16;  // between two looks at the clock
 
-bool has_processors_for(int64_t ranks) {
+bool has_processors_for(int64_t threads) {
   cpu_set_t set;
   CPU_ZERO(&set);
   const bool is_known = ::sched_getaffinity(0, sizeof set, &set) == 0;
-  return is_known && CPU_COUNT(&set) >= ranks && processor_quota() >= static_cast<double>(ranks);
+  return is_known && CPU_COUNT(&set) >= threads && processor_quota() >= static_cast<double>(threads);
 }
 
 }  // namespace
@@ -54,14 +54,14 @@ const char* channel_name(Channel channel) {
 int64_t MappedFabric::region_bytes(int32_t size, int64_t window_bytes) { return header_bytes(size) + window_bytes; }
 
 MappedFabric::MappedFabric(RankId rank, Epoch epoch, std::vector<MappedRank> ranks, int64_t window_bytes,
-                           FabricLimits limits, const Clock& clock)
+                           FabricLimits limits, const Clock& clock, int64_t num_threads)
     : rank_(rank),
       epoch_(epoch),
       ranks_(std::move(ranks)),
       window_bytes_(window_bytes),
       window_offset_(header_bytes(static_cast<int32_t>(ranks_.size()))),
       limits_(limits),
-      spin_us_(has_processors_for(std::ssize(ranks_)) ? limits.spin_us : 0),
+      spin_us_(has_processors_for(num_threads > 0 ? num_threads : std::ssize(ranks_)) ? limits.spin_us : 0),
       clock_(clock) {
   CHECK_LE(std::ssize(ranks_), kMaxRanks);
   CHECK_LT(rank.value, std::ssize(ranks_));

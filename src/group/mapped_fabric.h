@@ -24,7 +24,7 @@ struct FabricLimits {
   // A rank that shows life but does not send what we wait for is given up after this many time-outs.
   static constexpr int64_t kMostTimeouts = 6;
   // How long a wait looks before it sleeps: to sleep and wake takes longer than a small exchange. Only as long as this
-  // process may use as many processors as there are ranks: else it would take them from those it waits for.
+  // process may use as many processors as the group has threads here: else it would take them from those it waits for.
   int64_t spin_us = 100;
 };
 
@@ -33,9 +33,9 @@ class MappedFabric : public Fabric {
   // What a rank's region must hold: its counters and pulse, then its window.
   static int64_t region_bytes(int32_t size, int64_t window_bytes);
 
-  // The memory must outlive the fabric.
+  // The memory must outlive the fabric. `num_threads`: of the group on this host; 0: one for each rank.
   MappedFabric(RankId rank, Epoch epoch, std::vector<MappedRank> ranks, int64_t window_bytes, FabricLimits limits,
-               const Clock& clock);
+               const Clock& clock, int64_t num_threads = 0);
 
   RankId rank() const override { return rank_; }
   int32_t size() const override { return static_cast<int32_t>(ranks_.size()); }

@@ -1,18 +1,21 @@
 #include "src/group/network_fabric.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace tandem::group {
 namespace {
 
 constexpr int64_t kPulsesPerTimeout = 10;  // to remote ranks, however often beat() is called
+constexpr int64_t kThreadsPerRank = 2;     // engine and port: a wait that looks must not keep its own port from running
 constexpr int64_t kLookUpUs = 50'000;      // while it waits for the network
 
 }  // namespace
 
 NetworkFabric::NetworkFabric(RankId rank, Epoch epoch, std::vector<MappedRank> ranks, std::vector<bool> is_remote,
                              int64_t window_bytes, FabricLimits limits, const Clock& clock, NetworkPort& port)
-    : MappedFabric(rank, epoch, std::move(ranks), window_bytes, limits, clock),
+    : MappedFabric(rank, epoch, std::move(ranks), window_bytes, limits, clock,
+                   kThreadsPerRank * std::count(is_remote.begin(), is_remote.end(), false)),
       is_remote_(std::move(is_remote)),
       port_(port) {
   port_.set_on_lost([this](const Error& why) { end(why); });
@@ -33,6 +36,7 @@ void NetworkFabric::put(RankId to, int64_t offset, std::span<const std::byte> da
 }
 
 Status NetworkFabric::flush() {
+  port_.push();
   const int64_t begin_us = clock().now_us();
   while (true) {
     const uint32_t rung = own_bell().count();

@@ -16,7 +16,6 @@
 
 #include "src/base/clock.h"
 #include "src/comm/address.h"
-#include "src/comm/messenger.h"
 #include "src/comm/ucx_settings.h"
 #include "src/group/mapped_fabric.h"
 #include "src/group/messages.h"
@@ -29,6 +28,10 @@ constexpr int32_t kPulse = kNumChannels;
 constexpr int32_t kData = kNumChannels + 1;
 
 constexpr unsigned kMessageId = 1;         // the one active-message id
+
+// What one message gathers: enough that its own cost does not matter, and no more than UCX sends without cutting it.
+constexpr size_t kMaxGatheredBytes = 120 * 1024;
+constexpr size_t kMaxGathered = 128;  // places
 
 constexpr int kMostRounds = 64;            // of progress under one lock, so that the engine gets its turn
 constexpr int kMaxFruitlessRounds = 64;    // of work inside UCX that leads to no event …
@@ -75,12 +78,17 @@ struct PortAddress {
   }
 };
 
-// Before every message. What follows is data for the window, or nothing.
+// Before every message. Behind it a Place for each piece of data, which follow one another in the message.
 struct Header {
   uint64_t stamp = 0;  // of the receiving port: who has it belongs to this epoch
-  uint64_t value = 0;  // of a counter, or the data's offset in the window
+  uint64_t value = 0;  // of a counter, which is set when the data is in place
   int32_t from = 0;
-  int32_t kind = 0;  // a channel, or kData
+  int32_t kind = 0;  // a channel, kPulse or kData
+};
+// In the receiver's window.
+struct Place {
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
 };
 
 class UcxPort;
@@ -93,12 +101,17 @@ struct Peer {
   uint64_t stamp = 0;  // of its port
   int64_t unsent = 0;  // messages that UCX has not finished
   std::optional<ucs_status_t> lost;
+  // Gathered by put(); the engine thread's.
+  std::vector<Place> places;
+  std::vector<ucp_dt_iov_t> data;
+  size_t gathered_bytes = 0;
 };
 
 // A message on its way out. Its data lies with the engine.
 struct Outgoing {
   Peer* peer = nullptr;
-  Header header;
+  std::vector<std::byte> header;
+  std::vector<ucp_dt_iov_t> data;
 };
 
 class UcxPort final : public NetworkPort {
@@ -113,6 +126,7 @@ class UcxPort final : public NetworkPort {
   void set_on_lost(std::function<void(const Error&)> on_lost) override;
   void put(RankId to, int64_t region_offset, std::span<const std::byte> data) override;
   void signal(RankId to, Channel channel, uint64_t value) override;
+  void push() override;
   void send_pulse() override;
   std::optional<RankId> unsent_to() const override;
   void abandon() override;
@@ -126,7 +140,10 @@ class UcxPort final : public NetworkPort {
   void run();
   bool work();
   void settle(int64_t now_us);
-  void send(Peer& peer, int32_t kind, uint64_t value, std::span<const std::byte> data = {});
+  void send(Peer& peer, const Header& header, std::span<const Place> places, std::vector<ucp_dt_iov_t> data);
+  void send_pulse_to(Peer& peer) { send(peer, {peer.stamp, 0, options_.rank.value, kPulse}, {}, {}); }
+  void send_gathered(Peer& peer, int32_t kind, uint64_t value = 0);
+  void take_data(std::span<const std::byte> places, std::span<const std::byte> data);
   void close_endpoints();
   Peer* find_peer(RankId rank);
   void wake() { eventfd_write(wake_fd_, 1); }
@@ -287,7 +304,7 @@ Status UcxPort::connect(std::vector<NetworkPeer> peers) {
     }
     peer_of_rank_[static_cast<size_t>(each.rank.value)] = &peer;
   }
-  for (const std::unique_ptr<Peer>& peer : peers_) send(*peer, kPulse, 0);
+  for (const std::unique_ptr<Peer>& peer : peers_) send_pulse_to(*peer);
   wake();
   return {};
 }
@@ -319,30 +336,54 @@ Peer* UcxPort::find_peer(RankId rank) {
 }
 
 void UcxPort::put(RankId to, int64_t offset, std::span<const std::byte> data) {
-  const std::lock_guard<std::mutex> lock(mutex_);
   Peer& peer = *find_peer(to);
-  constexpr size_t kMost = static_cast<size_t>(comm::kMaxPayloadBytes);
-  for (size_t begin = 0; begin < data.size(); begin += kMost) {
-    const std::span<const std::byte> part = data.subspan(begin, std::min(kMost, data.size() - begin));
-    send(peer, kData, static_cast<uint64_t>(offset) + begin, part);
+  while (!data.empty()) {
+    if (peer.gathered_bytes >= kMaxGatheredBytes || peer.places.size() >= kMaxGathered) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      send_gathered(peer, kData);
+    }
+    const std::span<const std::byte> part =
+        data.first(std::min(kMaxGatheredBytes - peer.gathered_bytes, data.size()));
+    peer.places.push_back({static_cast<uint64_t>(offset), part.size()});
+    peer.data.push_back({const_cast<std::byte*>(part.data()), part.size()});  // UCX only reads it
+    peer.gathered_bytes += part.size();
+    offset += std::ssize(part);
+    data = data.subspan(part.size());
   }
 }
 
 void UcxPort::signal(RankId to, Channel channel, uint64_t value) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  send(*find_peer(to), static_cast<int32_t>(channel), value);
+  send_gathered(*find_peer(to), static_cast<int32_t>(channel), value);
+}
+
+void UcxPort::push() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    if (!peer->places.empty()) send_gathered(*peer, kData);
+  }
 }
 
 void UcxPort::send_pulse() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const std::unique_ptr<Peer>& peer : peers_) send(*peer, kPulse, 0);
+  for (const std::unique_ptr<Peer>& peer : peers_) send_pulse_to(*peer);
 }
 
-void UcxPort::send(Peer& peer, int32_t kind, uint64_t value, std::span<const std::byte> data) {
+void UcxPort::send_gathered(Peer& peer, int32_t kind, uint64_t value) {
+  const std::vector<Place> places = std::exchange(peer.places, {});
+  std::vector<ucp_dt_iov_t> data = std::exchange(peer.data, {});
+  peer.gathered_bytes = 0;
+  send(peer, {peer.stamp, value, options_.rank.value, kind}, places, std::move(data));
+}
+
+void UcxPort::send(Peer& peer, const Header& header, std::span<const Place> places, std::vector<ucp_dt_iov_t> data) {
   if (closing_ || peer.lost) return;
   std::unique_ptr<Outgoing> message = std::make_unique<Outgoing>();
   message->peer = &peer;
-  message->header = {peer.stamp, value, options_.rank.value, kind};
+  message->header.resize(sizeof header + places.size_bytes());
+  std::memcpy(message->header.data(), &header, sizeof header);
+  if (!places.empty()) std::memcpy(message->header.data() + sizeof header, places.data(), places.size_bytes());
+  message->data = std::move(data);
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.flags = UCP_AM_SEND_FLAG_EAGER;
@@ -352,8 +393,19 @@ void UcxPort::send(Peer& peer, int32_t kind, uint64_t value, std::span<const std
     Outgoing* const sent = static_cast<Outgoing*>(user_data);
     sent->peer->owner->on_sent(sent);
   };
-  const ucs_status_ptr_t result = ucp_am_send_nbx(peer.endpoint, kMessageId, &message->header, sizeof(Header),
-                                                  data.data(), data.size(), &param);
+  const void* buffer = nullptr;
+  size_t count = 0;
+  if (message->data.size() > 1) {  // UCX takes no empty list
+    param.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
+    param.datatype = UCP_DATATYPE_IOV;
+    buffer = message->data.data();
+    count = message->data.size();
+  } else if (!message->data.empty()) {
+    buffer = message->data.front().buffer;
+    count = message->data.front().length;
+  }
+  const ucs_status_ptr_t result = ucp_am_send_nbx(peer.endpoint, kMessageId, message->header.data(),
+                                                  message->header.size(), buffer, count, &param);
   if (UCS_PTR_IS_ERR(result)) {
     on_endpoint_error(peer, UCS_PTR_STATUS(result));
   } else if (UCS_PTR_IS_PTR(result)) {
@@ -373,7 +425,7 @@ void UcxPort::on_sent(Outgoing* message) {
 
 ucs_status_t UcxPort::on_arrival(std::span<const std::byte> bytes, std::span<const std::byte> data) {
   Header header;
-  if (bytes.size() != sizeof header) return UCS_OK;
+  if (bytes.size() < sizeof header) return UCS_OK;
   std::memcpy(&header, bytes.data(), sizeof header);
   // Of another epoch, or a stranger's: dropped.
   if (header.stamp != stamp_ || header.from < 0 || header.from >= options_.size) return UCS_OK;
@@ -382,17 +434,25 @@ ucs_status_t UcxPort::on_arrival(std::span<const std::byte> bytes, std::span<con
   if (Peer* const peer = peer_of_rank_[static_cast<size_t>(header.from)]; peer != nullptr) {
     peer->pulse->fetch_add(1, std::memory_order_relaxed);  // everything is a sign of life
   }
-  if (header.kind == kData) {
-    const uint64_t window_bytes = options_.window.size();
-    if (header.value <= window_bytes && data.size() <= window_bytes - header.value) {
-      std::memcpy(options_.window.data() + header.value, data.data(), data.size());
-    }
-  } else if (header.kind >= 0 && header.kind < kNumChannels) {
+  take_data(bytes.subspan(sizeof header), data);
+  if (header.kind >= 0 && header.kind < kNumChannels) {
     MappedFabric::counter_in(options_.region, RankId(header.from), static_cast<Channel>(header.kind))
         .store(header.value, std::memory_order_release);
     bell_.ring();
   }
   return UCS_OK;
+}
+
+// `places`: as many Places as there are, of `data` one after the other. What no port of this kind sends is dropped.
+void UcxPort::take_data(std::span<const std::byte> places, std::span<const std::byte> data) {
+  const uint64_t window_bytes = options_.window.size();
+  for (; places.size() >= sizeof(Place); places = places.subspan(sizeof(Place))) {
+    Place place;
+    std::memcpy(&place, places.data(), sizeof place);
+    if (place.bytes > data.size() || place.offset > window_bytes || place.bytes > window_bytes - place.offset) return;
+    std::memcpy(options_.window.data() + place.offset, data.data(), place.bytes);
+    data = data.subspan(place.bytes);
+  }
 }
 
 std::optional<RankId> UcxPort::unsent_to() const {
@@ -405,6 +465,11 @@ std::optional<RankId> UcxPort::unsent_to() const {
 
 void UcxPort::abandon() {
   const std::lock_guard<std::mutex> lock(mutex_);
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    peer->places.clear();
+    peer->data.clear();
+    peer->gathered_bytes = 0;
+  }
   if (!in_flight_.empty() && !closing_) close_endpoints();
 }
 

@@ -5,7 +5,8 @@
 // and copies them on the receiving side; and there it must answer each one, and ends the process when the sender's
 // endpoint has failed meanwhile (ucp_put_handler), as it has whenever a rank was killed or stopped. Messages of our own
 // cost the same copy, need no answer, arrive in order (so that no fence is needed between data and counter), and the
-// receiver checks where they go: a late one of another epoch has another stamp and is dropped.
+// receiver checks where they go: a late one of another epoch has another stamp and is dropped. And one message takes what
+// lies in many places to many places, and the counter with it: outputs of experts are thousands of small puts.
 #pragma once
 
 #include <atomic>
@@ -64,9 +65,11 @@ class NetworkPort {
   virtual void set_on_lost(std::function<void(const Error&)> on_lost) = 0;
 
   // The engine thread's, after the outcome. What is sent to a lost peer is dropped.
-  // `data` must stay until unsent_to() is nothing, or abandon() or the port's end.
+  // `data` must stay until unsent_to() is nothing, or abandon() or the port's end. Small ones are gathered: they leave
+  // with the next signal() to that rank, by push(), or when they are enough for a message.
   virtual void put(RankId to, int64_t offset, std::span<const std::byte> data) = 0;
   virtual void signal(RankId to, Channel channel, uint64_t value) = 0;
+  virtual void push() = 0;        // what put() has gathered
   virtual void send_pulse() = 0;  // to all peers
   // A rank to which something is not yet on its way.
   virtual std::optional<RankId> unsent_to() const = 0;

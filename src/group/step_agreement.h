@@ -20,8 +20,9 @@ struct StepIntent {
   // Of balancing (src/ep/balancer.h).
   int64_t is_planned = 0;         // 1, of rank 0: a placement is ready to be announced
   int64_t placement_version = 0;  // how many changes of the placement this rank has carried out
+  int64_t first_of_node = 0;      // the lowest rank whose window is mapped here
   int64_t can_split = 0;          // 1: rows enough for a step in two parts
-  int64_t reserved[3] = {};
+  int64_t reserved[2] = {};
 };
 
 class StepAgreement {

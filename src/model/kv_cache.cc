@@ -7,10 +7,21 @@
 
 namespace tandem::model {
 
+namespace {
+
+const char* kind_name(KvKind kind) { return kind == KvKind::kMla ? "mla" : "gqa"; }
+const char* scales_note(kernels::DType dtype) { return dtype == kernels::DType::kF8E4M3 ? " with scales" : ""; }
+
+}  // namespace
+
 std::string KvLayout::describe() const {
-  return fmt::format("{} {} layers x {} tokens x {} B {}{}", kind == KvKind::kMla ? "mla" : "gqa", num_layers,
-                     block_size, bytes_per_token, kernels::dtype_name(dtype),
-                     dtype == kernels::DType::kF8E4M3 ? " with scales" : "");
+  return fmt::format("{} {} layers x {} tokens x {} B {}{}", kind_name(kind), num_layers, block_size, bytes_per_token,
+                     kernels::dtype_name(dtype), scales_note(dtype));
+}
+
+std::string KvLayout::describe_token() const {
+  return fmt::format("{} {} layers x {} B {}{}", kind_name(kind), num_layers, bytes_per_token,
+                     kernels::dtype_name(dtype), scales_note(dtype));
 }
 
 KvCache::KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks, bool shareable)

@@ -13,7 +13,7 @@ namespace tandem::model {
 
 enum class KvKind : uint8_t { kGqa, kMla };
 
-// Everything two workers must agree on before KV may pass between them.
+// Everything two workers must agree on before KV may pass between them, and the size of their blocks, which may differ.
 struct KvLayout {
   KvKind kind = KvKind::kGqa;
   int64_t num_layers = 0;
@@ -28,6 +28,7 @@ struct KvLayout {
   int64_t block_bytes() const { return block_size * bytes_per_token; }      // one layer
   int64_t total_block_bytes() const { return num_layers * block_bytes(); }  // all layers
   std::string describe() const;                                             // "mla 6 layers x 16 tokens x 160 B bf16"
+  std::string describe_token() const;  // "mla 6 layers x 160 B bf16": what must be equal where KV is handed over
   bool operator==(const KvLayout&) const = default;
 };
 

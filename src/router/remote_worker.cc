@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <nlohmann/json.hpp>
 
 #include "src/base/clock.h"
 #include "src/base/log.h"
@@ -50,6 +51,12 @@ struct DecodeStream {
     if (update.error) return fail({std::move(*update.error)});
     if (!update.transfer.empty() && !update.event) handlers.on_reserved(std::move(update.transfer));
     if (ended || !update.event) return;
+    if (!update.transfer.empty()) {  // a publication, with the last token
+      Result<transfer::KvTransferParams> params =
+          transfer::parse_kv_transfer_params(nlohmann::json::parse(update.transfer, nullptr, false));
+      if (!params.ok()) return fail({make_error(ErrorKind::kDataLoss, "the worker's kv_transfer_params cannot be read")});
+      update.event->kv_transfer = std::move(params).value();
+    }
     ended = update.event->finish.has_value();
     handlers.on_event(std::move(*update.event));
   }

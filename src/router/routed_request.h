@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,14 +14,18 @@ namespace tandem::router {
 
 struct RouterCore::Routed {
   Routed(RequestId its_id, engine::TokenRequest its_request, engine::EventSink its_sink, Repeats repeats)
-      : id(its_id), request(std::move(its_request)), sink(std::move(its_sink)), legs(repeats) {}
+      : id(its_id),
+        request(std::move(its_request)),
+        sink(std::move(its_sink)),
+        legs(repeats, request.kv_transfer ? transfer::to_json(*request.kv_transfer).dump() : ""),
+        emitted(request.resumed) {}
 
   RequestId id;
   engine::TokenRequest request;
   engine::EventSink sink;
   TwoLegs legs;
   std::vector<uint64_t> prompt_blocks;
-  std::vector<TokenId> emitted;                      // what a migration goes on behind
+  std::vector<TokenId> emitted;                      // what a migration goes on behind; the caller's own first
   std::optional<engine::TokenUsage> usage;           // of the first event: what the client has been told
   std::vector<std::pair<WorkerId, int64_t>> failed;  // workers that failed this request, and when
   uint64_t session = 0;

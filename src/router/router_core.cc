@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "src/base/check.h"
 #include "src/base/log.h"
@@ -16,7 +17,7 @@ RouterCore::RouterCore(CoreOptions options, LegPort& port, Registry& metrics)
       port_(port),
       registry_(options.registry),
       budget_(options.retry_share),
-      metrics_(std::make_unique<RouterMetrics>(metrics)) {}
+      metrics_(std::make_unique<RouterMetrics>(metrics, options_.front_end)) {}
 
 RouterCore::~RouterCore() = default;
 
@@ -24,7 +25,7 @@ RouterCore::~RouterCore() = default;
 
 void RouterCore::submit(RequestId id, engine::TokenRequest request, engine::EventSink sink, int64_t now_us) {
   std::optional<Error> refusal;
-  if (request.kv_transfer) {
+  if (request.kv_transfer && !options_.passes_transfers) {
     refusal = invalid_argument("kv_transfer_params", "kv_transfer_params may not be given to a router; ask a worker");
   } else if (num_started_ >= options_.max_requests && std::ssize(queue_) >= options_.queue_size) {
     refusal = make_error(ErrorKind::kResourceExhausted,
@@ -136,6 +137,7 @@ LegActions RouterCore::nobody_there(Routed& routed, Error error, int64_t now_us)
 }
 
 void RouterCore::emit(Routed& routed, engine::TokenEvent event, int64_t now_us) {
+  if (event.kv_transfer && event.tokens.empty() && !event.finish) return routed.sink(std::move(event));  // a reservation
   if (event.error) {
     metrics_->outcome(event.error->kind);
     log_warning("router", "[{}] {}", routed.request.external_id, event.error->message);
@@ -212,13 +214,27 @@ void RouterCore::leg_reserved(LegId id, std::string transfer, int64_t now_us) {
   if (routed == nullptr) return;
   routed->reserved_us = now_us;
   metrics_->reserve_seconds.observe(seconds(now_us - routed->attempt_us));
+  if (routed->request.kv_transfer) return hand_on_reservation(id, *routed, transfer, now_us);
   perform(*routed, routed->legs.decode_reserved(std::move(transfer)), now_us);
+}
+
+// To the caller, who has the prefill leg.
+void RouterCore::hand_on_reservation(LegId id, Routed& routed, const std::string& transfer, int64_t now_us) {
+  const nlohmann::json json = nlohmann::json::parse(transfer, nullptr, false);
+  Result<transfer::KvTransferParams> params = transfer::parse_kv_transfer_params(json);
+  if (!params.ok()) {
+    return leg_failed(id, {make_error(ErrorKind::kDataLoss, "a worker's kv_transfer_params cannot be read")}, now_us);
+  }
+  engine::TokenEvent event;
+  event.kv_transfer = std::move(params).value();
+  perform(routed, routed.legs.decode_event(std::move(event)), now_us);
 }
 
 void RouterCore::leg_event(LegId id, engine::TokenEvent event, int64_t now_us) {
   const WorkerId worker = worker_of(id);
   Routed* routed = take_leg(id, event.finish.has_value());
   if (routed == nullptr) return;
+  if (!routed->request.kv_transfer) event.kv_transfer.reset();  // none of a client's business
   routed->decode_load.grow(std::ssize(event.tokens));
   if (event.finish) record_success(worker, now_us);
   const Attempt& attempt = routed->legs.attempt();

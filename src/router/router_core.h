@@ -50,7 +50,10 @@ class LegPort {
 
 struct CoreOptions {
   RegistryOptions registry{};
+  std::string front_end{};  // which of several, for the metrics of what this one knows of workers; "": the only one
   bool pull = false;  // prefill first, for workers that are not Tandem
+  // Requests may say themselves what their transfer is: this router spreads one role over ranks, another one has both.
+  bool passes_transfers = false;
   Repeats repeats{.retries = 2, .migrations = 3};
   double retry_share = 0.2;         // of the requests that may be repeated (RetryBudget)
   bool enforce_disagg = false;      // never compute a prompt on a decode worker while there are prefill workers
@@ -132,6 +135,7 @@ class RouterCore {
   LegActions pick_workers(Routed& routed, bool resumes, int64_t now_us);
   LegActions nobody_there(Routed& routed, Error error, int64_t now_us);
   void emit(Routed& routed, engine::TokenEvent event, int64_t now_us);
+  void hand_on_reservation(LegId id, Routed& routed, const std::string& transfer, int64_t now_us);
   void close(Routed& routed, int64_t now_us);
   void admit_waiting(int64_t now_us);
   void open_leg(Routed& routed, Role role, WorkerId worker, const std::string& transfer);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <nlohmann/json.hpp>
 #include <random>
 
 namespace tandem::router {
@@ -35,6 +36,7 @@ struct FakePort final : LegPort {
 };
 
 struct Answer {
+  std::optional<transfer::KvTransferParams> transfer;
   std::vector<TokenId> tokens;
   bool finished = false;
   std::optional<Error> error;
@@ -59,6 +61,7 @@ class RouterCoreTest : public testing::Test {
         [answer](engine::TokenEvent&& event) {
           EXPECT_FALSE(answer->finished || answer->error);
           for (const engine::GeneratedToken& token : event.tokens) answer->tokens.push_back(token.token);
+          if (event.kv_transfer) answer->transfer = event.kv_transfer;
           answer->finished = event.finish.has_value();
           answer->error = std::move(event.error);
         },
@@ -134,6 +137,74 @@ TEST_F(RouterCoreTest, AnAnswerMovesToAnotherWorkerBehindItsTokens) {
   EXPECT_EQ(answer->tokens, (std::vector<TokenId>{11, 12, 13, 14}));
   EXPECT_TRUE(answer->finished);
   EXPECT_EQ(core->num_migrations(), 1);
+  expect_rest();
+}
+
+engine::TokenRequest reserving_request() {
+  engine::TokenRequest request;
+  request.prompt = {1, 2, 3};
+  request.sampling.max_tokens = 2;
+  request.kv_transfer.emplace();
+  request.kv_transfer->do_remote_prefill = true;
+  request.kv_transfer->mode = transfer::TransferMode::kPush;
+  return request;
+}
+
+// This router spreads the decode role over ranks; the other leg is its caller's.
+TEST_F(RouterCoreTest, ATransferOfTheCallerIsHandedOn) {
+  start(0, 2, {.passes_transfers = true});
+  const std::shared_ptr<Answer> answer = submit(reserving_request());
+  EXPECT_EQ(leg(0).transfer, transfer::to_json(*reserving_request().kv_transfer).dump());
+  core->leg_reserved(leg(0).id, R"({"do_remote_decode":true,"remote_host":"h","remote_port":7,"remote_request_id":"1-2"})",
+                     now);
+  ASSERT_TRUE(answer->transfer.has_value());
+  EXPECT_EQ(answer->transfer->remote_host, "h");
+  EXPECT_EQ(answer->transfer->remote_port, 7);
+  EXPECT_EQ(answer->transfer->remote_request_id, "1-2");
+  token(leg(0).id, 5);
+  token(leg(0).id, 6, true);
+  EXPECT_EQ(answer->tokens, (std::vector<TokenId>{5, 6}));
+  EXPECT_TRUE(answer->finished);
+  expect_rest();
+}
+
+// Its handles are used once: the caller makes new ones.
+TEST_F(RouterCoreTest, ATransferOfTheCallerIsNotRepeated) {
+  start(0, 2, {.passes_transfers = true});
+  const std::shared_ptr<Answer> answer = submit(reserving_request());
+  fail(leg(0).id, ErrorKind::kUnavailable, true, true);
+  ASSERT_TRUE(answer->error.has_value());
+  EXPECT_EQ(port.opened.size(), 1u);
+  expect_rest();
+}
+
+TEST_F(RouterCoreTest, WithoutThatATransferIsRefusedAndHidden) {
+  start(0, 1);
+  EXPECT_EQ(submit(reserving_request())->error->param, "kv_transfer_params");
+  const std::shared_ptr<Answer> answer = submit(1);
+  engine::TokenEvent event;
+  event.tokens.push_back({.token = 4, .logprob = 0, .top_logprobs = {}});
+  event.finish = engine::FinishReason::kLength;
+  event.kv_transfer.emplace();
+  port.open.erase(leg(0).id);
+  core->leg_event(leg(0).id, std::move(event), now);
+  EXPECT_TRUE(answer->finished);
+  EXPECT_FALSE(answer->transfer.has_value());
+}
+
+TEST_F(RouterCoreTest, AnAnswerThatWasResumedAlreadyMovesOn) {
+  start(0, 2);
+  engine::TokenRequest request;
+  request.prompt = {1, 2, 3};
+  request.resumed = {7, 8};
+  request.sampling.max_tokens = 5;
+  const std::shared_ptr<Answer> answer = submit(std::move(request));
+  EXPECT_EQ(leg(0).resumed, (std::vector<TokenId>{7, 8}));
+  token(leg(0).id, 9);
+  fail(leg(0).id, ErrorKind::kUnavailable, true, true);
+  EXPECT_EQ(leg(1).resumed, (std::vector<TokenId>{7, 8, 9}));
+  token(leg(1).id, 10, true);
+  EXPECT_EQ(answer->tokens, (std::vector<TokenId>{9, 10}));
   expect_rest();
 }
 

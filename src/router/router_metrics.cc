@@ -14,7 +14,7 @@ MetricLabels labels_of(const RegisteredWorker& worker) {
 
 }  // namespace
 
-RouterMetrics::RouterMetrics(Registry& registry)
+RouterMetrics::RouterMetrics(Registry& registry, std::string front_end)
     : retries(registry.counter("tandem:router_retries_total", "Further attempts after a worker failed.")),
       migrations(registry.counter("tandem:router_migrations_total",
                                   "Answers that went on at another worker in the middle of their stream.")),
@@ -35,12 +35,14 @@ RouterMetrics::RouterMetrics(Registry& registry)
                                              "From arrival to the first token, all attempts included.",
                                              time_to_first_token_buckets())),
       registry_(registry),
+      front_end_(std::move(front_end)),
       ok_(registry.counter(kRequests, kRequestsHelp, {{"outcome", "ok"}})) {}
 
 void RouterMetrics::add_worker(const RegisteredWorker& worker) {
   if (static_cast<size_t>(worker.id.value) < workers_.size()) return;
   CHECK_EQ(std::ssize(workers_), worker.id.value);
-  const MetricLabels labels = labels_of(worker);
+  MetricLabels labels = labels_of(worker);
+  if (!front_end_.empty()) labels.emplace_back("api_server", front_end_);
   workers_.push_back(
       {.up = &registry_.gauge("tandem:router_worker_up", "1 if the worker answers its probes and is not removed.", labels),
        .left_out = &registry_.gauge("tandem:router_worker_left_out",

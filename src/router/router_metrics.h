@@ -12,7 +12,8 @@ namespace tandem::router {
 
 class RouterMetrics {
  public:
-  explicit RouterMetrics(Registry& registry);
+  // Of several in one process that share the registry, each has a name, `front_end`: a label of what only one knows.
+  explicit RouterMetrics(Registry& registry, std::string front_end = {});
 
   // Of workers in the order of their ids.
   void add_worker(const RegisteredWorker& worker);
@@ -40,6 +41,7 @@ class RouterMetrics {
     Gauge* tokens;
   };
   Registry& registry_;
+  const std::string front_end_;
   Counter& ok_;
   std::vector<WorkerGauges> workers_;  // by worker id
 };

@@ -47,7 +47,7 @@ LegActions TwoLegs::start() {
 LegActions TwoLegs::picked(const Attempt& attempt) {
   CHECK(!is_answered_ && !decode_active_ && !prefill_active_);
   CHECK_EQ(attempt.prefill.has_value(), attempt.mode != LegMode::kPlain);
-  CHECK(!has_emitted_ || attempt.mode == LegMode::kPlain);
+  CHECK(attempt.mode == LegMode::kPlain || (!has_emitted_ && given_.empty()));
   ++attempts_;
   attempt_ = attempt;
   prefill_started_ = false;
@@ -56,7 +56,7 @@ LegActions TwoLegs::picked(const Attempt& attempt) {
     return {StartPrefill{*attempt.prefill, kPublishForPull}};
   }
   decode_active_ = true;
-  return {StartDecode{attempt.decode, attempt.mode == LegMode::kPush ? kReserveForPush : ""}};
+  return {StartDecode{attempt.decode, attempt.mode == LegMode::kPush ? kReserveForPush : given_}};
 }
 
 LegActions TwoLegs::none_available(Error error) {

@@ -5,6 +5,8 @@
 //   push:  decode is asked first; its first event carries its address, which goes to prefill verbatim; prefill sends
 //          the KV blocks and the first token to decode, whose stream is the answer.
 //   pull:  prefill is asked first; its answer carries an address, which goes to decode verbatim; decode fetches.
+//   given: the caller has said what the transfer is, which goes to decode verbatim; another router has the other leg, so
+//          nothing is repeated here, and plain otherwise.
 //
 // What holds in every state:
 //  - exactly one terminal event (finish or error) is emitted, unless cancelled, and none after it;
@@ -71,7 +73,9 @@ class TwoLegs {
  public:
   static constexpr int kMaxDeaths = 2;
 
-  explicit TwoLegs(Repeats repeats) : repeats_(repeats) {}
+  // `given` is the caller's own kv_transfer_params, "" for none.
+  explicit TwoLegs(Repeats repeats, std::string given = "")
+      : repeats_(given.empty() ? repeats : Repeats{0, 0}), given_(std::move(given)) {}
 
   LegActions start();
   LegActions picked(const Attempt& attempt);
@@ -105,6 +109,7 @@ class TwoLegs {
   void stop_legs(LegActions& actions);
 
   Repeats repeats_;  // left
+  const std::string given_;
   Attempt attempt_;
   int attempts_ = 0;
   int deaths_ = 0;  // since the last token

@@ -77,7 +77,7 @@ class Side {
     options.role = role;
     options.transport = transport;
     canary_ = std::make_unique<Canary>(cache_, pool_);
-    agent_ = transfer::make_ucx_agent(
+    agent_ = transfer::make_agent(
                  cache_, options, [] {},
                  [seed](const comm::MessengerOptions& to,
                         comm::MessageHandler& handler) -> Result<std::unique_ptr<comm::Messenger>> {

@@ -106,7 +106,7 @@ void SimAgent::run_commands() {
   for (const std::function<void()>& command : commands) command();
 }
 
-// ---- The thread of ucx_agent.cc, turn by turn -----------------------------------------------------------------------
+// ---- The thread of agent.cc, turn by turn -----------------------------------------------------------------------
 
 void SimAgent::turn() {
   run_commands();

@@ -1,4 +1,4 @@
-// The production AgentCore behind the engine's Agent, as ucx_agent.cc binds it to a thread: here to the event queue.
+// The production AgentCore behind the engine's Agent, as agent.cc binds it to a thread: here to the event queue.
 #pragma once
 
 #include <functional>

@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kFaultTickUs = 100'000;
 constexpr int64_t kFaultsAfterLoadUs = 1'000'000;
 constexpr int64_t kMaxEvents = 2'000'000;  // of a run; more is a loop without end
-constexpr int64_t kBlockTokens = 4;
+constexpr int64_t kBlockTokens[] = {4, 1, 2, 3, 8};  // the first as a rule
+constexpr int64_t kMaxPoolTokens = 192;
 constexpr int64_t kMaxIdleUs = 10'000'000;
 
 }  // namespace
@@ -48,6 +49,7 @@ void World::draw_cluster() {
   const int64_t lease_us = random_.chance(0.5) ? 10'000'000 : 30'000'000;
   const bool prefix_caching = !random_.chance(0.1);
   const bool rows_depend_on_role = random_.chance(0.5);
+  const bool sizes_differ = random_.chance(0.4);  // of blocks
   slots_.resize(static_cast<size_t>(num_nodes));
   for (int i = 0; i < num_nodes; ++i) {
     NodeSpec& spec = slots_[static_cast<size_t>(i)].spec;
@@ -56,10 +58,11 @@ void World::draw_cluster() {
                 : i < num_prefill_               ? KvRole::kProducer
                                                  : KvRole::kConsumer;
     spec.max_model_len = max_model_len_;
-    spec.num_blocks = random_.range(max_model_len_ / kBlockTokens, 48);
+    const int64_t block_size = kBlockTokens[sizes_differ ? random_.below(std::size(kBlockTokens)) : 0];
+    spec.num_blocks = random_.range((max_model_len_ + block_size - 1) / block_size, kMaxPoolTokens / block_size);
     spec.min_step_us = slow_ ? 10'000 : 200;
     spec.max_step_us = slow_ ? random_.range(50'000, 2'000'000) : 3'000;
-    spec.limits.block_size = kBlockTokens;
+    spec.limits.block_size = block_size;
     if (short_queues_) spec.limits.max_num_waiting = random_.range(1, 4);
     spec.limits.max_num_seqs = random_.range(2, 8);
     spec.limits.max_num_batched_tokens = random_.range(8, 32);

@@ -113,8 +113,8 @@ using MakeMessenger =
     std::function<Result<std::unique_ptr<comm::Messenger>>(const comm::MessengerOptions&, comm::MessageHandler&)>;
 
 // Binds to the KV memory (registered with the transport) and starts the thread. The cache must outlive the agent.
-Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const AgentOptions& options,
-                                              std::function<void()> wake,
-                                              const MakeMessenger& make_messenger = comm::make_messenger);
+Result<std::unique_ptr<Agent>> make_agent(model::KvCache& cache, const AgentOptions& options,
+                                          std::function<void()> wake,
+                                          const MakeMessenger& make_messenger = comm::make_messenger);
 
 }  // namespace tandem::transfer

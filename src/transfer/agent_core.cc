@@ -48,6 +48,7 @@ void AgentCore::refuse_start(TransferId id, Error error) { on_done_(Done{id, std
 AgentCore::Transfer* AgentCore::add_transfer(TransferId id, const Handle& handle, Side side, const BlockSpan& span) {
   CHECK(!transfers_.contains(id));
   CHECK_GT(span.num_tokens, 0);
+  // A receiver gets the grid of its sender instead, when it meets it.
   const PartGrid grid(memory_.layout, span.num_tokens, messenger_->max_payload_bytes());
   CHECK_GE(span.first_block, 0);
   CHECK_LE(span.first_block, grid.num_blocks);
@@ -68,18 +69,24 @@ AgentCore::Transfer* AgentCore::add_transfer(TransferId id, const Handle& handle
   Transfer& transfer = transfers_[id];
   transfer.id = id;
   transfer.grid = grid;
+  transfer.num_blocks = grid.num_blocks;
   transfer.span = span;
   transfer.start_us = clock_.now_us();
   return &transfer;
 }
 
+// num_tokens if nothing is missing.
+int64_t AgentCore::first_missing_token(const BlockSpan& span) const {
+  return std::min(span.first_block * memory_.layout.block_size, span.num_tokens);
+}
+
 void AgentCore::expect(TransferId id, const Handle& handle, const BlockSpan& span, int64_t deadline_us) {
   Transfer* transfer = add_transfer(id, handle, Side::kReceiver, span);
   if (transfer == nullptr) return;
-  ReceiveSpec spec{handle,           false,       transfer->grid,          span.num_tokens,
-                   span.first_block, deadline_us, options_.idle_timeout_us};
-  spec.prompt = span.prompt;
-  transfer->receiver = std::make_unique<ReceiveMachine>(spec, clock_.now_us());
+  transfer->receiver = std::make_unique<ReceiveMachine>(
+      ReceiveSpec{handle, false, span.num_tokens, first_missing_token(span), deadline_us, options_.idle_timeout_us,
+                  span.prompt},
+      clock_.now_us());
 }
 
 void AgentCore::publish(TransferId id, const Handle& handle, const BlockSpan& span) {
@@ -101,12 +108,13 @@ void AgentCore::pull(TransferId id, const KvTransferParams& remote, const BlockS
   if (!link.ok()) return refuse_start(id, link.error());
   Transfer* transfer = add_transfer(id, *handle, Side::kReceiver, span);
   if (transfer == nullptr) return;
-  ReceiveSpec spec{*handle,          true,        transfer->grid,          span.num_tokens,
-                   span.first_block, deadline_us, options_.idle_timeout_us};
-  spec.prompt = span.prompt;
-  transfer->receiver = std::make_unique<ReceiveMachine>(spec, clock_.now_us());
+  transfer->receiver = std::make_unique<ReceiveMachine>(
+      ReceiveSpec{*handle, true, span.num_tokens, first_missing_token(span), deadline_us, options_.idle_timeout_us,
+                  span.prompt},
+      clock_.now_us());
   transfer->wanted_engine = remote.remote_engine_id;
   attach(*transfer, **link);
+  meet_sender(*transfer, **link);
   Actions actions;
   transfer->receiver->start(clock_.now_us(), actions);
   perform(*transfer, std::move(actions));
@@ -192,7 +200,7 @@ void AgentCore::perform(Transfer& transfer, Actions&& actions, const Payload& pa
       const auto link = links_.find(transfer.link);
       if (link != links_.end()) tell(link->second, std::move(tell_action->message));
     } else if (const Write* write = std::get_if<Write>(&action)) {
-      if (!payload.is_written()) write_payload(transfer, *write, payload.bytes);
+      if (!payload.is_written()) write_payload(transfer, *write, std::span(&payload.bytes, 1));
     } else {
       return end_transfer(transfer, std::move(std::get<Finish>(action)));
     }
@@ -243,63 +251,82 @@ void AgentCore::retire(const Handle& handle, Side side, FaultCode fate) {
   }
 }
 
-std::byte* AgentCore::part_address(const Transfer& transfer, int64_t layer, int64_t part) const {
-  const int64_t index = transfer.grid.block_of(part) - transfer.span.first_block;
+// Of block `block` of the prompt, which must be one of the span.
+std::byte* AgentCore::block_address(const Transfer& transfer, int64_t layer, int64_t block) const {
+  const int64_t index = block - transfer.span.first_block;
   CHECK_GE(index, 0);
   CHECK_LT(index, std::ssize(transfer.span.blocks));
-  const int64_t block = transfer.span.blocks[static_cast<size_t>(index)].value;
-  return memory_.base + layer * memory_.layer_stride_bytes + block * transfer.grid.block_bytes +
-         transfer.grid.offset_of(part);
+  return memory_.base + layer * memory_.layer_stride_bytes +
+         transfer.span.blocks[static_cast<size_t>(index)].value * memory_.layout.block_bytes();
 }
 
-void AgentCore::write_payload(const Transfer& transfer, const Write& write, std::span<const std::byte> payload) {
-  size_t position = 0;
-  for (int64_t part = write.first_part; part < write.first_part + write.num_parts; ++part) {
-    const size_t size = static_cast<size_t>(transfer.grid.bytes_of(part));
-    CHECK_LE(position + size, payload.size());
-    std::memcpy(part_address(transfer, write.layer, part), payload.data() + position, size);
-    position += size;
+namespace {
+
+// Neighbours are one piece.
+template <typename Span>
+void add_piece(std::vector<Span>& pieces, const Span piece) {
+  if (!pieces.empty() && pieces.back().data() + pieces.back().size() == piece.data()) {
+    pieces.back() = {pieces.back().data(), pieces.back().size() + piece.size()};
+  } else {
+    pieces.push_back(piece);
   }
-  CHECK_EQ(position, payload.size());
 }
 
-void AgentCore::copy_borrowed(const Transfer& transfer, const Write& write, const comm::BorrowedPayload& payload) {
-  int64_t part = write.first_part;
-  int64_t position = 0;  // in the part
-  for (comm::ByteSpan piece : payload.pieces()) {
-    while (!piece.empty()) {
-      CHECK_LT(part, write.first_part + write.num_parts);
-      const int64_t left = transfer.grid.bytes_of(part) - position;
-      const size_t count = std::min(piece.size(), static_cast<size_t>(left));
-      std::memcpy(part_address(transfer, write.layer, part) + position, piece.data(), count);
-      piece = piece.subspan(count);
-      position += static_cast<int64_t>(count);
-      if (static_cast<int64_t>(count) < left) continue;
-      ++part;
-      position = 0;
-    }
-  }
-  CHECK_EQ(part, write.first_part + write.num_parts);
-}
+}  // namespace
 
-// Where parts lie in our blocks, in order; neighbours are one piece.
-void AgentCore::list_places(const Transfer& transfer, const Write& parts,
-                            std::vector<comm::MutableByteSpan>& pieces) const {
+// Where the parts that a sender sends lie in its blocks, in order.
+std::vector<comm::ByteSpan> AgentCore::list_sources(const Transfer& transfer, const PartRange& parts) const {
+  std::vector<comm::ByteSpan> pieces;
+  const PartGrid& grid = transfer.grid;
   for (int64_t part = parts.first_part; part < parts.first_part + parts.num_parts; ++part) {
-    const comm::MutableByteSpan piece(part_address(transfer, parts.layer, part),
-                                      static_cast<size_t>(transfer.grid.bytes_of(part)));
-    if (!pieces.empty() && pieces.back().data() + pieces.back().size() == piece.data()) {
-      pieces.back() = {pieces.back().data(), pieces.back().size() + piece.size()};
-    } else {
-      pieces.push_back(piece);
-    }
+    add_piece(pieces, comm::ByteSpan(block_address(transfer, parts.layer, grid.block_of(part)) + grid.offset_of(part),
+                                     static_cast<size_t>(grid.bytes_of(part))));
   }
+  return pieces;
 }
 
-std::vector<comm::ByteSpan> AgentCore::list_pieces(const Transfer& transfer, const Write& parts) const {
+// Where a receiver puts parts of the sender's blocks, in the order of their bytes. What it has already, and what lies
+// behind its last block, goes nowhere; false if there is such.
+bool AgentCore::list_places(const Transfer& transfer, const Write& parts, std::vector<comm::MutableByteSpan>& pieces) {
+  const PartGrid& grid = transfer.grid;
+  bool all_wanted = true;
+  int64_t position = 0;  // in the payload
+  std::vector<CopyRun> runs;
+  for (int64_t part = parts.first_part; part < parts.first_part + parts.num_parts; ++part) {
+    runs.clear();
+    transfer.map->find(grid.block_of(part), grid.offset_of(part), grid.offset_of(part) + grid.bytes_of(part), runs);
+    for (const CopyRun& run : runs) {
+      const size_t bytes = static_cast<size_t>(run.bytes);
+      if (run.block >= transfer.span.first_block && run.block < transfer.num_blocks) {
+        add_piece(pieces,
+                  comm::MutableByteSpan(block_address(transfer, parts.layer, run.block) + run.offset, bytes));
+      } else {
+        all_wanted = false;
+        if (nowhere_ == nullptr) nowhere_ = std::make_unique<std::byte[]>(static_cast<size_t>(grid.max_part_bytes));
+        CHECK_LE(position + run.bytes, grid.max_part_bytes);
+        add_piece(pieces, comm::MutableByteSpan(nowhere_.get() + position, bytes));
+      }
+      position += run.bytes;
+    }
+  }
+  return all_wanted;
+}
+
+void AgentCore::write_payload(const Transfer& transfer, const Write& write, std::span<const comm::ByteSpan> payload) {
   std::vector<comm::MutableByteSpan> places;
-  list_places(transfer, parts, places);
-  return {places.begin(), places.end()};
+  list_places(transfer, write, places);
+  auto place = places.begin();
+  for (comm::ByteSpan piece : payload) {
+    while (!piece.empty()) {
+      CHECK(place != places.end());
+      const size_t count = std::min(piece.size(), place->size());
+      std::memcpy(place->data(), piece.data(), count);
+      piece = piece.subspan(count);
+      *place = place->subspan(count);
+      if (place->empty()) ++place;
+    }
+  }
+  CHECK(place == places.end());
 }
 
 comm::ByteSpan AgentCore::stage(std::span<const comm::ByteSpan> pieces, std::byte* buffer) const {
@@ -341,7 +368,7 @@ bool AgentCore::pump() {
 
 // Hands one message to the messenger; false if the link is closing.
 bool AgentCore::send_part(Transfer& transfer, comm::ConnectionId link, const PartRange& range) {
-  const std::vector<comm::ByteSpan> pieces = list_pieces(transfer, {range.layer, range.first_part, range.num_parts});
+  const std::vector<comm::ByteSpan> pieces = list_sources(transfer, range);
   const uint64_t token = next_token_++;
   Data data{transfer.handle(), range.layer, range.first_part, range.num_parts, std::nullopt};
   std::unique_ptr<std::byte[]> buffer;

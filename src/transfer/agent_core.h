@@ -1,11 +1,13 @@
 // The agent without thread, socket and clock: tables of transfers and links, and the dispatch between engine commands,
-// messages and state machines. ucx_agent.cc runs it on a thread over UCX; tests run it over a made-up network.
+// messages and state machines. agent.cc runs it on a thread over a real messenger; tests run it over a made-up network.
 //
-// Ownership of blocks: the only places that write KV memory are write_payload() and copy_borrowed(), both called while the
-// transfer is in the table, and the messenger, in the one read before which find_place() has looked the transfer up. It is read by stage(), in the same way, and by a messenger that takes pieces: from send_part()
-// until the part is sent or end_transfer() has taken it back. A transfer leaves the table in the same step in which its
-// Done is emitted. Hence nothing is written after Done, whatever the peer or the transport does, and nothing that is read
-// after it counts anywhere.
+// Ownership of blocks: the only place that writes KV memory is write_payload(), called while the transfer is in the table,
+// and the messenger, in the one read before which find_place() has looked the transfer up. It is read by stage(), in the
+// same way, and by a messenger that takes pieces: from send_part() until the part is sent or end_transfer() has taken it
+// back. A transfer leaves the table in the same step in which its Done is emitted. Hence nothing is written after Done,
+// whatever the peer or the transport does, and nothing that is read after it counts anywhere.
+//
+// Blocks of the two sides may differ in size. What travels are the sender's; the receiver finds the places (block_map.h).
 #pragma once
 
 #include <deque>
@@ -20,6 +22,7 @@
 #include "src/base/clock.h"
 #include "src/comm/messenger.h"
 #include "src/transfer/agent.h"
+#include "src/transfer/block_map.h"
 #include "src/transfer/receive_machine.h"
 #include "src/transfer/send_machine.h"
 
@@ -94,6 +97,7 @@ class AgentCore final : public comm::MessageHandler {
     bool opened_here = false;
     std::string peer = "the peer";  // for messages: engine id and address
     std::optional<Hello> hello;     // set once the peer is known and compatible
+    std::shared_ptr<const BlockMap> map;  // from its blocks to ours; set with hello
     bool refused = false;           // closes at deadline_us
     int64_t deadline_us = 0;        // for the hello, or for the end of a refusal
     int64_t last_used_us = 0;
@@ -106,8 +110,10 @@ class AgentCore final : public comm::MessageHandler {
     TransferId id;
     std::unique_ptr<SendMachine> sender;
     std::unique_ptr<ReceiveMachine> receiver;
-    PartGrid grid;
+    PartGrid grid;  // of the sender's blocks; a receiver has it and the map from the first word of the sender on
+    std::shared_ptr<const BlockMap> map;
     BlockSpan span;
+    int64_t num_blocks = 0;     // of the whole prompt, of our size
     std::string wanted_engine;  // the peer's engine id in the handle's parameters; may be empty
     comm::ConnectionId link;    // 0: none yet
     int64_t start_us = 0;
@@ -132,6 +138,7 @@ class AgentCore final : public comm::MessageHandler {
 
   Transfer* add_transfer(TransferId id, const Handle& handle, Side side, const BlockSpan& span);
   void refuse_start(TransferId id, Error error);
+  int64_t first_missing_token(const BlockSpan& span) const;
   Transfer* find(TransferId id);
   Transfer* find(Side side, const Handle& handle);
   // Carries out what a machine asked for; the transfer may be gone afterwards. `payload` is that of the message being
@@ -139,12 +146,11 @@ class AgentCore final : public comm::MessageHandler {
   void perform(Transfer& transfer, Actions&& actions, const Payload& payload);
   void perform(Transfer& transfer, Actions&& actions) { perform(transfer, std::move(actions), Payload()); }
   void end_transfer(Transfer& transfer, Finish&& finish);
-  void write_payload(const Transfer& transfer, const Write& write, std::span<const std::byte> payload);
-  void copy_borrowed(const Transfer& transfer, const Write& write, const comm::BorrowedPayload& payload);
-  void list_places(const Transfer& transfer, const Write& parts, std::vector<comm::MutableByteSpan>& pieces) const;
-  std::vector<comm::ByteSpan> list_pieces(const Transfer& transfer, const Write& parts) const;
+  void write_payload(const Transfer& transfer, const Write& write, std::span<const comm::ByteSpan> payload);
+  std::vector<comm::ByteSpan> list_sources(const Transfer& transfer, const PartRange& parts) const;
+  bool list_places(const Transfer& transfer, const Write& parts, std::vector<comm::MutableByteSpan>& pieces);
   void take_back(Transfer& transfer);
-  std::byte* part_address(const Transfer& transfer, int64_t layer, int64_t part) const;
+  std::byte* block_address(const Transfer& transfer, int64_t layer, int64_t block) const;
   bool send_next(Transfer& transfer);
   bool send_part(Transfer& transfer, comm::ConnectionId link, const PartRange& range);
   comm::ByteSpan stage(std::span<const comm::ByteSpan> pieces, std::byte* buffer) const;
@@ -153,6 +159,7 @@ class AgentCore final : public comm::MessageHandler {
 
   Result<Link*> open_link(const KvTransferParams& remote);
   void attach(Transfer& transfer, Link& link);
+  void meet_sender(Transfer& transfer, const Link& link);
   void tell(Link& link, Message&& message);
   void tell_now(comm::ConnectionId connection, const Message& message);
   void on_hello(Link& link, const Hello& hello);
@@ -183,6 +190,7 @@ class AgentCore final : public comm::MessageHandler {
   std::set<TransferId> sender_queued_;
   std::unordered_map<uint64_t, StagedData> staged_;  // by token: being sent
   std::vector<std::unique_ptr<std::byte[]>> spare_buffers_;
+  std::unique_ptr<std::byte[]> nowhere_;  // takes the bytes of a payload that this side does not want
   int64_t num_lent_ = 0;
   uint64_t next_token_ = 1;
 };

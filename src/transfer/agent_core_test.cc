@@ -437,11 +437,11 @@ TEST_F(AgentCoreTest, IncompatiblePeersAreRefusedWithBothValues) {
   EXPECT_EQ(kind_of(decode, id), ErrorKind::kUnsupported);
   EXPECT_THAT(text_of(decode, id), testing::AllOf(HasSubstr("model-a"), HasSubstr("model-b")));
 
-  TestEngine wide(network, clock, 10, "wide", 10, TestEngine::default_options(), make_layout(3, 8));
+  TestEngine wide(network, clock, 10, "wide", 10, TestEngine::default_options(), make_layout(3, 4, 32));
   const TransferId layout = pull(wide.address(make_handle(1).to_string()), 5);
   settle();
   EXPECT_EQ(kind_of(decode, layout), ErrorKind::kUnsupported);
-  EXPECT_THAT(text_of(decode, layout), testing::AllOf(HasSubstr("4 tokens"), HasSubstr("8 tokens")));
+  EXPECT_THAT(text_of(decode, layout), testing::AllOf(HasSubstr("24 B"), HasSubstr("32 B")));
   advance(2'000'000);
   EXPECT_EQ(decode.core.num_links() + wide.core.num_links() + stranger.core.num_links(), 0);
 }

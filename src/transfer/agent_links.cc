@@ -80,6 +80,14 @@ void AgentCore::attach(Transfer& transfer, Link& link) {
   link.last_used_us = clock_.now_us();
 }
 
+// From now on a receiver knows how the blocks that come are cut; nothing yet if the peer has not said hello.
+void AgentCore::meet_sender(Transfer& transfer, const Link& link) {
+  if (!link.hello.has_value() || transfer.receiver == nullptr) return;
+  transfer.map = link.map;
+  transfer.grid = PartGrid(link.hello->layout, transfer.span.num_tokens, messenger_->max_payload_bytes());
+  transfer.receiver->set_sender_grid(transfer.grid);
+}
+
 void AgentCore::tell_now(comm::ConnectionId connection, const Message& message) {
   // A closed connection is reported by on_closed.
   (void)messenger_->send(connection, encode(message));
@@ -135,10 +143,14 @@ void AgentCore::on_hello(Link& link, const Hello& hello) {
   const Status compatible = check_compatible(hello_, hello);
   if (!compatible.ok()) return refuse_link(link, compatible.error());
   link.hello = hello;
+  link.map = std::make_shared<const BlockMap>(hello.layout, memory_.layout);
   link.deadline_us = 0;
   link.peer = link.address.empty() ? hello.engine_id : fmt::format("{} at {}", hello.engine_id, link.address);
-  log_info(kTag, "linked with {} ({}) over {}", link.peer, kv_role_name(hello.role),
-           messenger_->transport_name(link.id));
+  const int64_t theirs = hello.layout.block_size;
+  const int64_t ours = memory_.layout.block_size;
+  log_info(kTag, "linked with {} ({}) over {}{}", link.peer, kv_role_name(hello.role),
+           messenger_->transport_name(link.id),
+           theirs == ours ? "" : fmt::format("; its blocks have {} tokens, ours {}", theirs, ours));
   for (TransferId id : std::set<TransferId>(link.transfers)) {
     Transfer& transfer = *find(id);
     if (!transfer.wanted_engine.empty() && transfer.wanted_engine != hello.engine_id) {
@@ -155,6 +167,8 @@ void AgentCore::on_hello(Link& link, const Hello& hello) {
       perform(transfer, std::move(actions));
     } else if (transfer.sender) {
       transfer.sender->set_peer_idle_timeout(hello.idle_timeout_us);
+    } else {
+      meet_sender(transfer, link);
     }
   }
   for (const Message& message : std::exchange(link.waiting, {})) tell_now(link.id, message);
@@ -193,8 +207,8 @@ bool AgentCore::find_place(comm::ConnectionId connection, std::span<const std::b
   const Transfer* transfer = find(Side::kReceiver, data->handle);
   if (transfer == nullptr || transfer->link != connection) return false;
   const std::optional<Write> place = transfer->receiver->find_place(*data, payload_bytes);
-  if (place.has_value()) list_places(*transfer, *place, pieces);
-  return place.has_value();
+  // Short pieces cost more calls to the kernel than a copy; and bytes of several payloads that nobody wants would meet.
+  return place.has_value() && transfer->map->is_by_token() && list_places(*transfer, *place, pieces);
 }
 
 void AgentCore::on_placed_message(comm::ConnectionId connection, std::span<const std::byte> message,
@@ -237,6 +251,7 @@ void AgentCore::dispatch(Link& link, const Message& message, const Payload& payl
       return;
     }
     attach(*transfer, link);
+    meet_sender(*transfer, link);
   } else if (transfer->link != link.id) {
     return tell(link, Fault{target.second, target.first == Side::kSender ? Side::kReceiver : Side::kSender,
                             FaultCode::kConsumed, "this transfer runs with another peer"});
@@ -271,10 +286,14 @@ bool AgentCore::receive(Transfer& transfer, const Message& message, const Payloa
     if (!place.has_value() && payload.borrowed == nullptr) return false;
     if (place.has_value()) {
       if (payload.borrowed != nullptr) {
-        copy_borrowed(transfer, *place, *payload.borrowed);
+        write_payload(transfer, *place, payload.borrowed->pieces());
         if (!payload.borrowed->is_valid()) return false;
       }
-      intact = !data->checksum.has_value() || *data->checksum == checksum(list_pieces(transfer, *place));
+      if (data->checksum.has_value()) {
+        std::vector<comm::MutableByteSpan> places;
+        list_places(transfer, *place, places);
+        intact = *data->checksum == checksum(std::vector<comm::ByteSpan>(places.begin(), places.end()));
+      }
     }
   } else if (data != nullptr) {
     intact = !data->checksum.has_value() || *data->checksum == checksum(payload.bytes);

@@ -49,7 +49,10 @@ class Receiver {
   explicit Receiver(bool pull, int64_t first_block = 0, int64_t deadline_us = 0)
       : grid(make_layout(), kTokens),
         first(first_block),
-        machine(ReceiveSpec{handle, pull, grid, kTokens, first_block, deadline_us, kIdleUs}, 0) {
+        machine(ReceiveSpec{handle, pull, kTokens, std::min(first_block * grid.block_tokens, kTokens), deadline_us,
+                            kIdleUs},
+                0) {
+    machine.set_sender_grid(grid);
     if (!pull) return;
     Actions actions;
     machine.start(0, actions);
@@ -115,7 +118,7 @@ TEST(ReceiveMachine, PushCompletes) {
   Receiver r(false);
   EXPECT_EQ(r.machine.state(), Receive::kExpecting);
   r.begin();
-  EXPECT_EQ(r.seen.last_told<Accept>()->first_block, 0);
+  EXPECT_EQ(r.seen.last_told<Accept>()->first_token, 0);
   r.data(0, 0, 2);
   r.data(1, 0, 3);
   r.data(0, 2, 1);
@@ -161,7 +164,7 @@ TEST(ReceiveMachine, OneMissingPartNeverCommits) {
 TEST(ReceiveMachine, OnlyMissingBlocksAreAskedForAndTaken) {
   Receiver r(false, 2);
   r.begin();
-  EXPECT_EQ(r.seen.last_told<Accept>()->first_block, 2);
+  EXPECT_EQ(r.seen.last_told<Accept>()->first_token, 8);
   r.all_data();
   r.commit(true);
   EXPECT_TRUE(r.seen.ended_well());
@@ -241,12 +244,37 @@ TEST(ReceiveMachine, WrongDataEndsTheTransfer) {
   EXPECT_EQ(overlap.seen.written.size(), 1U);
 }
 
+// Whatever the size of its own blocks: what it lacks begins in the middle of one of the sender's, which comes whole.
+TEST(ReceiveMachine, LacksTokensFromTheMiddleOfASendersBlockOn) {
+  const PartGrid grid(make_layout(3, 8), 20);  // blocks of 8: 0 … 7, 8 … 15, 16 … 19
+  const Handle handle = make_handle(1);
+  ReceiveMachine machine(ReceiveSpec{handle, false, 20, 12, 0, kIdleUs}, 0);
+  machine.set_sender_grid(grid);
+  machine.set_sender_grid(grid);  // again, with every word of the sender
+  Actions actions;
+  machine.receive(Begin{handle, 20, 8, 0}, 0, true, 0, actions);
+  EXPECT_EQ(std::get<Accept>(std::get<Tell>(actions.back()).message).first_token, 12);
+  EXPECT_FALSE(machine.find_place(Data{handle, 0, 0, 1, {}}, grid.block_bytes).has_value());
+  for (int64_t layer = 0; layer < 3; ++layer) {
+    machine.receive(Data{handle, layer, 1, 2, {}}, 2 * grid.block_bytes, true, 0, actions);
+  }
+  machine.receive(Commit{handle, 20, 6 * grid.block_bytes, FirstToken{}}, 0, true, 0, actions);
+  EXPECT_TRUE(std::get<Finish>(actions.back()).status.ok());
+
+  ReceiveMachine all_there(ReceiveSpec{handle, false, 20, 20, 0, kIdleUs}, 0);  // also the unfinished block
+  all_there.set_sender_grid(grid);
+  actions.clear();
+  all_there.receive(Begin{handle, 20, 16, 0}, 0, true, 0, actions);
+  all_there.receive(Commit{handle, 20, 0, FirstToken{}}, 0, true, 0, actions);
+  EXPECT_TRUE(std::get<Finish>(actions.back()).status.ok());
+}
+
 TEST(ReceiveMachine, WrongBeginAndCommit) {
   Receiver tokens(false);
   tokens.get(Begin{tokens.handle, kTokens + 1, 0, 0});
   EXPECT_TRUE(tokens.seen.told_fault(FaultCode::kWrongLength));
   Receiver blocks(false, 1);
-  blocks.get(Begin{blocks.handle, kTokens, 2, 0});
+  blocks.get(Begin{blocks.handle, kTokens, 8, 0});
   EXPECT_TRUE(blocks.seen.told_fault(FaultCode::kOutOfRange));
   Receiver early_data(false);
   early_data.data(0, 0, 1);
@@ -376,8 +404,8 @@ class Sender {
     machine.receive(message, now_us, actions);
     seen.add(std::move(actions));
   }
-  void accept(int64_t first_block = 0) { get(Accept{handle, first_block}); }
-  void pull(int64_t first_block = 0) { get(Pull{handle, kTokens, first_block, 0}); }
+  void accept(int64_t first_block = 0) { get(Accept{handle, std::min(first_block * grid.block_tokens, kTokens)}); }
+  void pull(int64_t first_block = 0) { get(Pull{handle, kTokens, first_block * grid.block_tokens, 0}); }
   void add(int64_t layer, int64_t first, int64_t count) { machine.add_blocks(layer, first, count, now_us); }
   void add_all() {
     for (int64_t layer = 0; layer < grid.num_layers; ++layer) add(layer, 0, grid.num_blocks);
@@ -463,7 +491,7 @@ TEST(SendMachine, SendsOnlyWhatIsWanted) {
   low.accept(0);
   EXPECT_TRUE(low.seen.told_fault(FaultCode::kOutOfRange));
   Sender high(false, 1);
-  high.accept(4);
+  high.get(Accept{high.handle, kTokens + 1});
   EXPECT_TRUE(high.seen.told_fault(FaultCode::kOutOfRange));
   Sender nothing(false, 0);
   nothing.add_all();
@@ -471,6 +499,20 @@ TEST(SendMachine, SendsOnlyWhatIsWanted) {
   nothing.accept(3);
   EXPECT_EQ(nothing.drain(), 0);
   EXPECT_EQ(nothing.seen.last_told<Commit>()->num_bytes, 0);
+}
+
+TEST(SendMachine, SendsTheBlockInWhichTheWantedTokensBegin) {
+  Sender s(false);  // blocks of 4
+  s.add_all();
+  s.get(Accept{s.handle, 7});
+  EXPECT_EQ(s.drain(), 6);
+  s.machine.commit(FirstToken{}, s.now_us);
+  s.drain();
+  EXPECT_EQ(s.seen.last_told<Commit>()->num_bytes, 6 * s.grid.block_bytes);
+  Sender none(false);
+  none.add_all();
+  none.get(Accept{none.handle, kTokens});  // also not the unfinished one
+  EXPECT_EQ(none.drain(), 0);
 }
 
 TEST(SendMachine, LargeBlocksAreCut) {
@@ -508,7 +550,7 @@ TEST(SendMachine, APublicationIsUsedOnceAndSurvivesWrongRequests) {
   Sender s(true);
   s.get(Pull{s.handle, kTokens + 1, 0, 0});
   EXPECT_TRUE(s.seen.told_fault(FaultCode::kWrongLength));
-  s.get(Pull{s.handle, kTokens, 4, 0});
+  s.get(Pull{s.handle, kTokens, kTokens + 1, 0});
   EXPECT_TRUE(s.seen.told_fault(FaultCode::kOutOfRange));
   EXPECT_EQ(s.machine.state(), Send::kPublished);
   EXPECT_TRUE(s.seen.finished.empty());

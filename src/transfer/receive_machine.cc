@@ -8,22 +8,34 @@ ReceiveMachine::ReceiveMachine(const ReceiveSpec& spec, int64_t now_us)
     : spec_(spec),
       state_(spec.pull ? State::kRequested : State::kExpecting),
       last_heard_us_(now_us),
-      last_progress_us_(now_us),
-      expected_bytes_(spec.grid.bytes_from(spec.first_block)),
-      have_(static_cast<size_t>(spec.grid.num_layers * spec.grid.parts_per_layer()), false) {
+      last_progress_us_(now_us) {
   CHECK_GT(spec.num_tokens, 0);
-  CHECK_GE(spec.first_block, 0);
-  CHECK_LE(spec.first_block, spec.grid.num_blocks);
+  CHECK_GE(spec.first_token, 0);
+  CHECK_LE(spec.first_token, spec.num_tokens);
   CHECK_GT(spec.idle_timeout_us, 0);
+}
+
+void ReceiveMachine::set_sender_grid(const PartGrid& grid) {
+  CHECK_EQ(grid.num_tokens, spec_.num_tokens);
+  if (!have_.empty()) {
+    CHECK_EQ(grid.block_tokens, grid_.block_tokens);
+    return;
+  }
+  grid_ = grid;
+  const int64_t first_block = grid.first_block(spec_.first_token);
+  first_part_ = first_block * grid.parts_per_block();
+  expected_bytes_ = grid.bytes_from(first_block);
+  have_.assign(static_cast<size_t>(grid.num_layers * grid.parts_per_layer()), false);
 }
 
 void ReceiveMachine::start(int64_t now_us, Actions& out) {
   CHECK(spec_.pull);
-  out.push_back(Tell{Pull{spec_.handle, spec_.num_tokens, spec_.first_block, remaining_us(spec_.deadline_us, now_us), spec_.prompt}});
+  out.push_back(Tell{Pull{spec_.handle, spec_.num_tokens, spec_.first_token, remaining_us(spec_.deadline_us, now_us), spec_.prompt}});
 }
 
 void ReceiveMachine::receive(const Message& message, int64_t payload_bytes, bool intact, int64_t now_us, Actions& out) {
   if (state_ == State::kEnded) return;
+  CHECK(!have_.empty());
   last_heard_us_ = now_us;
   if (const Begin* begin = std::get_if<Begin>(&message)) return on_begin(*begin, now_us, out);
   if (const Data* data = std::get_if<Data>(&message)) return on_data(*data, payload_bytes, intact, now_us, out);
@@ -53,32 +65,31 @@ void ReceiveMachine::on_begin(const Begin& begin, int64_t now_us, Actions& out) 
     return refuse(FaultCode::kOtherPrompt, ErrorKind::kInvalidArgument,
                   "the prefill leg was given another prompt than the decode leg; send both the same tokens", out);
   }
-  if (begin.first_block > spec_.first_block) {
+  if (begin.first_token > spec_.first_token) {
     return refuse(FaultCode::kOutOfRange, ErrorKind::kInternal,
-                  fmt::format("blocks are needed from {} on, offered from {} on", spec_.first_block, begin.first_block),
+                  fmt::format("tokens are needed from {} on, offered from {} on", spec_.first_token, begin.first_token),
                   out);
   }
   state_ = State::kReceiving;
   last_progress_us_ = now_us;
   spec_.deadline_us = earlier_deadline(spec_.deadline_us, begin.remaining_us, now_us);
-  out.push_back(Tell{Accept{spec_.handle, spec_.first_block}});
+  out.push_back(Tell{Accept{spec_.handle, spec_.first_token}});
 }
 
 bool ReceiveMachine::is_in_range(const Data& data) const {
   // Numbers of the wire are below 2^48, so the sum cannot overflow.
-  return data.layer < spec_.grid.num_layers && data.num_parts >= 1 &&
-         data.first_part >= spec_.first_block * spec_.grid.parts_per_block() &&
-         data.first_part + data.num_parts <= spec_.grid.parts_per_layer();
+  return data.layer < grid_.num_layers && data.num_parts >= 1 && data.first_part >= first_part_ &&
+         data.first_part + data.num_parts <= grid_.parts_per_layer();
 }
 
 int64_t ReceiveMachine::count_present(const Data& data) const {
-  const auto begin = have_.begin() + data.layer * spec_.grid.parts_per_layer() + data.first_part;
+  const auto begin = have_.begin() + data.layer * grid_.parts_per_layer() + data.first_part;
   return std::count(begin, begin + data.num_parts, true);
 }
 
 std::optional<Write> ReceiveMachine::find_place(const Data& data, int64_t payload_bytes) const {
   if (state_ == State::kEnded || state_ == State::kExpecting || !is_in_range(data)) return std::nullopt;
-  if (payload_bytes != spec_.grid.bytes_of(data.first_part, data.num_parts)) return std::nullopt;
+  if (payload_bytes != grid_.bytes_of(data.first_part, data.num_parts)) return std::nullopt;
   if (count_present(data) != 0) return std::nullopt;
   return Write{data.layer, data.first_part, data.num_parts};
 }
@@ -88,16 +99,14 @@ void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intac
     return refuse(FaultCode::kProtocol, ErrorKind::kInternal, "data came before 'begin'", out);
   }
   state_ = State::kReceiving;
-  const PartGrid& grid = spec_.grid;
   if (!is_in_range(data)) {
     return refuse(
         FaultCode::kOutOfRange, ErrorKind::kInternal,
         fmt::format("layer {} parts {} + {}; {} layers and parts {} … {} were asked for", data.layer, data.first_part,
-                    data.num_parts, grid.num_layers, spec_.first_block * grid.parts_per_block(),
-                    grid.parts_per_layer() - 1),
+                    data.num_parts, grid_.num_layers, first_part_, grid_.parts_per_layer() - 1),
         out);
   }
-  const int64_t bytes = grid.bytes_of(data.first_part, data.num_parts);
+  const int64_t bytes = grid_.bytes_of(data.first_part, data.num_parts);
   if (payload_bytes != bytes) {
     return refuse(FaultCode::kWrongLength, ErrorKind::kInternal,
                   fmt::format("{} bytes for {} parts that have {}", payload_bytes, data.num_parts, bytes), out);
@@ -114,7 +123,7 @@ void ReceiveMachine::on_data(const Data& data, int64_t payload_bytes, bool intac
         fmt::format("the checksum of layer {} parts {} + {} is wrong", data.layer, data.first_part, data.num_parts),
         out);
   }
-  std::fill_n(have_.begin() + data.layer * grid.parts_per_layer() + data.first_part, data.num_parts, true);
+  std::fill_n(have_.begin() + data.layer * grid_.parts_per_layer() + data.first_part, data.num_parts, true);
   received_bytes_ += bytes;
   last_progress_us_ = now_us;
   out.push_back(Write{data.layer, data.first_part, data.num_parts});

@@ -18,9 +18,8 @@ namespace tandem::transfer {
 struct ReceiveSpec {
   Handle handle;
   bool pull = false;
-  PartGrid grid;
   int64_t num_tokens = 0;
-  int64_t first_block = 0;  // earlier blocks are here already
+  int64_t first_token = 0;  // earlier ones are here already; num_tokens if all are
   int64_t deadline_us = 0;  // 0: none
   int64_t idle_timeout_us = 0;
   Hash256 prompt{};  // BlockSpan::prompt
@@ -32,6 +31,8 @@ class ReceiveMachine {
 
   ReceiveMachine(const ReceiveSpec& spec, int64_t now_us);
 
+  // How the sender's blocks are cut; before the first message of it. Of the same sender, hence the same every time.
+  void set_sender_grid(const PartGrid& grid);
   // Pull: emits the Pull message.
   void start(int64_t now_us, Actions& out);
   // Begin, Data, Commit, Heartbeat, Abort or Fault of this handle. For Data, `payload_bytes` came with it and `intact`
@@ -64,7 +65,9 @@ class ReceiveMachine {
   State state_;
   int64_t last_heard_us_;
   int64_t last_progress_us_;
-  int64_t expected_bytes_;
+  PartGrid grid_;            // the sender's, once it is known
+  int64_t first_part_ = 0;   // of a layer: earlier parts are not wanted
+  int64_t expected_bytes_ = 0;
   int64_t received_bytes_ = 0;
   std::vector<bool> have_;  // per layer and part
   std::optional<Commit> commit_;

@@ -20,8 +20,9 @@ SendMachine::SendMachine(const SendSpec& spec, int64_t now_us)
 
 void SendMachine::start(int64_t now_us, Actions& out) {
   CHECK(!spec_.pull);
+  const int64_t first_token = std::min(spec_.first_block * spec_.grid.block_tokens, spec_.num_tokens);
   out.push_back(
-      Tell{Begin{spec_.handle, spec_.num_tokens, spec_.first_block, remaining_us(spec_.deadline_us, now_us), spec_.prompt}});
+      Tell{Begin{spec_.handle, spec_.num_tokens, first_token, remaining_us(spec_.deadline_us, now_us), spec_.prompt}});
 }
 
 void SendMachine::add_blocks(int64_t layer, int64_t first, int64_t count, int64_t now_us) {
@@ -78,13 +79,14 @@ void SendMachine::receive(const Message& message, int64_t now_us, Actions& out) 
 void SendMachine::on_accept(const Accept& accept, int64_t now_us, Actions& out) {
   if (spec_.pull) return refuse(FaultCode::kProtocol, ErrorKind::kInternal, "a publication was accepted", out);
   if (state_ != State::kOffered) return;  // a repetition
-  if (accept.first_block < spec_.first_block || accept.first_block > spec_.grid.num_blocks) {
+  const int64_t first_block = spec_.grid.first_block(accept.first_token);
+  if (first_block < spec_.first_block || accept.first_token > spec_.num_tokens) {
     return refuse(FaultCode::kOutOfRange, ErrorKind::kInternal,
-                  fmt::format("blocks from {} on are wanted; {} … {} are offered", accept.first_block,
-                              spec_.first_block, spec_.grid.num_blocks - 1),
+                  fmt::format("tokens from {} on are wanted; {} … {} are offered", accept.first_token,
+                              spec_.first_block * spec_.grid.block_tokens, spec_.num_tokens - 1),
                   out);
   }
-  begin_streaming(accept.first_block, now_us);
+  begin_streaming(first_block, now_us);
 }
 
 void SendMachine::on_pull(const Pull& pull, int64_t now_us, Actions& out) {
@@ -102,13 +104,13 @@ void SendMachine::on_pull(const Pull& pull, int64_t now_us, Actions& out) {
     return answer(FaultCode::kOtherPrompt,
                   "the decode leg was given another prompt than the prefill leg; send both the same tokens");
   }
-  if (pull.first_block > spec_.grid.num_blocks) {
-    return answer(FaultCode::kOutOfRange, fmt::format("blocks from {} on are asked for; there are {}", pull.first_block,
-                                                      spec_.grid.num_blocks));
+  if (pull.first_token > spec_.num_tokens) {
+    return answer(FaultCode::kOutOfRange, fmt::format("tokens from {} on are asked for; there are {}", pull.first_token,
+                                                      spec_.num_tokens));
   }
   spec_.deadline_us = earlier_deadline(spec_.deadline_us, pull.remaining_us, now_us);
-  begin_streaming(pull.first_block, now_us);
-  const int64_t first_part = pull.first_block * spec_.grid.parts_per_block();
+  begin_streaming(spec_.grid.first_block(pull.first_token), now_us);
+  const int64_t first_part = wanted_block_ * spec_.grid.parts_per_block();
   const int64_t num_parts = spec_.grid.parts_per_layer() - first_part;
   for (int64_t layer = 0; num_parts > 0 && layer < spec_.grid.num_layers; ++layer) {
     ready_.push_back({layer, first_part, num_parts});

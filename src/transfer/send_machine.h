@@ -23,7 +23,7 @@ inline constexpr int64_t kMaxDataInFlight = 128;
 struct SendSpec {
   Handle handle;
   bool pull = false;
-  PartGrid grid;
+  PartGrid grid;  // of this side's blocks
   int64_t num_tokens = 0;
   int64_t first_block = 0;  // earlier blocks are not offered
   int64_t deadline_us = 0;  // 0: none
@@ -91,7 +91,7 @@ class SendMachine {
   int64_t num_added_ = 0;
   std::optional<FirstToken> first_token_;
   bool all_added_ = false;
-  int64_t wanted_block_ = 0;  // the receiver's first block, once known
+  int64_t wanted_block_ = 0;  // the first that the receiver lacks some of, once known
   int64_t in_flight_ = 0;
   int64_t sent_bytes_ = 0;
   int64_t last_progress_us_;

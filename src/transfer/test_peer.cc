@@ -55,7 +55,7 @@ AgentOptions make_options(const std::string& engine_id, comm::Transport transpor
 
 LocalPeer::LocalPeer(const AgentOptions& options, const model::KvLayout& layout, int64_t num_blocks)
     : ops_(kernels::make_ops("ref", 1).value()), cache_(std::make_unique<model::KvCache>(*ops_, layout, num_blocks, /*shareable=*/true)) {
-  agent_ = make_ucx_agent(*cache_, options, [this] {
+  agent_ = make_agent(*cache_, options, [this] {
              const std::lock_guard<std::mutex> lock(mutex_);
              has_news_ = true;
              woken_.notify_all();

@@ -128,7 +128,7 @@ template <typename A, typename M>
 void visit(A& archive, M& m, const Begin*) {
   visit_handle(archive, m.handle);
   archive.count(m.num_tokens);
-  archive.count(m.first_block);
+  archive.count(m.first_token);
   archive.count(m.remaining_us);
   archive.number(m.prompt.bytes);
 }
@@ -136,14 +136,14 @@ void visit(A& archive, M& m, const Begin*) {
 template <typename A, typename M>
 void visit(A& archive, M& m, const Accept*) {
   visit_handle(archive, m.handle);
-  archive.count(m.first_block);
+  archive.count(m.first_token);
 }
 
 template <typename A, typename M>
 void visit(A& archive, M& m, const Pull*) {
   visit_handle(archive, m.handle);
   archive.count(m.num_tokens);
-  archive.count(m.first_block);
+  archive.count(m.first_token);
   archive.count(m.remaining_us);
   archive.number(m.prompt.bytes);
 }
@@ -365,12 +365,12 @@ Error to_error(const Fault& fault, const std::string& peer) {
 
 namespace {
 
-// describe() leaves out dimensions whose product it gives.
+// describe_token() leaves out dimensions whose product it gives.
 std::string describe_layout(const model::KvLayout& layout) {
   if (layout.kind == model::KvKind::kMla) {
-    return fmt::format("{} (latent {}, rope {})", layout.describe(), layout.latent_dim, layout.rope_dim);
+    return fmt::format("{} (latent {}, rope {})", layout.describe_token(), layout.latent_dim, layout.rope_dim);
   }
-  return fmt::format("{} ({} kv heads of {})", layout.describe(), layout.kv_heads, layout.head_dim);
+  return fmt::format("{} ({} kv heads of {})", layout.describe_token(), layout.kv_heads, layout.head_dim);
 }
 
 }  // namespace
@@ -380,7 +380,13 @@ Status check_compatible(const Hello& mine, const Hello& theirs) {
     return make_error(ErrorKind::kUnsupported, "different models: {} serves '{}', {} serves '{}'", mine.engine_id,
                       mine.fingerprint, theirs.engine_id, theirs.fingerprint);
   }
-  if (!(mine.layout == theirs.layout)) {
+  if (theirs.layout.block_size < 1 || theirs.layout.block_size > kMaxBlockTokens) {
+    return make_error(ErrorKind::kUnsupported, "{} has KV blocks of {} tokens; {} takes 1 … {}", theirs.engine_id,
+                      theirs.layout.block_size, mine.engine_id, kMaxBlockTokens);
+  }
+  model::KvLayout as_mine = theirs.layout;
+  as_mine.block_size = mine.layout.block_size;
+  if (!(mine.layout == as_mine)) {
     return make_error(ErrorKind::kUnsupported, "different KV layouts: {} has {}, {} has {}", mine.engine_id,
                       describe_layout(mine.layout), theirs.engine_id, describe_layout(theirs.layout));
   }

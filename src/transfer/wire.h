@@ -20,10 +20,11 @@
 
 namespace tandem::transfer {
 
-inline constexpr uint8_t kWireVersion = 2;
+inline constexpr uint8_t kWireVersion = 3;
 inline constexpr size_t kMaxNameBytes = 512;   // engine id, model fingerprint
 inline constexpr size_t kMaxTextBytes = 1024;  // reasons
 inline constexpr size_t kMaxTopLogprobs = 1024;
+inline constexpr int64_t kMaxBlockTokens = 1024;  // that a peer may have; --block-size allows fewer
 
 // First message of both sides.
 struct Hello {
@@ -41,24 +42,25 @@ struct Refuse {
 struct Begin {
   Handle handle;
   int64_t num_tokens = 0;    // of the whole prompt
-  int64_t first_block = 0;   // earlier blocks are not offered
+  int64_t first_token = 0;   // earlier ones are not offered
   int64_t remaining_us = 0;  // until the sender's deadline; 0: none
   Hash256 prompt{};          // BlockSpan::prompt
 };
-// Decode to prefill, push: send from first_block on.
+// Decode to prefill, push: send from the block with first_token on; num_tokens if none is needed.
 struct Accept {
   Handle handle;
-  int64_t first_block = 0;
+  int64_t first_token = 0;
 };
-// Decode to prefill, pull: send me what you published, from first_block on.
+// Decode to prefill, pull: send me what you published, as after Accept.
 struct Pull {
   Handle handle;
   int64_t num_tokens = 0;
-  int64_t first_block = 0;
+  int64_t first_token = 0;
   int64_t remaining_us = 0;
   Hash256 prompt{};
 };
-// Parts [first_part, first_part + num_parts) of one layer; the payload holds their bytes (part_grid.h).
+// Parts [first_part, first_part + num_parts) of one layer of the sender's blocks; the payload holds their bytes
+// (part_grid.h).
 struct Data {
   Handle handle;
   int64_t layer = 0;
@@ -131,7 +133,7 @@ Result<Message> decode(std::span<const std::byte> bytes);
 // The error that the API gives for a fault reported by a peer.
 Error to_error(const Fault& fault, const std::string& peer);
 
-// Success if two engines may exchange KV, or an error with both values of what differs.
+// Success if two engines may exchange KV, or an error with both values of what differs. Blocks may differ in size.
 Status check_compatible(const Hello& mine, const Hello& theirs);
 
 }  // namespace tandem::transfer

@@ -93,7 +93,7 @@ TEST(Wire, SaysWhatIsWrong) {
   std::vector<std::byte> bytes = encode(Ack{make_handle(1), 5});
   bytes[2] = std::byte{9};
   EXPECT_THAT(decode(bytes).error().message, HasSubstr("version 9"));
-  EXPECT_THAT(decode(bytes).error().message, HasSubstr("this worker 2"));
+  EXPECT_THAT(decode(bytes).error().message, HasSubstr(fmt::format("this worker {}", kWireVersion)));
   bytes = encode(Ack{make_handle(1), 5});
   bytes[3] = std::byte{200};
   EXPECT_THAT(decode(bytes).error().message, HasSubstr("unknown type 200"));
@@ -144,8 +144,15 @@ TEST(Wire, IncompatiblePeersAreToldBothValues) {
   theirs = make_hello();
   theirs.role = KvRole::kConsumer;
   theirs.layout.block_size = 64;
+  EXPECT_TRUE(check_compatible(mine, theirs).ok());
+  for (const int64_t size : {int64_t{0}, kMaxBlockTokens + 1}) {
+    theirs.layout.block_size = size;
+    EXPECT_THAT(check_compatible(mine, theirs).error().message,
+                testing::AllOf(HasSubstr(fmt::format("{} tokens", size)), HasSubstr("1 … 1024")));
+  }
+  theirs.layout = make_layout(4);
   EXPECT_THAT(check_compatible(mine, theirs).error().message,
-              testing::AllOf(HasSubstr("4 tokens"), HasSubstr("64 tokens")));
+              testing::AllOf(HasSubstr("3 layers"), HasSubstr("4 layers")));
   theirs.layout = make_layout();
   theirs.layout.latent_dim = 10;  // same bytes, other meaning
   theirs.layout.rope_dim = 2;

@@ -10,45 +10,19 @@ import time
 
 import pytest
 
-from conftest import DEMO, TANDEM, wait_until
+from conftest import DEMO, TANDEM
+from namespaces import ADDRESSES, NAMES, inside, ip, two_namespaces
 
-NAMES = ("tandem-ck-a", "tandem-ck-b")
-DEVICES = ("tandem-ckva", "tandem-ckvb")
-ADDRESSES = ("10.93.47.1", "10.93.47.2")
 NOBODY = "10.93.47.9"
 # Namespaces of processes and shared memory too, or the two would find each other on one host.
 APART = ("unshare", "--pid", "--ipc", "--uts", "--mount-proc", "--fork", "--kill-child")
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
-
-
-def inside(name, *command):
-    return ["ip", "netns", "exec", name, *map(str, command)]
-
-
 @pytest.fixture(scope="module")
 def hosts():
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
-    made = ip("netns", "add", NAMES[0], check=False)
-    if made.returncode != 0:
-        pytest.skip(f"this machine gives no network namespaces: {made.stderr.strip()}")
-    ip("netns", "add", NAMES[1])
-    ip("link", "add", DEVICES[0], "netns", NAMES[0], "type", "veth", "peer", "name", DEVICES[1], "netns", NAMES[1])
-    for name, address, device in zip(NAMES, ADDRESSES, DEVICES):
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
-        ip("-n", name, "link", "set", device, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-    for name, device in zip(NAMES, DEVICES):  # the kernel takes up to a second to call them running
-        wait_until(lambda: "state UP" in ip("-n", name, "link", "show", device).stdout, 5, f"{device} runs")
-    yield
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
+    with two_namespaces():
+        yield
 
 
 def copy_model(folder):

@@ -1,7 +1,6 @@
 """Prefill and decode in two network namespaces with 5 ms between them, and a line that is cut for 3 s in mid-transfer."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,25 +10,17 @@ from pathlib import Path
 import pytest
 
 from conftest import DEMO, TANDEM, http_json, wait_until
+from namespaces import ADDRESSES, DEVICES, NAMES, inside, ip, join_by_veth, two_namespaces
 
-NAMES, DEVICES, ADDRESSES = ("tandem-p", "tandem-d"), ("tandem-lp", "tandem-ld"), ("10.78.0.1", "10.78.0.2")
 DELAY_MS = 5
 CUT_S = 3
 TIMEOUT_S = 20
 HERE = Path(__file__).parent
 
 
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
-
-
-def inside(name, *command):
-    return ["ip", "netns", "exec", name, *map(str, command)]
-
-
 def join_by_netem():
     """A veth pair with netem on both ends; what the kernel says if it lacks netem."""
-    ip("link", "add", DEVICES[0], "netns", NAMES[0], "type", "veth", "peer", "name", DEVICES[1], "netns", NAMES[1])
+    join_by_veth()
     for name, device in zip(NAMES, DEVICES):
         made = subprocess.run(inside(name, "tc", "qdisc", "add", "dev", device, "root", "netem", "delay", f"{DELAY_MS}ms"),
                               capture_output=True, text=True)
@@ -49,31 +40,21 @@ def join_by_tun():
 
 @pytest.fixture(scope="module")
 def line():
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
-    made = ip("netns", "add", NAMES[0], check=False)
-    if made.returncode != 0:
-        pytest.skip(f"this machine gives no network namespaces: {made.stderr.strip()}")
-    ip("netns", "add", NAMES[1])
-    relay = None
-    lack = join_by_netem()
-    if lack is not None:
-        print(f"no netem ({lack}): the delay is made by delayed_link.py")
-        relay = join_by_tun()
-    for name, device, address in zip(NAMES, DEVICES, ADDRESSES):
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
-        ip("-n", name, "link", "set", device, "mtu", "9000", "up")
-        ip("-n", name, "link", "set", "lo", "up")
-    wait_until(lambda: subprocess.run(inside(NAMES[0], "ping", "-c1", "-W1", ADDRESSES[1]) if shutil.which("ping") else
-                                      inside(NAMES[0], "ip", "link"), capture_output=True).returncode == 0, 10, "the line is up")
-    yield
-    if relay is not None:
-        relay.stdin.close()
-        relay.wait()
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
+    relays = []
+
+    def join():
+        lack = join_by_netem()
+        if lack is not None:
+            print(f"no netem ({lack}): the delay is made by delayed_link.py")
+            relays.append(join_by_tun())
+
+    with two_namespaces(join, mtu=9000):
+        wait_until(lambda: subprocess.run(inside(NAMES[0], "ping", "-c1", "-W1", ADDRESSES[1]) if shutil.which("ping") else
+                                          inside(NAMES[0], "ip", "link"), capture_output=True).returncode == 0, 10, "the line is up")
+        yield
+        for relay in relays:
+            relay.stdin.close()
+            relay.wait()
 
 
 def get(name, url):

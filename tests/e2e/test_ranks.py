@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import DEMO, free_port, http_json, wait_all_ready, wait_until
+from conftest import free_port, http_json, wait_all_ready, wait_until
 from prompts import make_prompts
 from test_topologies import ask, ask_all, body_of, read_answer
 
@@ -130,6 +130,13 @@ def test_an_idle_group_sleeps(launcher):
     used = sum(map(cpu_seconds, pids)) - before
     assert used < 0.05, f"{used:.3f} s of CPU in 5 s"  # 1 % of a core
     server.stop()
+
+
+def rank_transfers(url):
+    status, text = http_json(url + "/metrics")
+    assert status == 200
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
+               if line.startswith("tandem:kv_transfers_total{") and 'outcome="received"' in line)
 
 
 EPLB = ["--enable-eplb", "--eplb-config", json.dumps({"window_size": 16, "step_interval": 24, "policy": "default",
@@ -262,6 +269,24 @@ def test_prefill_group_and_decode_group(launcher, expected):
     assert answers == expected[:len(PROMPTS)]
     assert all(rank.metric("tandem:kv_transfers_total", outcome="received") > 0 for rank in decode)
     for process in [router, *prefill, *decode]:
+        process.stop()
+
+
+@pytest.mark.parametrize("kind", ["push", "pull"])
+def test_groups_of_one_endpoint_each_behind_a_router(launcher, expected, kind):
+    """The router knows two endpoints; which rank of a group computes a leg is that group's business."""
+    def group(size, role):
+        config = json.dumps({"kv_connector": "UcxConnector", "kv_role": role, "kv_port": free_port(count=size)})
+        return start_ranks(launcher, size, "--kv-transfer-config", config)
+
+    prefill, decode = group(2, "kv_producer"), group(3, "kv_consumer")
+    router = launcher.route([prefill], [decode], "--enforce-disagg", "--transfer-mode", kind)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda item: ask(router.url, *item), enumerate(PROMPTS)))
+    assert answers == expected[:len(PROMPTS)]
+    received = [rank_transfers(url) for url in rank_urls(decode).values()]
+    assert len(received) == 3 and sum(received) == len(PROMPTS) and min(received) > 0, received
+    for process in (router, prefill, decode):
         process.stop()
 
 

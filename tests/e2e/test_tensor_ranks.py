@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import DEMO, free_port, http_json, wait_all_ready, wait_until
+from conftest import free_port, http_json, wait_all_ready, wait_until
 from prompts import make_prompts
 from test_topologies import ask, ask_all
 

@@ -1,46 +1,18 @@
 """Prefill and decode on two hosts, here two sets of namespaces joined by a veth pair: KV travels over TCP."""
 
 import json
-import os
-import shutil
 import subprocess
 
 import pytest
 
 from conftest import DEMO, TANDEM, http_json, wait_until
-
-NAMES = ("tandem-a", "tandem-b")
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-
-
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
+from namespaces import ADDRESSES, NAMES, inside, two_namespaces
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
-    made = ip("netns", "add", NAMES[0], check=False)
-    if made.returncode != 0:
-        pytest.skip(f"this machine gives no network namespaces: {made.stderr.strip()}")
-    ip("netns", "add", NAMES[1])
-    ip("link", "add", "tandem-va", "netns", NAMES[0], "type", "veth", "peer", "name", "tandem-vb", "netns", NAMES[1])
-    for name, address, device in zip(NAMES, ADDRESSES, ("tandem-va", "tandem-vb")):
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
-        ip("-n", name, "link", "set", device, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-    for name, device in zip(NAMES, ("tandem-va", "tandem-vb")):  # the kernel takes up to a second to call them running
-        wait_until(lambda: "state UP" in ip("-n", name, "link", "show", device).stdout, 5, f"{device} runs")
-    yield
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
-
-
-def inside(name, *command):
-    return ["ip", "netns", "exec", name, *map(str, command)]
+    with two_namespaces():
+        yield
 
 
 def get(name, url, body=None):

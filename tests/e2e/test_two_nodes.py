@@ -4,7 +4,6 @@ expert parallelism for two nodes, with only the program, the model, the sizes an
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -12,42 +11,18 @@ import time
 import pytest
 
 from conftest import DEMO, TANDEM, wait_until
+from namespaces import ADDRESSES, DEVICES, NAMES, inside, ip, two_namespaces
 from prompts import make_prompts
 from test_topologies import body_of, read_answer
 
-NAMES, DEVICES, ADDRESSES = ("tandem-n1", "tandem-n2"), ("tandem-e1", "tandem-e2"), ("10.79.0.1", "10.79.0.2")
 PROMPTS = make_prompts(24)
 TIMEOUT_S = 3
 
 
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
-
-
-def inside(name, *command):
-    return ["ip", "netns", "exec", name, *map(str, command)]
-
-
 @pytest.fixture(scope="module")
 def nodes():
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
-    made = ip("netns", "add", NAMES[0], check=False)
-    if made.returncode != 0:
-        pytest.skip(f"this machine gives no network namespaces: {made.stderr.strip()}")
-    ip("netns", "add", NAMES[1])
-    ip("link", "add", DEVICES[0], "netns", NAMES[0], "type", "veth", "peer", "name", DEVICES[1], "netns", NAMES[1])
-    for name, address, device in zip(NAMES, ADDRESSES, DEVICES):
-        ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
-        ip("-n", name, "link", "set", device, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-    for name, device in zip(NAMES, DEVICES):
-        wait_until(lambda: "state UP" in ip("-n", name, "link", "show", device).stdout, 5, f"{device} runs")
-    yield
-    for name in NAMES:
-        ip("netns", "del", name, check=False)
+    with two_namespaces():
+        yield
 
 
 CLIENT = """
@@ -180,9 +155,33 @@ def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend, ove
         first.stop()
 
 
+def test_experts_are_balanced_by_nodes(nodes, expected, tmp_path):
+    """The demo model has 4 groups of experts: each stays on one node."""
+    eplb = ["--enable-eplb", "--max-num-batched-tokens", 64, "--eplb-config",
+            json.dumps({"window_size": 16, "step_interval": 24, "num_redundant_experts": 8})]
+    first, second = (start(tmp_path / f"{start.__name__}.log", "low_latency", *eplb)
+                     for start in (start_node_1, start_node_2))
+    try:
+        wait_until_standing("both nodes stand")
+        for _ in range(3):
+            answers = ask_inside("/v1/completions", all_bodies())
+            assert [read_answer(answer) for _, answer in answers] == expected
+        group = ask_inside("/expert_load", [None])[0][1]["group"]
+        assert group["num_nodes"] == 2 and group["hierarchical"] and group["changes"] >= 4, group
+        for ranks in group["experts"]:
+            nodes_of = [{expert // 4 for rank in ranks[2 * node:2 * node + 2] for expert in rank} for node in (0, 1)]
+            assert nodes_of[0] | nodes_of[1] == {0, 1, 2, 3} and not nodes_of[0] & nodes_of[1], ranks
+    except AssertionError:
+        print(first.read_log()[-3000:], second.read_log()[-3000:])
+        raise
+    finally:
+        second.stop()
+        first.stop()
+
+
 def test_an_endpoint_on_every_node(nodes, expected, tmp_path):
     options = ["--enable-expert-parallel", "--data-parallel-size", 4, "--data-parallel-size-local", 2,
-               "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345, "--data-parallel-hybrid-lb"]
+               "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345, "--data-parallel-hybrid-lb", "--api-server-count", 2]
     first = Node(NAMES[0], tmp_path / "n1.log", *options)
     second = Node(NAMES[1], tmp_path / "n2.log", *options, "--data-parallel-start-rank", 2)
     try:
@@ -190,6 +189,28 @@ def test_an_endpoint_on_every_node(nodes, expected, tmp_path):
             wait_until(lambda: health(node)[0] == 200, 40, f"node {node} stands")
             answers = ask_inside("/v1/completions", all_bodies(), node=node)
             assert [read_answer(answer) for _, answer in answers] == expected
+    except AssertionError:
+        print(first.read_log()[-3000:], second.read_log()[-3000:])
+        raise
+    finally:
+        second.stop()
+        first.stop()
+
+
+def test_tensor_ranks_on_each_node(nodes, launcher, tmp_path):
+    """Two data ranks, one on each node, of two tensor ranks: the answers of two tensor ranks on one host."""
+    from conftest import http_json
+    alone = launcher.serve("--tensor-parallel-size", 2, "--threads", 1, "--num-gpu-blocks-override", 600)
+    expected = [read_answer(http_json(alone.url + "/v1/completions", body)[1]) for body in all_bodies()]
+    alone.stop()
+    options = ["--enable-expert-parallel", "--data-parallel-size", 2, "--data-parallel-size-local", 1,
+               "--tensor-parallel-size", 2, "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345]
+    first = Node(NAMES[0], tmp_path / "n1.log", *options)
+    second = Node(NAMES[1], tmp_path / "n2.log", *options, "--data-parallel-start-rank", 1, "--headless")
+    try:
+        wait_until_standing("both nodes stand")
+        answers = ask_inside("/v1/completions", all_bodies())
+        assert [read_answer(answer) for _, answer in answers] == expected
     except AssertionError:
         print(first.read_log()[-3000:], second.read_log()[-3000:])
         raise

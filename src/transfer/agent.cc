@@ -37,16 +37,16 @@ const char* checksum_option(KvChecksum checksum) {
   return checksum == KvChecksum::kAuto ? "auto" : checksum == KvChecksum::kOn ? "on" : "off";
 }
 
-class UcxAgent final : public Agent, private comm::MessageHandler {
+class ThreadAgent final : public Agent, private comm::MessageHandler {
  public:
-  UcxAgent(model::KvCache& cache, const AgentOptions& options, std::function<void()> wake)
+  ThreadAgent(model::KvCache& cache, const AgentOptions& options, std::function<void()> wake)
       : engine_id_(fmt::format("{}:{}", options.engine_id, random_hex(kIncarnationBytes))),
         wake_(std::move(wake)),
         memory_{cache.base(), cache.bytes(), cache.shared_fd()},
         core_(KvMemory{cache.base(), cache.layer_stride_bytes(), cache.num_blocks(), cache.layout()}, options,
               engine_id_, clock_, [this](Done&& done) { add_done(std::move(done)); }) {}
 
-  ~UcxAgent() override {
+  ~ThreadAgent() override {
     if (!thread_.joinable()) return;
     stop_.store(true);
     messenger_->wake();
@@ -204,8 +204,8 @@ class UcxAgent final : public Agent, private comm::MessageHandler {
 
 }  // namespace
 
-Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const AgentOptions& options,
-                                              std::function<void()> wake, const MakeMessenger& make_messenger) {
+Result<std::unique_ptr<Agent>> make_agent(model::KvCache& cache, const AgentOptions& options,
+                                          std::function<void()> wake, const MakeMessenger& make_messenger) {
   if (options.engine_id.empty() || options.engine_id.size() > kMaxNameBytes / 2) {
     return invalid_argument("engine_id", "the engine id has {} characters, allowed are 1 … {}",
                             options.engine_id.size(), kMaxNameBytes / 2);
@@ -214,7 +214,7 @@ Result<std::unique_ptr<Agent>> make_ucx_agent(model::KvCache& cache, const Agent
     return invalid_argument("model_fingerprint", "it has {} characters, allowed are {}",
                             options.model_fingerprint.size(), kMaxNameBytes);
   }
-  std::unique_ptr<UcxAgent> agent = std::make_unique<UcxAgent>(cache, options, std::move(wake));
+  std::unique_ptr<ThreadAgent> agent = std::make_unique<ThreadAgent>(cache, options, std::move(wake));
   TANDEM_TRY(agent->start(options, make_messenger));
   log_info("transfer", "agent {} listens on {}:{}; transport {} ({}); checksum {}", agent->engine_id(),
            options.listen_host, agent->port(), comm::transport_option(options.transport),
