@@ -136,7 +136,8 @@ Engine::Turn Engine::run_once() {
     wait_for_group();
     return Turn::kIdle;
   }
-  if (!std::exchange(has_group_, true)) enter_group();
+  has_group_ = true;
+  if (lockstep_ != nullptr && std::exchange(epoch_, lockstep_->epoch()) != lockstep_->epoch()) enter_group();
   step_times_ = {};
   step_times_.begin_us = clock_.now_us();
   const StepPlan plan = scheduler_.plan();
@@ -218,6 +219,13 @@ bool Engine::join_round(const StepPlan& plan) {
 // Another tensor rank may have begun with an empty cache, so that no prefix is known on all of them.
 void Engine::enter_group() {
   if (orders_ == nullptr) return;
+  // An epoch may have come and gone between two looks, and what ran in it is still here.
+  std::vector<RequestId> running;
+  for (const auto& entry : scheduler_.sequences()) {
+    if (entry.second->state != SequenceState::kWaiting) running.push_back(entry.first);
+  }
+  const Error why = make_error(ErrorKind::kUnavailable, "the rank group has formed anew; retry");
+  for (const RequestId id : running) fail(*scheduler_.find(id), why);
   pool_.forget_prefixes();
   news_ = {};
 }

@@ -159,6 +159,7 @@ class Engine final : public Worker {
   Scheduler scheduler_;
   model::Batch batch_;
   bool has_group_ = false;  // an epoch stood when last looked at
+  group::Epoch epoch_;      // which
   tp::CacheNews news_;      // for the other tensor ranks, since the last step
   int64_t round_rows_ = 0;  // of all ranks of the group in this step; 0 without a group
   bool is_split_ = false;   // this step has two parts

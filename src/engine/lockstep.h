@@ -32,6 +32,8 @@ class Lockstep {
   comm::Bell& bell() { return group_.bell(); }
   // Takes up the epoch that stands now. False while none does: nothing can be computed.
   bool is_standing();
+  // Which one that is; while is_standing().
+  group::Epoch epoch() const { return fabric_->epoch(); }
   // Why none stands.
   Status status() const { return group_.status(); }
   // is_standing() or is_called() may have changed since they were called.

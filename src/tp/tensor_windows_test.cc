@@ -263,7 +263,7 @@ TEST(TensorModel, AModelThatIsSharedAnswersAlmostAsOneRankAndExactlyAsItself) {
 // Rounding of rows to integers makes more of the order of sums: what is compared is that it is still the same model.
 TEST(TensorModel, QuantisedModelsCanBeShared) {
   for (const model::QuantizationRequest& request :
-       {model::QuantizationRequest{"wint8", 0}, model::QuantizationRequest{"wint4", 16}}) {
+       {model::QuantizationRequest{"wint8", 0}, model::QuantizationRequest{"wint4", -1}}) {
     const ModelCase test{"ds_base", 2, model::ComputeType::kBf16, request};
     std::string fingerprint;
     const Logits alone = run_alone(test, &fingerprint);
@@ -271,6 +271,13 @@ TEST(TensorModel, QuantisedModelsCanBeShared) {
     EXPECT_LE(largest_difference(shared[0], alone), kBf16Tolerance * largest(alone)) << request.name;
     EXPECT_EQ(shared[1], shared[0]);
   }
+}
+
+TEST(TensorModel, GroupsThatCannotBeSharedAreRefused) {
+  TestTensorRank rank("ref", 0, 2);
+  model::LoadOptions options = load_options({"ds_base", 2, model::ComputeType::kBf16, {"wint4", 32}});
+  options.tensor = &rank.windows();
+  EXPECT_THAT(model::load_model(rank.ops(), options).error().message, HasSubstr("in groups of 32"));
 }
 
 TEST(TensorModel, HeadsThatCannotBeSharedAreRefused) {
