@@ -18,7 +18,7 @@ constexpr int64_t kMaxIdleUs = 10'000'000;
 }  // namespace
 
 World::World(uint64_t seed, const FaultSpec& faults, const Seams& seams, kernels::Ops& ops)
-    : faults_(faults), seams_(seams), ops_(ops), random_(seed), trace_(queue_) {
+    : faults_(faults), seams_(seams), ops_(ops), random_(seed), block_sizes_(~seed), trace_(queue_) {
   draw_cluster();
   for (int node = 0; node < num_prefill_ + num_decode_; ++node) start(node);
   draw_load();
@@ -49,7 +49,7 @@ void World::draw_cluster() {
   const int64_t lease_us = random_.chance(0.5) ? 10'000'000 : 30'000'000;
   const bool prefix_caching = !random_.chance(0.1);
   const bool rows_depend_on_role = random_.chance(0.5);
-  const bool sizes_differ = random_.chance(0.4);  // of blocks
+  const bool sizes_differ = block_sizes_.chance(0.4);
   slots_.resize(static_cast<size_t>(num_nodes));
   for (int i = 0; i < num_nodes; ++i) {
     NodeSpec& spec = slots_[static_cast<size_t>(i)].spec;
@@ -58,7 +58,7 @@ void World::draw_cluster() {
                 : i < num_prefill_               ? KvRole::kProducer
                                                  : KvRole::kConsumer;
     spec.max_model_len = max_model_len_;
-    const int64_t block_size = kBlockTokens[sizes_differ ? random_.below(std::size(kBlockTokens)) : 0];
+    const int64_t block_size = kBlockTokens[sizes_differ ? block_sizes_.below(std::size(kBlockTokens)) : 0];
     spec.num_blocks = random_.range((max_model_len_ + block_size - 1) / block_size, kMaxPoolTokens / block_size);
     spec.min_step_us = slow_ ? 10'000 : 200;
     spec.max_step_us = slow_ ? random_.range(50'000, 2'000'000) : 3'000;

@@ -62,6 +62,7 @@ class World final : public Workers {
   kernels::Ops& ops_;
   EventQueue queue_;
   Random random_;
+  Random block_sizes_;  // a stream of its own: schedules with equal sizes are what they were without it
   Trace trace_;
   int num_prefill_ = 1;
   int num_decode_ = 1;
