@@ -718,7 +718,7 @@ void Engine::finish_transfer(const transfer::Done& done) {
   CHECK(found != transfers_.end());
   const OpenTransfer open = std::move(found->second);
   transfers_.erase(found);
-  probe_.transfer_done(open.sending, done.status, done.bytes, done.duration_us);
+  probe_.transfer_done(open.sending, done.status, done.bytes, done.duration_us, done.peer);
   if (!done.status.ok() && done.status.error().kind != ErrorKind::kAborted) {  // then its own request has ended
     log_warning(kTag, "[{}] KV was not {}: {}", open.external_id, open.sending ? "sent" : "received",
                 done.status.error().message);

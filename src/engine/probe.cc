@@ -11,6 +11,7 @@ MetricLabels with(const EngineFacts& facts, const char* key, const char* value) 
   return labels;
 }
 
+constexpr std::string_view kFaultPrefix = "kv_transfer_";  // of Error::code (src/transfer/wire.h)
 constexpr const char* kBySourceHelp = "Prompt tokens by where their KV came from.";
 constexpr const char* kTransfersHelp = "KV transfers that ended, by direction and outcome.";
 
@@ -109,13 +110,25 @@ void Probe::finished(int64_t decode_us, int64_t inference_us) {
   inference_seconds_.observe(static_cast<double>(inference_us) * 1e-6);
 }
 
-void Probe::transfer_done(bool sent, const Status& status, int64_t bytes, int64_t duration_us) {
+const std::string& Probe::count_as(const std::string& peer) {
+  static const std::string other = "other";
+  if (peers_.contains(peer)) return peer;
+  if (peers_.size() >= kMaxPeers) return other;
+  return *peers_.insert(peer).first;
+}
+
+void Probe::transfer_done(bool sent, const Status& status, int64_t bytes, int64_t duration_us,
+                          const std::string& peer) {
   if (!status.ok()) {
     (sent ? sent_failed_ : received_failed_).add();
     MetricLabels labels = labels_;
     labels.emplace_back("direction", sent ? "send" : "receive");
-    labels.emplace_back("cause", error_kind_name(status.error().kind));
-    registry_.counter("tandem:kv_transfer_failures_total", "KV transfers that failed, by cause.", labels).add();
+    const Error& error = status.error();
+    const bool is_fault = error.code.starts_with(kFaultPrefix);
+    labels.emplace_back("cause", is_fault ? error.code.substr(kFaultPrefix.size()) : error_kind_name(error.kind));
+    labels.emplace_back("peer", count_as(peer));
+    registry_.counter("tandem:kv_transfer_failures_total", "KV transfers that failed, by direction, cause and peer.", labels)
+        .add();
     return;
   }
   (sent ? sent_ok_ : received_ok_).add();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 
 #include "src/base/metrics.h"
@@ -36,9 +37,15 @@ class Probe {
   void queue_time(int64_t duration_us) { queue_seconds_.observe(static_cast<double>(duration_us) * 1e-6); }
   void prefill_time(int64_t duration_us) { prefill_seconds_.observe(static_cast<double>(duration_us) * 1e-6); }
   void finished(int64_t decode_us, int64_t inference_us);
-  void transfer_done(bool sent, const Status& status, int64_t bytes, int64_t duration_us);
+  // A failed one is counted by its cause, which is the fault that a peer or a lease gave it ("expired", "consumed", …) or
+  // the kind of its error ("aborted", "unavailable", …), and by `peer`.
+  void transfer_done(bool sent, const Status& status, int64_t bytes, int64_t duration_us, const std::string& peer);
+
+  // Peers that have counters of their own, those that failed first; all further ones together are "other".
+  static constexpr size_t kMaxPeers = 64;
 
  private:
+  const std::string& count_as(const std::string& peer);
   Gauge& running_;
   Gauge& waiting_;
   Gauge& receiving_;
@@ -69,6 +76,7 @@ class Probe {
   Histogram& transfer_seconds_;
   int64_t num_blocks_;
   Registry& registry_;
+  std::set<std::string> peers_;
   const MetricLabels labels_;
 };
 

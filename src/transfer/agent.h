@@ -48,6 +48,9 @@ struct Done {
   std::optional<FirstToken> first_token;  // receiver of a push, on success
   int64_t bytes = 0;
   int64_t duration_us = 0;
+  // Who was at the other end, for counters: its engine id without the incarnation, "host:port" if it never said hello,
+  // or "nobody".
+  std::string peer = "nobody";
 };
 
 // Whether each message carries a checksum of its payload. kAuto: where payloads leave the memory of this host.

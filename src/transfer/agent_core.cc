@@ -220,7 +220,7 @@ void AgentCore::take_back(Transfer& transfer) {
 void AgentCore::end_transfer(Transfer& transfer, Finish&& finish) {
   take_back(transfer);
   Done done{transfer.id, std::move(finish.status), std::move(finish.first_token), finish.bytes,
-            clock_.now_us() - transfer.start_us};
+            clock_.now_us() - transfer.start_us, std::move(transfer.peer)};
   const comm::ConnectionId link_id = transfer.link;
   if (!done.status.ok() && done.status.error().kind != ErrorKind::kAborted) {
     log_debug(kTag, "{}", done.status.error().message);  // its owner knows which request that was

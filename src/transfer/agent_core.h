@@ -114,6 +114,7 @@ class AgentCore final : public comm::MessageHandler {
     std::shared_ptr<const BlockMap> map;
     BlockSpan span;
     int64_t num_blocks = 0;     // of the whole prompt, of our size
+    std::string peer = "nobody";  // Done::peer
     std::string wanted_engine;  // the peer's engine id in the handle's parameters; may be empty
     comm::ConnectionId link;    // 0: none yet
     int64_t start_us = 0;
@@ -160,6 +161,7 @@ class AgentCore final : public comm::MessageHandler {
   Result<Link*> open_link(const KvTransferParams& remote);
   void attach(Transfer& transfer, Link& link);
   void meet_sender(Transfer& transfer, const Link& link);
+  static std::string count_as(const Link& link);
   void tell(Link& link, Message&& message);
   void tell_now(comm::ConnectionId connection, const Message& message);
   void on_hello(Link& link, const Hello& hello);

@@ -233,6 +233,7 @@ TEST_F(AgentCoreTest, ForgedHandlesAndLengthsChangeNothing) {
   const TransferId unknown = pull(prefill.address(forged), 5);
   const TransferId longer = pull(prefill.address(handle), 5, 0, 5 * kBlockSize - 1);
   settle();
+  EXPECT_EQ(decode.ended.at(unknown).peer, "prefill");
   EXPECT_EQ(decode.ended.at(unknown).status.error().code, "kv_transfer_unknown_handle");
   EXPECT_EQ(decode.ended.at(longer).status.error().code, "kv_transfer_wrong_length");
   const TransferId nonsense = pull(prefill.address("cmpl-123"), 5);

@@ -76,8 +76,15 @@ Result<AgentCore::Link*> AgentCore::open_link(const KvTransferParams& remote) {
 
 void AgentCore::attach(Transfer& transfer, Link& link) {
   transfer.link = link.id;
+  transfer.peer = count_as(link);
   link.transfers.insert(transfer.id);
   link.last_used_us = clock_.now_us();
+}
+
+// Done::peer.
+std::string AgentCore::count_as(const Link& link) {
+  if (!link.hello.has_value()) return link.address.empty() ? "nobody" : link.address;
+  return link.hello->engine_id.substr(0, link.hello->engine_id.rfind(':'));
 }
 
 // From now on a receiver knows how the blocks that come are cut; nothing yet if the peer has not said hello.
@@ -153,6 +160,7 @@ void AgentCore::on_hello(Link& link, const Hello& hello) {
            theirs == ours ? "" : fmt::format("; its blocks have {} tokens, ours {}", theirs, ours));
   for (TransferId id : std::set<TransferId>(link.transfers)) {
     Transfer& transfer = *find(id);
+    transfer.peer = count_as(link);
     if (!transfer.wanted_engine.empty() && transfer.wanted_engine != hello.engine_id) {
       Actions actions;
       const Error restarted = make_error(ErrorKind::kUnavailable, "{} answers instead of {}: it has restarted",

@@ -230,9 +230,10 @@ void SendMachine::expire(int64_t now_us, Actions& out) {
     return;
   }
   if (state_ == State::kPublished) {
-    return finish(make_error(ErrorKind::kDeadlineExceeded, "nobody fetched transfer {} within its lease of {} s",
-                             spec_.handle.short_name(), spec_.lease_us / 1'000'000),
-                  out);
+    Error error = make_error(ErrorKind::kDeadlineExceeded, "nobody fetched transfer {} within its lease of {} s",
+                             spec_.handle.short_name(), spec_.lease_us / 1'000'000);
+    error.code = "kv_transfer_expired";
+    return finish(std::move(error), out);
   }
   const bool late = spec_.deadline_us != 0 && now_us >= spec_.deadline_us;
   const bool silent = !late && waits_for_peer();
