@@ -53,8 +53,10 @@ int run_sim(const Options& options) {
   if (summary.violation) return report_violation(*summary.violation, *faults);
   std::printf("%ld schedules in %.1f s (%.0f/s), faults %s: every invariant held\n", static_cast<long>(summary.runs),
               summary.seconds, static_cast<double>(summary.runs) / summary.seconds, faults->describe().c_str());
-  std::printf("%ld requests ended well, %ld with a named error; %ld retries, %ld migrations, %ld events\n", static_cast<long>(summary.requests_ok),
-              static_cast<long>(summary.requests_failed), static_cast<long>(summary.retries),
+  std::printf("%ld requests ended well, %ld with a named error, of which %ld at their deadline; %ld retries, %ld migrations, "
+      "%ld events\n",
+              static_cast<long>(summary.requests_ok), static_cast<long>(summary.requests_failed),
+              static_cast<long>(summary.requests_late), static_cast<long>(summary.retries),
               static_cast<long>(summary.migrations), static_cast<long>(summary.events));
   return 0;
 }

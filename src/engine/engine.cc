@@ -37,6 +37,15 @@ int64_t rows_of(const StepPlan& plan) {
   return rows;
 }
 
+// The limits of a worker that takes both legs keep room for what ends other workers' waiting; at most half of the cache.
+SchedulerLimits with_room(const EngineOptions& options, int64_t num_blocks, int64_t max_model_len) {
+  SchedulerLimits limits = options.limits;
+  if (options.kv_role != KvRole::kBoth || limits.room_blocks != 0) return limits;
+  const int64_t longest = (max_model_len + limits.block_size - 1) / limits.block_size;
+  limits.room_blocks = std::max<int64_t>(1, std::min(longest, num_blocks / 2));
+  return limits;
+}
+
 bool is_sender(TransferRole role) { return role == TransferRole::kPushSend || role == TransferRole::kPullPublish; }
 
 }  // namespace
@@ -63,7 +72,7 @@ Engine::Engine(model::Model& model, model::KvCache& cache, EngineOptions options
       clock_(clock),
       probe_(registry, make_facts(cache, options_)),
       pool_(cache.num_blocks()),
-      scheduler_(options_.limits, pool_) {
+      scheduler_(with_room(options_, cache.num_blocks(), model.info().max_model_len), pool_) {
   CHECK_GE(options_.limits.max_num_batched_tokens, options_.limits.max_num_seqs);
   CHECK_GE(cache.num_blocks() * options_.limits.block_size, model.info().max_model_len);
   CHECK_GT(options_.sampled_vocab, 0);
@@ -323,6 +332,10 @@ void Engine::accept(Submit submit) {
   Result<TransferRole> role = choose_role(submit.request);
   if (!role.ok()) return refuse(role.error());
 
+  if (Status room = check_room(*role, std::ssize(submit.request.prompt)); !room.ok()) {
+    if (*role == TransferRole::kPullReceive) agent_->decline(*submit.request.kv_transfer);  // nobody else comes for it
+    return refuse(room.error());
+  }
   std::unique_ptr<Sequence> sequence =
       std::make_unique<Sequence>(submit.id, std::move(submit.request), submit.sink, options_.limits.block_size);
   sequence->role = *role;
@@ -361,6 +374,21 @@ Status Engine::check_request(const TokenRequest& request) const {
   }
   CHECK_GE(request.sampling.max_tokens, 1);
   return {};
+}
+
+// A worker with both roles moves only what cannot make two of them wait for each other.
+Status Engine::check_room(TransferRole role, int64_t prompt_tokens) const {
+  if (scheduler_.has_room(role, prompt_tokens)) return {};
+  const int64_t room = scheduler_.limits().room_blocks;
+  Error error = make_error(
+      ErrorKind::kTooLarge,
+      "the KV of a prompt of {} tokens takes {} blocks; this kv_both worker with {} blocks and --max-num-seqs {} "
+      "reserves or publishes at most {} and sends or fetches at most {}; send the prompt without kv_transfer_params, or "
+      "give the worker one role or a larger KV cache",
+      prompt_tokens, scheduler_.blocks_for(prompt_tokens + 1), pool_.num_blocks(), options_.limits.max_num_seqs,
+      pool_.num_blocks() - room, room);
+  error.code = kNoRoom;
+  return error;
 }
 
 Result<TransferRole> Engine::choose_role(const TokenRequest& request) const {
@@ -599,6 +627,8 @@ void Engine::append_token(Sequence& sequence, GeneratedToken token) {
     params.prompt_token_ids = sequence.request.prompt;
     event.kv_transfer = std::move(params);
     sequence.transfer.reset();  // the publication outlives the request
+    transfers_.at(id).lent_blocks = std::ssize(blocks);
+    scheduler_.lend(std::ssize(blocks));
   }
   finish(sequence, std::move(event));
 }
@@ -724,6 +754,7 @@ void Engine::finish_transfer(const transfer::Done& done) {
                 done.status.error().message);
   }
   pool_.unpin_all(open.blocks);
+  scheduler_.lend(-open.lent_blocks);
 
   Sequence* sequence = scheduler_.find(open.sequence);
   if (sequence == nullptr || sequence->transfer != done.id) return;
@@ -758,8 +789,8 @@ void Engine::finish_receive(Sequence& sequence, const transfer::Done& done) {
 // The prompt's KV is here without having been computed here.
 void Engine::start_received(Sequence& sequence, int64_t num_computed) {
   sequence.kv_received = true;
-  sequence.role = TransferRole::kNone;  // local from now on, also after a preemption
   scheduler_.start_received(sequence, num_computed);
+  sequence.role = TransferRole::kNone;  // local from now on, also after a preemption
   probe_.prompt_done(sequence.prompt_length, sequence.cached_tokens, true);
 }
 

@@ -94,6 +94,7 @@ class Engine final : public Worker {
     RequestId sequence;  // may be gone already
     std::string external_id;
     bool sending = false;
+    int64_t lent_blocks = 0;  // of a publication whose sequence has ended
   };
 
   void run();
@@ -117,6 +118,7 @@ class Engine final : public Worker {
 
   void accept(Submit submit);
   Status check_request(const TokenRequest& request) const;
+  Status check_room(TransferRole role, int64_t prompt_tokens) const;
   Result<TransferRole> choose_role(const TokenRequest& request) const;
   void take_token(Sequence& sequence, size_t logit_index);
   void append_token(Sequence& sequence, GeneratedToken token);

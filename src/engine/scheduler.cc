@@ -1,6 +1,7 @@
 #include "src/engine/scheduler.h"
 
 #include <algorithm>
+#include <limits>
 #include <unordered_set>
 
 #include "src/base/check.h"
@@ -10,6 +11,13 @@ namespace {
 
 bool is_receiver(TransferRole role) {
   return role == TransferRole::kPushReceive || role == TransferRole::kPullReceive || role == TransferRole::kMadeUp;
+}
+
+// Another worker waits with its blocks for this.
+bool ends_waiting(TransferRole role) { return role == TransferRole::kPushSend || role == TransferRole::kPullReceive; }
+// Its blocks wait for what another worker does.
+bool waits_elsewhere(TransferRole role) {
+  return role == TransferRole::kPushReceive || role == TransferRole::kPullPublish;
 }
 
 // One row is left, and it is of the answer.
@@ -25,6 +33,8 @@ struct Scheduler::Draft {
   int64_t tokens_left = 0;
   int64_t seats_left = 0;
   int64_t blocks_left = 0;
+  int64_t waiting_blocks_left = std::numeric_limits<int64_t>::max();  // of blocks_left: for waits_elsewhere()
+  int64_t reservations_left = std::numeric_limits<int64_t>::max();    // of seats_left
   std::optional<double> prompt_us_left;  // set while there are streams and steps are limited
   bool has_prompt_rows = false;
   std::unordered_set<RequestId> scheduled;
@@ -59,6 +69,10 @@ StepPlan Scheduler::plan() const {
   draft.tokens_left = limits_.max_num_batched_tokens;
   draft.seats_left = limits_.max_num_seqs - num_running() - num_receiving_ - num_sending_;
   draft.blocks_left = pool_.num_available();
+  if (limits_.room_blocks > 0) {
+    draft.waiting_blocks_left = pool_.num_blocks() - limits_.room_blocks - waiting_blocks_;
+    draft.reservations_left = limits_.max_num_seqs - 1 - num_reserved_;
+  }
   plan_running(draft);
   // New work while others lose their blocks would only be the next to lose them.
   if (draft.plan.preempted.empty()) plan_waiting(draft);
@@ -90,6 +104,11 @@ void Scheduler::take_from_budget(Draft& draft, const ScheduledRows& rows) const 
   if (draft.prompt_us_left) *draft.prompt_us_left -= budget_.cost_us(rows.num_tokens, rows.first_position);
 }
 
+// Somebody in the queue would end the waiting of another worker.
+bool Scheduler::ends_some_waiting() const {
+  return std::any_of(waiting_.begin(), waiting_.end(), [this](RequestId id) { return ends_waiting(get(id).role); });
+}
+
 // Schedules the next rows of a running sequence if tokens and blocks allow.
 bool Scheduler::plan_rows(Draft& draft, const Sequence& sequence) const {
   const int64_t end = sequence.in_prompt() ? sequence.prompt_length : sequence.length();
@@ -110,9 +129,11 @@ bool Scheduler::plan_rows(Draft& draft, const Sequence& sequence) const {
 // Preempts the latest arrivals that are not yet scheduled until `blocks_needed` are free. False if that is impossible
 // now; the sequence itself may have been preempted then.
 bool Scheduler::make_room(Draft& draft, const Sequence& sequence, int64_t blocks_needed) const {
+  // The last one would only compute the same again; but it must not keep others out of the room.
+  const bool may_take_all = waiting_blocks_ > 0 && limits_.room_blocks > 0 && ends_some_waiting();
   for (size_t i = running_.size(); blocks_needed > draft.blocks_left && i-- > 0;) {
     const Sequence& victim = get(running_[i]);
-    const bool only_one_left = running_.size() == draft.preempted.size() + 1;
+    const bool only_one_left = running_.size() == draft.preempted.size() + 1 && !may_take_all;
     if (victim.transfer || draft.scheduled.contains(victim.id) || draft.preempted.contains(victim.id) ||
         only_one_left) {
       continue;
@@ -142,7 +163,12 @@ int64_t Scheduler::count_cached_blocks(const Sequence& sequence) const {
   return count;
 }
 
+// First come, first served; but on a worker with both roles (room_blocks) what ends the waiting of another worker is
+// kept back neither by those that may have to wait for that worker nor by those that wait for blocks of such. All the
+// room is its own then: it comes in whatever waits. The others keep their order, and since nothing new that waits passes
+// them, what holds them up comes to an end.
 void Scheduler::plan_waiting(Draft& draft) const {
+  bool is_held_up = false;
   for (RequestId id : waiting_) {
     const Sequence& sequence = get(id);
     const bool remote = is_receiver(sequence.role);
@@ -150,12 +176,20 @@ void Scheduler::plan_waiting(Draft& draft) const {
 
     // Room for the whole sequence and one more token, so that an admitted prompt is not soon stuck half way.
     const int64_t whole_blocks = blocks_for(sequence.length() + 1);
+    const bool waits = waits_elsewhere(sequence.role);
+    if (is_held_up && !ends_waiting(sequence.role)) continue;
+    if (waits && whole_blocks > draft.waiting_blocks_left) continue;
+    if (sequence.role == TransferRole::kPushReceive && draft.reservations_left <= 0) continue;
     const int64_t cached_blocks = count_cached_blocks(sequence);
     int64_t cached_unheld = 0;  // available now, but no longer once this sequence holds them
     for (const Hash256& hash : sequence.hashes.known(cached_blocks)) {
       if (pool_.holders(*pool_.find_prefix(hash)) == 0) ++cached_unheld;
     }
-    if (whole_blocks - cached_blocks + cached_unheld > draft.blocks_left) return;
+    if (whole_blocks - cached_blocks + cached_unheld > draft.blocks_left) {
+      if (limits_.room_blocks <= 0 || waiting_blocks_ == 0) return;
+      is_held_up = true;
+      continue;
+    }
 
     const int64_t computed = cached_blocks * limits_.block_size;
     const int64_t end = computed < sequence.prompt_length ? sequence.prompt_length : sequence.length();
@@ -168,6 +202,8 @@ void Scheduler::plan_waiting(Draft& draft) const {
                                               : blocks_for(computed + num_tokens);
     draft.blocks_left -= total_blocks - cached_blocks + cached_unheld;
     --draft.seats_left;
+    if (waits) draft.waiting_blocks_left -= total_blocks;
+    if (sequence.role == TransferRole::kPushReceive) --draft.reservations_left;
     draft.plan.admitted.push_back({id, cached_blocks, total_blocks});
     if (!remote) {
       draft.plan.rows.push_back({id, computed, num_tokens, computed + num_tokens == sequence.length(), false});
@@ -198,6 +234,7 @@ void Scheduler::preempt(Sequence& sequence) {
   CHECK(!sequence.transfer.has_value());
   pool_.release_all(sequence.blocks);
   sequence.blocks.clear();
+  count_waiting(sequence, 0);
   sequence.num_computed = 0;
   sequence.num_registered = 0;
   sequence.state = SequenceState::kWaiting;
@@ -219,17 +256,18 @@ void Scheduler::hold_cached(const Admission& admission) {
 
 void Scheduler::admit(const Admission& admission) {
   Sequence& sequence = get(admission.id);
-  CHECK_EQ(waiting_.front(), admission.id);
-  waiting_.pop_front();
+  waiting_.erase(std::find(waiting_.begin(), waiting_.end(), admission.id));
   const std::vector<BlockId> fresh = pool_.allocate(admission.total_blocks - admission.cached_blocks);
   sequence.blocks.insert(sequence.blocks.end(), fresh.begin(), fresh.end());
   sequence.num_computed = admission.cached_blocks * limits_.block_size;
   sequence.num_registered = admission.cached_blocks;
   if (sequence.first_token_us == 0) sequence.cached_tokens = sequence.num_computed;
+  if (waits_elsewhere(sequence.role)) count_waiting(sequence, admission.total_blocks);
 
   if (is_receiver(sequence.role)) {
     sequence.state = SequenceState::kReceiving;
     ++num_receiving_;
+    if (sequence.role == TransferRole::kPushReceive) ++num_reserved_;
   } else {
     sequence.state = SequenceState::kRunning;
     running_.push_back(sequence.id);
@@ -263,9 +301,28 @@ void Scheduler::register_prefixes(Sequence& sequence) {
   }
 }
 
+// How many blocks the sequence holds that wait for another worker.
+void Scheduler::count_waiting(Sequence& sequence, int64_t num_blocks) {
+  waiting_blocks_ += num_blocks - std::exchange(sequence.waiting_blocks, num_blocks);
+  CHECK_GE(waiting_blocks_, 0);
+}
+
+void Scheduler::end_receiving(Sequence& sequence) {
+  --num_receiving_;
+  if (sequence.role == TransferRole::kPushReceive) --num_reserved_;
+  count_waiting(sequence, 0);
+}
+
+bool Scheduler::has_room(TransferRole role, int64_t prompt_tokens) const {
+  if (limits_.room_blocks <= 0 || role == TransferRole::kNone || role == TransferRole::kMadeUp) return true;
+  const bool waits = waits_elsewhere(role);
+  if (role == TransferRole::kPushReceive && limits_.max_num_seqs < 2) return false;
+  return blocks_for(prompt_tokens + 1) <= (waits ? pool_.num_blocks() - limits_.room_blocks : limits_.room_blocks);
+}
+
 void Scheduler::start_received(Sequence& sequence, int64_t num_computed) {
   CHECK(sequence.state == SequenceState::kReceiving);
-  --num_receiving_;
+  end_receiving(sequence);
   sequence.state = SequenceState::kRunning;
   sequence.num_computed = num_computed;
   running_.push_back(sequence.id);
@@ -292,12 +349,13 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id) {
       running_.erase(std::find(running_.begin(), running_.end(), id));
       break;
     case SequenceState::kReceiving:
-      --num_receiving_;
+      end_receiving(*sequence);
       break;
     case SequenceState::kSending:
       --num_sending_;
       break;
   }
+  count_waiting(*sequence, 0);
   pool_.release_all(sequence->blocks);
   sequence->blocks.clear();
   return sequence;

@@ -32,6 +32,10 @@ struct SchedulerLimits {
   bool prefix_caching = true;
   // KV of generated tokens must not serve another request's prompt (model::ModelInfo::rows_depend_on_role).
   bool rows_depend_on_role = false;
+  // Of a worker that takes both legs: blocks that sequences whose KV waits for another worker (reservations of a push,
+  // publications of a pull) leave to all others, and with them a seat. Two such workers could else wait for each other
+  // with all their blocks. 0: as the role needs it (Engine); negative: there is no such limit.
+  int64_t room_blocks = 0;
 };
 
 // Rows [first_position, first_position + num_tokens) of one running sequence.
@@ -81,6 +85,10 @@ class Scheduler {
   void start_received(Sequence& sequence, int64_t num_computed);
   // Stops computing a running sequence that waits for its transfer.
   void park_sending(Sequence& sequence);
+  // Blocks without a sequence wait for another worker from now on (a publication), or no longer if negative.
+  void lend(int64_t num_blocks) { waiting_blocks_ += num_blocks; }
+  // With a limit (room_blocks): can a transfer of `role` for a sequence of this length ever take place here?
+  bool has_room(TransferRole role, int64_t prompt_tokens) const;
   // Releases the sequence's blocks and forgets it. The caller still owns any open transfer's pins.
   std::unique_ptr<Sequence> remove(RequestId id);
 
@@ -98,6 +106,7 @@ class Scheduler {
   void plan_running(Draft& draft) const;
   void plan_waiting(Draft& draft) const;
   bool plan_rows(Draft& draft, const Sequence& sequence) const;
+  bool ends_some_waiting() const;
   int64_t rows_in_budget(const Draft& draft, int64_t position) const;
   void take_from_budget(Draft& draft, const ScheduledRows& rows) const;
   bool make_room(Draft& draft, const Sequence& sequence, int64_t blocks_needed) const;
@@ -107,6 +116,8 @@ class Scheduler {
   void hold_cached(const Admission& admission);
   void admit(const Admission& admission);
   void register_prefixes(Sequence& sequence);
+  void end_receiving(Sequence& sequence);
+  void count_waiting(Sequence& sequence, int64_t num_blocks);
   Sequence& get(RequestId id);
   const Sequence& get(RequestId id) const;
 
@@ -119,6 +130,8 @@ class Scheduler {
   std::vector<RequestId> running_;  // in order of arrival: kRunning only
   int64_t num_receiving_ = 0;
   int64_t num_sending_ = 0;
+  int64_t num_reserved_ = 0;    // of the receiving ones: reservations of a push
+  int64_t waiting_blocks_ = 0;  // of reservations and publications; those they share count for each
 };
 
 }  // namespace tandem::engine

@@ -191,12 +191,62 @@ TEST_F(SchedulerTest, ReceiverHoldsAllBlocksAndIsNotComputed) {
   EXPECT_TRUE(plan.rows.empty());
   EXPECT_EQ(scheduler_->find(receiver)->blocks.size(), 3U);
   EXPECT_TRUE(step().empty());
-  scheduler_->find(receiver)->role = TransferRole::kNone;
   scheduler_->start_received(*scheduler_->find(receiver), 10);
+  scheduler_->find(receiver)->role = TransferRole::kNone;
   scheduler_->find(receiver)->tokens.push_back(5);
   plan = step();
   ASSERT_EQ(plan.rows.size(), 1U);
   EXPECT_EQ(plan.rows[0].first_position, 10);
+}
+
+// What waits for another worker leaves room for what ends the waiting of that worker, and does not keep it back.
+TEST_F(SchedulerTest, ReservationsLeaveRoomForSends) {
+  SchedulerLimits limits = small(64, 8);
+  limits.room_blocks = 4;
+  init(10, limits);
+  const RequestId first = add(range(0, 8), TransferRole::kPushReceive);     // 3 of the 6 blocks that may wait
+  const RequestId second = add(range(100, 12), TransferRole::kPushReceive);  // would make 7
+  const RequestId third = add(range(200, 4), TransferRole::kPullPublish);   // 2, but comes later
+  const RequestId send = add(range(300, 12), TransferRole::kPushSend);
+  StepPlan plan = step();
+  ASSERT_EQ(plan.admitted.size(), 3U);
+  EXPECT_EQ(plan.admitted[0].id, first);
+  EXPECT_EQ(plan.admitted[1].id, third);
+  EXPECT_EQ(plan.admitted[2].id, send);
+  EXPECT_EQ(scheduler_->num_waiting(), 1);
+  scheduler_->remove(first);
+  scheduler_->remove(send);
+  ASSERT_EQ(step().admitted.size(), 1U);
+  EXPECT_EQ(scheduler_->find(second)->state, SequenceState::kReceiving);
+  EXPECT_TRUE(scheduler_->has_room(TransferRole::kPushReceive, 23));
+  EXPECT_FALSE(scheduler_->has_room(TransferRole::kPullPublish, 24));
+  EXPECT_TRUE(scheduler_->has_room(TransferRole::kPullReceive, 15));
+  EXPECT_FALSE(scheduler_->has_room(TransferRole::kPushSend, 16));
+  EXPECT_TRUE(scheduler_->has_room(TransferRole::kNone, 40));
+  for (const RequestId id : {second, third}) scheduler_->remove(id);
+  EXPECT_EQ(pool_->num_available(), 10);
+}
+
+// A prompt of this worker's own that needs more than the room waits until what waits is gone; sends pass it, nothing
+// else does.
+TEST_F(SchedulerTest, OnlySendsPassWhatIsHeldUpByReservations) {
+  SchedulerLimits limits = small(64, 8);
+  limits.room_blocks = 4;
+  init(10, limits);
+  const RequestId reserved = add(range(0, 16), TransferRole::kPushReceive);  // 5
+  EXPECT_EQ(step().admitted.size(), 1U);
+  const RequestId own = add(range(100, 24));  // 7
+  const RequestId small_own = add(range(200, 4));
+  const RequestId fetch = add(range(300, 8), TransferRole::kPullReceive);
+  StepPlan plan = step();
+  ASSERT_EQ(plan.admitted.size(), 1U);
+  EXPECT_EQ(plan.admitted[0].id, fetch);
+  scheduler_->remove(reserved);
+  scheduler_->remove(fetch);
+  plan = step();
+  ASSERT_EQ(plan.admitted.size(), 2U);
+  EXPECT_EQ(plan.admitted[0].id, own);
+  EXPECT_EQ(plan.admitted[1].id, small_own);
 }
 
 TEST_F(SchedulerTest, WaitingQueueIsBounded) {

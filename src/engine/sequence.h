@@ -62,6 +62,7 @@ struct Sequence {
   bool kv_received = false;                      // the prompt's KV came from a peer
   std::optional<transfer::TransferId> transfer;  // open transfer of this sequence
   int64_t blocks_sent = 0;                       // kPushSend: leading prompt blocks handed to the agent, all layers
+  int64_t waiting_blocks = 0;                    // the scheduler's count of those that wait for another worker
   std::optional<GeneratedToken> final_token;     // kPushSend: reported when the transfer is done
 
   int64_t arrival_us = 0;

@@ -17,6 +17,10 @@
 
 namespace tandem::engine {
 
+// Error::code of a leg that its worker cannot take because of the prompt's length, though it could compute the prompt
+// alone.
+inline constexpr const char* kNoRoom = "kv_transfer_no_room";
+
 // Ranges are checked by src/api before a request is submitted.
 struct SamplingParams {
   int64_t max_tokens = 16;   // >= 1
@@ -50,6 +54,7 @@ struct TokenRequest {
   std::vector<TokenId> resumed;
   bool is_one_of_several = false;  // of the choices of one request (n > 1)
   std::string session;             // for a router's session policy; "" for none
+  std::string prefiller;           // for a router: "host:port" of the prefill worker that the client names; "" for none
   int32_t pinned_rank = -1;        // of a rank group: the only one that may compute it; -1: any
   TraceContext trace{};            // the span of this request; not valid: nobody traces
 };

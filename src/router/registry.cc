@@ -94,19 +94,31 @@ void WorkerRegistry::settle(WorkerId id) {
 RegisteredWorker& WorkerRegistry::worker(WorkerId id) { return workers_.at(static_cast<size_t>(id.value)); }
 const RegisteredWorker& WorkerRegistry::worker(WorkerId id) const { return workers_.at(static_cast<size_t>(id.value)); }
 
+std::optional<WorkerId> WorkerRegistry::find_prefiller(std::string_view host_port) const {
+  for (const RegisteredWorker& w : workers_) {
+    if (w.role != Role::kPrefill || w.membership != Membership::kServing) continue;
+    const std::string_view url = w.url;
+    const size_t scheme = url.find("://");
+    if (url.substr(scheme == std::string_view::npos ? 0 : scheme + 3) == host_port) return w.id;
+  }
+  return std::nullopt;
+}
+
 bool WorkerRegistry::has_role(Role role) const {
-  return std::any_of(workers_.begin(), workers_.end(),
-                     [&](const RegisteredWorker& w) { return w.role == role && w.membership == Membership::kServing; });
+  return std::any_of(workers_.begin(), workers_.end(), [&](const RegisteredWorker& w) {
+    return w.role == role && w.membership == Membership::kServing && !w.only_named;
+  });
 }
 
 bool WorkerRegistry::has_healthy(Role role) const {
   return std::any_of(workers_.begin(), workers_.end(), [&](const RegisteredWorker& w) {
-    return w.role == role && w.membership == Membership::kServing && w.tracker.health() == Health::kUp;
+    return w.role == role && w.membership == Membership::kServing && w.tracker.health() == Health::kUp && !w.only_named;
   });
 }
 
 bool WorkerRegistry::is_usable(const RegisteredWorker& worker, Role role, const PickContext& context) {
   if (context.rank >= 0 && worker.rank != context.rank) return false;
+  if (role == Role::kPrefill && (context.named ? worker.id != *context.named : worker.only_named)) return false;
   return worker.role == role && worker.membership == Membership::kServing && worker.tracker.health() == Health::kUp &&
          std::find(context.excluded.begin(), context.excluded.end(), worker.id) == context.excluded.end();
 }
@@ -135,6 +147,10 @@ Result<WorkerId> WorkerRegistry::pick(Role role, const PickContext& context) {
     if (policy.kind() == PolicyKind::kPrefixAware) {
       candidates.back().cached_tokens = worker.prefixes.cached_tokens(context.prompt_blocks);
     }
+  }
+  if (candidates.empty() && context.named && role == Role::kPrefill) {
+    return worker_unavailable(fmt::format("the prefill worker {} that x-prefiller-host-port names is not available; try "
+                                          "again later or name another one", worker(*context.named).url));
   }
   if (candidates.empty()) {
     return worker_unavailable(

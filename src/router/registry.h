@@ -8,6 +8,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -77,6 +78,7 @@ struct RegisteredWorker {
   std::string url;
   int64_t weight;
   int32_t rank = -1;  // in its rank group; -1: it is none
+  bool only_named = false;  // takes requests that name it, and no others
   Membership membership = Membership::kServing;
   HealthTracker tracker;
   CircuitBreaker breaker;
@@ -93,6 +95,7 @@ struct PickContext {
   std::span<const uint64_t> prompt_blocks{};  // hash_prompt_blocks
   uint64_t session = 0;                       // 0: none
   int32_t rank = -1;                          // the only rank that may be chosen; -1: any
+  std::optional<WorkerId> named{};    // the only prefill worker that may be chosen
   std::optional<WorkerId> partner{};          // the decode worker that a prefill worker must reach
 };
 
@@ -122,6 +125,9 @@ class WorkerRegistry {
   const RegisteredWorker& worker(WorkerId id) const;
   const std::deque<RegisteredWorker>& workers() const { return workers_; }
 
+  // The prefill worker at this "host:port"; none: there is none, or it is removed.
+  std::optional<WorkerId> find_prefiller(std::string_view host_port) const;
+  // Others than those that must be named.
   bool has_role(Role role) const;
   bool has_healthy(Role role) const;
   // Is there a healthy one that no breaker leaves out?

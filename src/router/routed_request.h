@@ -37,7 +37,11 @@ struct RouterCore::Routed {
   WorkerId decode_worker{-1};  // whose load it is; -1: none
   WorkerId prefill_worker{-1};
 
+  std::optional<std::pair<WorkerId, ErrorKind>> last_fault;  // of a leg; what comes of it has not been counted yet
+
   bool is_started = false;
+  bool needs_no_transfer = false;  // a worker had no room for one
+  bool is_attempt_free = false;    // the attempt to come follows no failure
   int64_t deadline_us = 0;
   int64_t timer_us = 0;         // its entry in timers_; 0: none
   int64_t park_until_us = 0;    // 0: not parked

@@ -32,6 +32,9 @@ void RouterCore::submit(RequestId id, engine::TokenRequest request, engine::Even
                          "{} requests are at workers and {} wait, the most this router takes; retry later",
                          num_started_, queue_.size());
   }
+  if (!refusal && !request.prefiller.empty()) {
+    if (Status named = check_prefiller(request.prefiller); !named.ok()) refusal = named.error();
+  }
   if (refusal) {
     metrics_->outcome(refusal->kind);
     engine::TokenEvent event;
@@ -81,7 +84,13 @@ void RouterCore::perform(Routed& routed, LegActions actions, int64_t now_us) {
 }
 
 LegActions RouterCore::perform_one(Routed& routed, LegAction& action, int64_t now_us) {
-  if (const PickWorkers* pick = std::get_if<PickWorkers>(&action)) return pick_workers(routed, pick->resumes, now_us);
+  if (const PickWorkers* pick = std::get_if<PickWorkers>(&action)) {
+    if (pick->without_transfer) {
+      if (options_.enforce_disagg) return routed.legs.none_available({});
+      routed.needs_no_transfer = routed.is_attempt_free = true;
+    }
+    return pick_workers(routed, pick->resumes, now_us);
+  }
   if (EmitEvent* event = std::get_if<EmitEvent>(&action)) emit(routed, std::move(event->event), now_us);
   if (StartDecode* leg = std::get_if<StartDecode>(&action)) open_leg(routed, Role::kDecode, leg->worker, leg->transfer);
   if (StartPrefill* leg = std::get_if<StartPrefill>(&action)) {
@@ -97,7 +106,7 @@ LegActions RouterCore::pick_workers(Routed& routed, bool resumes, int64_t now_us
   release_loads(routed);  // of a failed attempt
   Result<Attempt> plan = plan_attempt(routed, resumes, now_us);
   if (!plan.ok()) return nobody_there(routed, std::move(plan).error(), now_us);
-  if (routed.legs.attempts() > 0) {
+  if (routed.legs.attempts() > 0 && !std::exchange(routed.is_attempt_free, false)) {
     if (!routed.is_repeat_paid && !budget_.take()) {
       return routed.legs.none_available(make_error(ErrorKind::kUnavailable, "no repeats are left; try again later"));
     }
@@ -108,6 +117,8 @@ LegActions RouterCore::pick_workers(Routed& routed, bool resumes, int64_t now_us
                         : fmt::format("attempt {}", routed.legs.attempts() + 1),
                 registry_.worker(plan->decode).url);
   }
+  const bool falls_back = !plan->prefill && registry_.has_role(Role::kPrefill);
+  count_after_failure(routed, resumes ? "migrated" : falls_back ? "fallen_back" : "retried");
   if (resumes) routed.request.resumed = routed.emitted;
   routed.park_until_us = 0;
   routed.attempt_us = now_us;
@@ -140,6 +151,7 @@ void RouterCore::emit(Routed& routed, engine::TokenEvent event, int64_t now_us) 
   if (event.kv_transfer && event.tokens.empty() && !event.finish) return routed.sink(std::move(event));  // a reservation
   if (event.error) {
     metrics_->outcome(event.error->kind);
+    count_after_failure(routed, "failed");
     log_warning("router", "[{}] {}", routed.request.external_id, event.error->message);
     return routed.sink(std::move(event));
   }
@@ -154,6 +166,12 @@ void RouterCore::emit(Routed& routed, engine::TokenEvent event, int64_t now_us) 
   }
   if (event.finish) metrics_->outcome("ok");
   routed.sink(std::move(event));
+}
+
+void RouterCore::count_after_failure(Routed& routed, const char* outcome) {
+  if (!routed.last_fault) return;
+  const auto [worker, cause] = *std::exchange(routed.last_fault, std::nullopt);
+  metrics_->after_failure(registry_.worker(worker), cause, outcome);
 }
 
 void RouterCore::close(Routed& routed, int64_t now_us) {
@@ -261,6 +279,9 @@ void RouterCore::leg_failed(LegId id, LegFault fault, int64_t now_us) {
   const Leg leg = found->second;
   Routed& routed = *requests_.at(leg.request);
   record_failure(leg, routed, fault, now_us);
+  // A prefill leg that fails once decode has all it needs has no consequence.
+  const bool matters = leg.role == Role::kDecode || !routed.legs.has_emitted();
+  if (matters && !routed.legs.is_answered()) routed.last_fault.emplace(leg.worker, fault.error.kind);
   take_leg(id, true);
   perform(routed,
           leg.role == Role::kDecode ? routed.legs.decode_failed(std::move(fault))

@@ -86,9 +86,14 @@ class RouterCore {
   Result<WorkerId> add_worker(Role role, std::string url, int64_t weight = 1, int32_t rank = -1);
   // Takes no new request; what it has goes on.
   void drain_worker(WorkerId id);
+  // Takes only requests that name it (TokenRequest::prefiller). Not one that has requests.
+  void set_only_named(WorkerId id) { registry_.worker(id).only_named = true; }
+  // invalid_argument unless a prefill worker is at "host:port", with the value and the remedy.
+  Status check_prefiller(const std::string& host_port) const;
   const WorkerRegistry& workers() const { return registry_; }
-  // An answer to a probe, or none in time.
-  void probe_result(WorkerId id, bool success, int64_t now_us);
+  // An answer to a probe, or none in time. One that has answered that it is not well, as while it drains, gets nothing
+  // new and keeps what it has.
+  void probe_result(WorkerId id, bool success, int64_t now_us, bool has_answered = false);
   // What their owner knows counts like several probes: all are up, or down, from now on. Requests that waited for them
   // are spread over all.
   void set_health(std::span<const WorkerId> ids, bool is_up, int64_t now_us);
@@ -136,6 +141,7 @@ class RouterCore {
   LegActions nobody_there(Routed& routed, Error error, int64_t now_us);
   void emit(Routed& routed, engine::TokenEvent event, int64_t now_us);
   void hand_on_reservation(LegId id, Routed& routed, const std::string& transfer, int64_t now_us);
+  void count_after_failure(Routed& routed, const char* outcome);
   void close(Routed& routed, int64_t now_us);
   void admit_waiting(int64_t now_us);
   void open_leg(Routed& routed, Role role, WorkerId worker, const std::string& transfer);

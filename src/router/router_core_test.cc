@@ -85,6 +85,12 @@ class RouterCoreTest : public testing::Test {
     port.open.erase(leg);
     core->leg_failed(leg, {make_error(kind, "it broke"), reached, died}, now);
   }
+  // Requests that a decode worker failed with this cause, and what became of them.
+  int64_t after(WorkerId worker, const char* cause, const char* outcome) {
+    const std::string labels = fmt::format("role=\"decode\",cause=\"{}\",outcome=\"{}\"", cause, outcome);
+    const std::string& url = core->workers().worker(worker).url;
+    return count(fmt::format("tandem:router_after_failure_total{{worker=\"{}\",{}}}", url, labels));
+  }
   const Opened& leg(size_t index) { return port.opened.at(index); }
   void advance(int64_t us) {
     const int64_t until = now + us;
@@ -371,6 +377,105 @@ TEST_F(RouterCoreTest, AWorkerDoesNotSendBlocksToItself) {
   EXPECT_EQ(leg(0).transfer, "");
   EXPECT_EQ(count("tandem:router_local_prompts_total{reason=\"same_worker\"}"), 1);
   token(leg(0).id, 1, true);
+  expect_rest();
+}
+
+TEST_F(RouterCoreTest, DecodeComputesAPromptWhoseTransferHasNoRoom) {
+  start(1, 1, {.repeats = {.retries = 0}});
+  const auto answer = submit();
+  port.open.erase(port.opened.back().id);
+  Error no_room = make_error(ErrorKind::kTooLarge, "too many blocks");
+  no_room.code = engine::kNoRoom;
+  core->leg_failed(port.opened.back().id, {no_room}, now);
+  EXPECT_EQ(port.opened.back().transfer, "");
+  token(port.opened.back().id, 1, true);
+  EXPECT_TRUE(answer->finished);
+  EXPECT_EQ(count("tandem:router_local_prompts_total{reason=\"no_room\"}"), 1);
+  EXPECT_EQ(core->num_retries(), 0);
+  EXPECT_EQ(after(decodes[0], "too_large", "fallen_back"), 1);
+  expect_rest();
+}
+
+TEST_F(RouterCoreTest, EnforcedDisaggregationNamesTheMissingRoom) {
+  start(1, 1, {.enforce_disagg = true});
+  const auto answer = submit();
+  Error no_room = make_error(ErrorKind::kTooLarge, "too many blocks");
+  no_room.code = engine::kNoRoom;
+  port.open.erase(leg(0).id);
+  core->leg_failed(leg(0).id, {no_room}, now);
+  ASSERT_TRUE(answer->error.has_value());
+  EXPECT_EQ(answer->error->message, "too many blocks");
+  expect_rest();
+}
+
+TEST_F(RouterCoreTest, ARequestGoesToThePrefillWorkerThatItNames) {
+  start(2, 1);
+  const WorkerId apart = core->add_worker(Role::kPrefill, "http://10.0.0.1:8100").value();
+  core->set_only_named(apart);
+  core->probe_result(apart, true, now);
+  const auto ask = [this](const std::string& prefiller) {
+    engine::TokenRequest request;
+    request.prompt = {1, 2, 3};
+    request.sampling.max_tokens = 1;  // would be computed by decode
+    request.prefiller = prefiller;
+    return submit(std::move(request));
+  };
+  for (const auto& [name, worker] : {std::pair<std::string, WorkerId>("10.0.0.1:8100", apart), {"p1", prefills[1]}}) {
+    ask(name);
+    core->leg_reserved(port.opened.back().id, "address", now);
+    EXPECT_EQ(port.opened.back().role, Role::kPrefill);
+    EXPECT_EQ(port.opened.back().worker, worker);
+    core->cancel(last_id, now);
+  }
+  for (int i = 0; i < 10; ++i) {
+    submit();
+    core->leg_reserved(port.opened.back().id, "address", now);
+    EXPECT_NE(port.opened.back().worker, apart);
+    core->cancel(last_id, now);
+  }
+  const auto unknown = ask("d0");
+  ASSERT_TRUE(unknown->error.has_value());
+  EXPECT_EQ(unknown->error->kind, ErrorKind::kInvalidArgument);
+  EXPECT_NE(unknown->error->message.find("'d0'"), std::string::npos);
+  for (int i = 0; i < 2; ++i) core->probe_result(apart, false, now);
+  now += 60 * kSecond;
+  const auto away = ask("10.0.0.1:8100");
+  advance(60 * kSecond);
+  ASSERT_TRUE(away->error.has_value());
+  EXPECT_EQ(away->error->kind, ErrorKind::kUnavailable);
+  expect_rest();
+}
+
+TEST_F(RouterCoreTest, AWorkerThatDrainsKeepsWhatItHas) {
+  start(0, 2);
+  const auto answer = submit();
+  const WorkerId first = leg(0).worker;
+  for (int i = 0; i < 100; ++i) {
+    now += kSecond;
+    core->probe_result(first, false, now, /*has_answered=*/true);
+  }
+  submit();
+  EXPECT_NE(leg(1).worker, first);
+  EXPECT_TRUE(port.cancelled.empty());
+  token(leg(0).id, 1, true);
+  token(leg(1).id, 1, true);
+  EXPECT_TRUE(answer->finished);
+  expect_rest();
+}
+
+TEST_F(RouterCoreTest, CountsWhatBecameOfFailuresByWorkerAndCause) {
+  start(0, 2, {.repeats = {.retries = 1, .migrations = 1}});
+  submit();
+  const WorkerId first = leg(0).worker, second = first == decodes[0] ? decodes[1] : decodes[0];
+  fail(leg(0).id, ErrorKind::kUnavailable);
+  EXPECT_EQ(after(first, "unavailable", "retried"), 1);
+  token(leg(1).id, 1);
+  now += 10 * kSecond;
+  fail(leg(1).id, ErrorKind::kDataLoss);
+  EXPECT_EQ(after(second, "data_loss", "migrated"), 1);
+  fail(leg(2).id, ErrorKind::kInternal);
+  EXPECT_EQ(after(leg(2).worker, "internal", "failed"), 1);
+  EXPECT_EQ(port.opened.size(), 3U);
   expect_rest();
 }
 

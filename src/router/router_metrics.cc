@@ -67,6 +67,16 @@ void RouterMetrics::leg_failed(const RegisteredWorker& worker, ErrorKind kind) {
   registry_.counter("tandem:router_leg_failures_total", "Failed legs by worker and cause.", labels).add();
 }
 
+void RouterMetrics::after_failure(const RegisteredWorker& worker, ErrorKind cause, const char* outcome) {
+  MetricLabels labels = labels_of(worker);
+  labels.emplace_back("cause", error_kind_name(cause));
+  labels.emplace_back("outcome", outcome);
+  registry_.counter("tandem:router_after_failure_total",
+                    "Requests whose leg failed at a worker, by what became of them.",
+                    labels)
+      .add();
+}
+
 void RouterMetrics::outcome(const char* how) {
   if (std::string_view(how) == "ok") return ok_.add();
   registry_.counter(kRequests, kRequestsHelp, {{"outcome", how}}).add();

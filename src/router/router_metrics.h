@@ -19,6 +19,9 @@ class RouterMetrics {
   void add_worker(const RegisteredWorker& worker);
   void show(const RegisteredWorker& worker);
   void leg_failed(const RegisteredWorker& worker, ErrorKind kind);
+  // What became of a request whose leg failed there: "retried", "migrated", "fallen_back" (decode computes the prompt
+  // itself), "failed". At most workers x error kinds x 4 series.
+  void after_failure(const RegisteredWorker& worker, ErrorKind cause, const char* outcome);
   void outcome(const char* how);
   void outcome(ErrorKind kind) { outcome(error_kind_name(kind)); }
   void local(const char* reason);

@@ -29,13 +29,14 @@ Result<Attempt> RouterCore::plan_attempt(const Routed& routed, bool resumes, int
   PickContext context{
       .now_us = now_us, .excluded = failed, .prompt_blocks = routed.prompt_blocks, .session = routed.session,
       .rank = routed.request.pinned_rank};
+  if (!routed.request.prefiller.empty()) context.named = registry_.find_prefiller(routed.request.prefiller);
   // Before anything is chosen: a choice takes a breaker's trial.
   const char* reason = resumes ? "migration" : local_reason(routed, context);
-  if (!registry_.has_role(Role::kPrefill)) {
+  if (!registry_.has_role(Role::kPrefill) && !context.named) {
     TANDEM_ASSIGN(const WorkerId decode, registry_.pick(Role::kDecode, context));
     return Attempt{.mode = LegMode::kPlain, .decode = decode};
   }
-  const bool may_be_local = reason == nullptr && !options_.enforce_disagg;
+  const bool may_be_local = reason == nullptr && !options_.enforce_disagg && !context.named;
   if (may_be_local && !registry_.has_open(Role::kPrefill, context)) reason = "no_prefill_worker";
   TANDEM_ASSIGN(const WorkerId decode, registry_.pick(Role::kDecode, context));
   context.partner = decode;
@@ -56,8 +57,10 @@ Result<Attempt> RouterCore::plan_attempt(const Routed& routed, bool resumes, int
 
 const char* RouterCore::local_reason(const Routed& routed, const PickContext& context) const {
   if (options_.enforce_disagg) return nullptr;
+  if (context.named) return routed.needs_no_transfer ? "no_room" : nullptr;
   if (routed.request.sampling.max_tokens == 1) return "one_token";
   if (routed.request.is_one_of_several) return "several_choices";
+  if (routed.needs_no_transfer) return "no_room";
   if (options_.local_prompt_tokens == 0) return nullptr;
   int64_t cached = 0;
   for (const RegisteredWorker& worker : registry_.workers()) {
@@ -101,6 +104,15 @@ void RouterCore::drain_worker(WorkerId id) {
   metrics_->show(registry_.worker(id));
 }
 
+Status RouterCore::check_prefiller(const std::string& host_port) const {
+  if (registry_.find_prefiller(host_port)) return {};
+  constexpr size_t kShown = 64;
+  return invalid_argument("x-prefiller-host-port",
+                          "x-prefiller-host-port is '{}', which is no prefill worker of this router; name one of "
+                          "--prefill, as host:port, or let the operator allow it with --allowed-prefillers",
+                          host_port.substr(0, kShown));
+}
+
 bool RouterCore::is_ready() const {
   return registry_.has_healthy(Role::kDecode) &&
          (!registry_.has_role(Role::kPrefill) || registry_.has_healthy(Role::kPrefill) || !options_.enforce_disagg);
@@ -111,16 +123,17 @@ WorkerId RouterCore::worker_of(LegId id) const {
   return found == legs_.end() ? WorkerId(-1) : found->second.worker;
 }
 
-void RouterCore::probe_result(WorkerId id, bool success, int64_t now_us) {
+void RouterCore::probe_result(WorkerId id, bool success, int64_t now_us, bool has_answered) {
   RegisteredWorker& worker = registry_.worker(id);
   if (worker.membership == Membership::kRemoved) return;
-  if (success) {
+  if (success || has_answered) {
     worker.failing_since_us = 0;
   } else if (worker.failing_since_us == 0) {
     worker.failing_since_us = now_us;
   }
   record_health(id, success, now_us);
-  if (!success && now_us - worker.failing_since_us >= options_.unresponsive_us) give_up_legs(id, now_us);
+  const int64_t since_us = worker.failing_since_us;
+  if (since_us != 0 && now_us - since_us >= options_.unresponsive_us) give_up_legs(id, now_us);
 }
 
 void RouterCore::set_health(std::span<const WorkerId> ids, bool is_up, int64_t now_us) {

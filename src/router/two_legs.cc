@@ -1,5 +1,7 @@
 #include "src/router/two_legs.h"
 
+#include <utility>
+
 #include "src/base/check.h"
 
 namespace tandem::router {
@@ -151,6 +153,11 @@ LegActions TwoLegs::fail(Role role, LegFault fault) {
   }
   LegActions actions;
   stop_legs(actions);
+  if (error.code == engine::kNoRoom && !has_emitted_ && !std::exchange(was_without_room_, true)) {
+    last_error_ = std::move(error);
+    actions.emplace_back(PickWorkers{.without_transfer = true});
+    return actions;
+  }
   if (fault.died) ++deaths_;
   int& left = has_emitted_ ? repeats_.migrations : repeats_.retries;
   if (left == 0 || deaths_ >= kMaxDeaths || !is_worker_fault(error.kind)) {

@@ -34,6 +34,7 @@ enum class LegMode : uint8_t { kPlain, kPush, kPull };
 // Choose workers, then call picked() or none_available().
 struct PickWorkers {
   bool resumes = false;  // behind the tokens emitted so far: decode alone, LegMode::kPlain
+  bool without_transfer = false;  // a worker has no room for one: LegMode::kPlain; not a repeat
 };
 // Who does it, and how; `prefill` is given unless the mode is kPlain.
 struct Attempt {
@@ -118,6 +119,7 @@ class TwoLegs {
   bool prefill_started_ = false;  // in this attempt
   bool has_emitted_ = false;
   bool is_answered_ = false;
+  bool was_without_room_ = false;
   std::optional<Error> last_error_;
 };
 

@@ -216,6 +216,21 @@ TEST(TwoLegs, RetriesOnOtherWorkersWithNewHandlesAtMostTwice) {
   EXPECT_EQ(legs.attempts(), 3);
 }
 
+// A worker without room for the transfer has not failed: no repeat is used up, but it helps once only.
+TEST(TwoLegs, GoesWithoutATransferWhereThereIsNoRoomForOne) {
+  TwoLegs legs({.retries = 0});
+  LegFault no_room = fault(ErrorKind::kTooLarge);
+  no_room.error.code = engine::kNoRoom;
+  legs.start();
+  legs.picked({kPush, kDecode0, kPrefill0});
+  legs.decode_reserved("address");
+  const LegActions actions = legs.prefill_failed(no_room);
+  EXPECT_EQ(describe(actions), "cancel-decode pick");
+  EXPECT_TRUE(std::get<PickWorkers>(actions[1]).without_transfer);
+  EXPECT_EQ(describe(legs.picked({kPlain, kDecode0, {}})), "decode@0");
+  EXPECT_EQ(describe(legs.decode_failed(no_room)), "error:too_large");
+}
+
 TEST(TwoLegs, GoesOnBehindWhatWasEmitted) {
   TwoLegs legs({.retries = 0, .migrations = 2});
   legs.start();

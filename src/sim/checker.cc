@@ -15,7 +15,7 @@ bool receives(TransferKind kind) { return kind == TransferKind::kExpect || kind 
 }  // namespace
 
 Checker::Checker(EventQueue& queue, Trace& trace, int num_nodes)
-    : queue_(queue), trace_(trace), open_(static_cast<size_t>(num_nodes)) {}
+    : queue_(queue), trace_(trace), open_(static_cast<size_t>(num_nodes)), active_us_(static_cast<size_t>(num_nodes)) {}
 
 void Checker::open(int node, transfer::TransferId id, TransferKind kind, const std::string& handle,
                    const std::vector<BlockId>& blocks) {
@@ -34,6 +34,7 @@ void Checker::done(int node, const transfer::Done& done) {
   if (!done.status.ok() && done.status.error().message.empty()) {
     throw Violation("named-error", fmt::format("transfer {} of node {} failed without words", done.id, node));
   }
+  if (done.status.ok()) active(node, queue_.now_us());
   const std::string handle = found->second.handle;
   open_[static_cast<size_t>(node)].erase(found);
   std::vector<Place>& places = by_handle_[handle];
@@ -70,6 +71,20 @@ void Checker::forget_node(int node) {
     if (places.empty()) by_handle_.erase(open.handle);
   }
   open_[static_cast<size_t>(node)].clear();
+}
+
+int64_t Checker::num_unread(int node) const {
+  const std::map<transfer::TransferId, Open>& open = open_[static_cast<size_t>(node)];
+  return std::count_if(open.begin(), open.end(), [this](const auto& entry) {
+    return entry.second.kind == TransferKind::kPublish && by_handle_.at(entry.second.handle).size() == 1;
+  });
+}
+
+bool Checker::stand_still(std::span<const int> nodes) const {
+  const int64_t since_us = queue_.now_us() - kStandstillUs;
+  if (nodes.empty() || !calm_since(since_us) || forgotten_until_us_ > since_us) return false;
+  return std::all_of(nodes.begin(), nodes.end(),
+                     [&](int node) { return active_us_[static_cast<size_t>(node)] < since_us; });
 }
 
 void Checker::check_open_blocks(int node, const engine::Engine& engine) const {

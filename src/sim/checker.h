@@ -3,6 +3,7 @@
 
 #include <map>
 #include <set>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -23,6 +24,9 @@ class Checker {
   // Trouble may show this much later: time-outs, links that are found dead.
   static constexpr int64_t kSettleUs = 20'000'000;
 
+  // A node that has something to do does it at least this often, unless it waits for another one.
+  static constexpr int64_t kStandstillUs = 2'000'000;
+
   Checker(EventQueue& queue, Trace& trace, int num_nodes);
 
   // What the engine asks its agent for, and what the core answers. `blocks` are the agent's from open until done.
@@ -38,6 +42,17 @@ class Checker {
   // Nothing was wrong from shortly before `since_us` until now.
   bool calm_since(int64_t since_us) const { return disturbed_until_us_ + kSettleUs < since_us; }
 
+  // The node computes until then, or a transfer has moved on there: whoever waits for it does not wait for nothing.
+  void active(int node, int64_t until_us) {
+    int64_t& last_us = active_us_[static_cast<size_t>(node)];
+    last_us = std::max(last_us, until_us);
+  }
+  // A foreign router forgets a leg on purpose, whose blocks nobody asks for until then.
+  void forget_leg(int64_t until_us) { forgotten_until_us_ = std::max(forgotten_until_us_, until_us); }
+  bool has_forgotten_since(int64_t since_us) const { return forgotten_until_us_ >= since_us; }
+  // None of these nodes has been active for kStandstillUs, and nothing that was done on purpose explains it.
+  bool stand_still(std::span<const int> nodes) const;
+
   // After each event of the node (I1): what the agent may touch is pinned, and nobody else's.
   void check_open_blocks(int node, const engine::Engine& engine) const;
   // After a turn of the engine (I4): nothing is past its deadline.
@@ -46,6 +61,8 @@ class Checker {
   void check_at_rest(int node, const engine::Engine& engine, const transfer::AgentCore& core) const;
   void check_bounds(int node, const transfer::AgentCore& core, int64_t num_connections) const;
 
+  // Publications that nobody has asked for.
+  int64_t num_unread(int node) const;
   int64_t num_open(int node) const { return std::ssize(open_[static_cast<size_t>(node)]); }
 
  private:
@@ -66,7 +83,9 @@ class Checker {
   std::vector<std::map<transfer::TransferId, Open>> open_;  // by node
   std::unordered_map<std::string, std::vector<Place>> by_handle_;
   std::set<std::string> handles_;
+  std::vector<int64_t> active_us_;  // by node
   int64_t disturbed_until_us_ = -2 * kSettleUs;
+  int64_t forgotten_until_us_ = 0;
 };
 
 // Free blocks are filled with a pattern, so that a foreign write is seen at once and a read of stale KV changes the

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,8 @@ struct RequestSpec {
   int64_t cancel_at_us = 0;     // 0: never
   bool tells_deadline = true;   // workers are given the deadline; else only the router keeps it
   bool may_be_refused = false;  // a worker's queue may be full
+  bool may_lack_room = false;   // no worker computes the whole prompt, and one may be too small for its transfer
+  bool has_time = false;        // all requests of the run together take less than its deadline allows
   int prefill = -1;             // -1: any
   int decode = -1;
 };
@@ -32,6 +35,8 @@ struct ClientRequest {
   std::vector<TokenId> expected;
   std::vector<TokenId> tokens;
   int64_t start_us = 0;
+  std::vector<int> nodes;  // where the legs of its present attempt are
+  bool fetches = false;    // the second leg of a pull has begun
   bool cancelled = false;
   bool ended = false;
 };
@@ -49,18 +54,23 @@ class Clients {
   // The one end, in time and with a reason. Null: it ended well.
   void end(ClientRequest& request, const Error* error);
 
-  int64_t num_unfinished() const { return num_unfinished_; }
+  int64_t num_unfinished() const { return std::ssize(unfinished_); }
   int64_t num_ok() const { return num_ok_; }
   int64_t num_failed() const { return num_failed_; }
+  int64_t num_late() const { return num_late_; }  // of the failed ones: at their deadline
   void check_at_rest() const;
 
  private:
+  std::vector<int> nodes_behind(const ClientRequest& request) const;
+  void check_wait(const ClientRequest& request, const Error& error, int64_t late_us);
+
   EventQueue& queue_;
   Trace& trace_;
   Checker& checker_;
-  int64_t num_unfinished_ = 0;
+  std::set<const ClientRequest*> unfinished_;
   int64_t num_ok_ = 0;
   int64_t num_failed_ = 0;
+  int64_t num_late_ = 0;
 };
 
 }  // namespace tandem::sim

@@ -284,6 +284,12 @@ class DeadlinePerHop final : public Legs {
   Legs& inner_;
 };
 
+// Two workers that both take both legs wait for each other with all their blocks.
+TEST(Mutation, CrossWait) {
+  Seams seams;
+  seams.no_room = true;
+  expect_found(seams, "none", 100, {"standstill", "no-needless-wait"});
+}
 TEST(Mutation, LeaseIgnoresReader) {
   expect_found(with_handler<LeaseIgnoresReader>(), "none", 20, {"no-needless-failure"});
 }
@@ -292,7 +298,7 @@ TEST(Mutation, CounterNotReleased) {
   expect_found(with_agent<CounterNotReleased>(), "cancel=0.3", 50, {"at-rest", "deadline", "no-needless-failure"});
 }
 TEST(Mutation, StagingNotReleased) { expect_found(with_messenger<StagingNotReleased>(), "none", 20, {"at-rest"}); }
-TEST(Mutation, DeadlineRestartedPerHop) { expect_found(with_legs<DeadlinePerHop>(), "none", 100, {"deadline"}); }
+TEST(Mutation, DeadlineRestartedPerHop) { expect_found(with_legs<DeadlinePerHop>(), "none", 400, {"deadline"}); }
 
 }  // namespace
 }  // namespace tandem::sim

@@ -26,6 +26,7 @@ Node::Node(EventQueue& queue, Random& random, Trace& trace, Checker& checker, Ne
   engine::EngineOptions options;
   options.model_name = "fake";
   options.limits = spec.limits;
+  if (seams.no_room) options.limits.room_blocks = -1;
   options.sampled_vocab = engine::FakeModel::kVocab;
   options.kv_role = spec.role;
   options.kv_host = "node";
@@ -71,6 +72,7 @@ void Node::turn() {
   checker_.check_deadlines(spec_.index, *engine_);
   if (turn == engine::Engine::Turn::kWorked) {
     busy_until_us_ = queue_.now_us() + random_.range(spec_.min_step_us, spec_.max_step_us);
+    checker_.active(spec_.index, busy_until_us_);
     return plan_turn(busy_until_us_);
   }
   if (engine_->scheduler().num_sequences() > 0) plan_turn(next_look_us());

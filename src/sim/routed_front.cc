@@ -16,7 +16,11 @@ using router::WorkerId;
 
 RoutedFront::RoutedFront(const Surroundings& around, router::CoreOptions options, int num_prefill, int num_decode,
                          bool all_alike)
-    : around_(around), clients_(around.queue, around.trace, around.checker), core_(options, *this, metrics_) {
+    : around_(around),
+      enforces_disagg_(options.enforce_disagg),
+      pulls_(options.pull),
+      clients_(around.queue, around.trace, around.checker),
+      core_(options, *this, metrics_) {
   const auto add = [this](Role role, int node) {
     const WorkerId id = core_.add_worker(role, std::to_string(node)).value();
     nodes_.push_back(node);
@@ -34,6 +38,7 @@ RoutedFront::RoutedFront(const Surroundings& around, router::CoreOptions options
 void RoutedFront::start(RequestSpec spec) {
   requests_.push_back(std::make_unique<ClientRequest>());
   ClientRequest& request = *requests_.back();
+  spec.may_lack_room = enforces_disagg_;
   clients_.arrive(request, std::move(spec), requests_.size() - 1);
   const RequestId id(request.index + 1);
   if (request.spec.cancel_at_us != 0) {
@@ -87,6 +92,12 @@ void RoutedFront::open_leg(const router::LegOrder& order) {
   if (!requests_[index]->tokens.empty()) around_.trace.add(What::kRetry, node, index, requests_[index]->tokens.size());
   const LegId id = around_.legs.open(
       node, std::move(leg), [this, leg_id = order.id](TokenEvent&& event) { on_leg_event(leg_id, std::move(event)); });
+  ClientRequest& request = *requests_[index];
+  const bool is_pull = pulls_ && !order.transfer.empty();
+  const bool is_first = order.role == (is_pull ? Role::kPrefill : Role::kDecode);
+  if (is_first) request.nodes.clear();
+  request.nodes.push_back(node);
+  request.fetches = is_pull && !is_first;
   legs_[order.id] = {id, index, order.role, node};
 }
 

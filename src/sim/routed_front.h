@@ -30,6 +30,7 @@ class RoutedFront final : private router::LegPort {
   RoutedFront(const Surroundings& around, router::CoreOptions options, int num_prefill, int num_decode, bool all_alike);
 
   void start(RequestSpec spec);
+  bool pulls() const { return pulls_; }
   const Clients& clients() const { return clients_; }
   int64_t num_retries() const { return core_.num_retries(); }
   int64_t num_migrations() const { return core_.num_migrations(); }
@@ -55,6 +56,8 @@ class RoutedFront final : private router::LegPort {
   void settle();
 
   const Surroundings around_;
+  const bool enforces_disagg_;
+  const bool pulls_;
   Registry metrics_;
   Clients clients_;
   router::RouterCore core_;

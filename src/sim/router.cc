@@ -89,6 +89,7 @@ void Router::replay() {
 
 void Router::open_prefill(Request& request, TokenRequest leg) {
   ++load_[static_cast<size_t>(request.prefill)];
+  note_leg(request, request.prefill, request.spec.plan == Plan::kPull);
   trace_.add(What::kLeg, request.prefill, request.index, 1);
   request.prefill_leg = legs_.open(request.prefill, std::move(leg),
                                    [this, &request](TokenEvent&& event) { on_prefill(request, std::move(event)); });
@@ -96,9 +97,17 @@ void Router::open_prefill(Request& request, TokenRequest leg) {
 
 void Router::open_decode(Request& request, TokenRequest leg) {
   ++load_[static_cast<size_t>(request.decode)];
+  note_leg(request, request.decode, request.spec.plan != Plan::kPull);
   trace_.add(What::kLeg, request.decode, request.index, 0);
   request.decode_leg = legs_.open(request.decode, std::move(leg),
                                   [this, &request](TokenEvent&& event) { on_decode(request, std::move(event)); });
+}
+
+// The first leg of a push is decode's, that of a pull prefill's.
+void Router::note_leg(Request& request, int node, bool is_first) {
+  if (is_first) request.nodes.clear();
+  request.nodes.push_back(node);
+  request.fetches = !is_first && request.spec.plan == Plan::kPull;
 }
 
 void Router::leg_ended(Request& request, LegId& leg, int node, const TokenEvent& event) {
@@ -159,6 +168,11 @@ void Router::on_decode(Request& request, TokenEvent&& event) {
 
 void Router::fail_attempt(Request& request, const Error& error) {
   drop_legs(request);
+  if (error.code == engine::kNoRoom && request.spec.plan != Plan::kLocal) {
+    request.spec.plan = Plan::kLocal;
+    request.used.reset();
+    return attempt(request);
+  }
   const bool may_retry =
       request.tokens.empty() && request.attempt < request.spec.attempts && queue_.now_us() < request.spec.deadline_us;
   // Without trouble on the way an attempt has no right to fail, also if the next one would succeed.
@@ -176,6 +190,9 @@ void Router::on_cancel(Request& request) {
   request.cancelled = true;
   // Other people's routers may forget one leg; then its worker hears of the end from the other side of the transfer.
   const size_t forgets = random_.below(4);
+  const bool leaves_one =
+      (forgets == 0 && request.prefill_leg != LegId()) || (forgets == 1 && request.decode_leg != LegId());
+  if (leaves_one) checker_.forget_leg(request.spec.deadline_us + Checker::kStandstillUs);
   if (forgets != 0) drop_leg(request.prefill_leg, request.prefill);
   if (forgets != 1) drop_leg(request.decode_leg, request.decode);
   const Error left = make_error(ErrorKind::kAborted, "the client has left");

@@ -42,6 +42,7 @@ class Router {
   void open_decode(Request& request, engine::TokenRequest leg);
   void on_prefill(Request& request, engine::TokenEvent&& event);
   void on_decode(Request& request, engine::TokenEvent&& event);
+  static void note_leg(Request& request, int node, bool is_first);
   void leg_ended(Request& request, LegId& leg, int node, const engine::TokenEvent& event);
   void drop_leg(LegId& leg, int node);
   void drop_legs(Request& request);

@@ -46,6 +46,7 @@ Outcome run_with(uint64_t seed, const RunOptions& options, kernels::Ops& ops) {
   outcome.events = world.num_events();
   outcome.requests_ok = world.num_ok();
   outcome.requests_failed = world.num_failed();
+  outcome.requests_late = world.num_late();
   outcome.retries = world.num_retries();
   outcome.migrations = world.num_migrations();
   return outcome;
@@ -77,6 +78,7 @@ Summary run_many(uint64_t first_seed, int64_t runs, int threads, const RunOption
       summary.events += outcome.events;
       summary.requests_ok += outcome.requests_ok;
       summary.requests_failed += outcome.requests_failed;
+      summary.requests_late += outcome.requests_late;
       summary.retries += outcome.retries;
       summary.migrations += outcome.migrations;
       if (on_progress && summary.runs % kProgressEvery == 0) on_progress(summary.runs);

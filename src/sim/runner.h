@@ -19,6 +19,7 @@ struct Outcome {
   int64_t events = 0;
   int64_t requests_ok = 0;
   int64_t requests_failed = 0;
+  int64_t requests_late = 0;  // of the failed ones: at their deadline
   int64_t retries = 0;  // of the production router
   int64_t migrations = 0;
 
@@ -40,6 +41,7 @@ struct Summary {
   int64_t events = 0;
   int64_t requests_ok = 0;
   int64_t requests_failed = 0;
+  int64_t requests_late = 0;  // of the failed ones: at their deadline
   int64_t retries = 0;  // of the production router
   int64_t migrations = 0;
   double seconds = 0;

@@ -21,6 +21,8 @@ struct Seams {
   std::function<std::unique_ptr<Legs>(Legs&)> legs;
   // A new process repeats the incarnation and the nonces of the one before.
   bool repeat_incarnation = false;
+  // Workers with both roles keep no room for what ends the waiting of others.
+  bool no_room = false;
 };
 
 }  // namespace tandem::sim

@@ -132,6 +132,7 @@ void SimAgent::plan_turn(int64_t at_us) {
 void SimAgent::on_message(comm::ConnectionId connection, std::span<const std::byte> message,
                           std::span<const std::byte> payload) {
   run_commands();
+  if (!payload.empty()) checker_.active(place_.node, queue_.now_us());
   core_.on_message(connection, message, payload);
   plan_turn(queue_.now_us() + 5);
 }

@@ -20,6 +20,7 @@ constexpr int64_t kMaxIdleUs = 10'000'000;
 World::World(uint64_t seed, const FaultSpec& faults, const Seams& seams, kernels::Ops& ops)
     : faults_(faults), seams_(seams), ops_(ops), random_(seed), block_sizes_(~seed), trace_(queue_) {
   draw_cluster();
+  draw_plan();
   for (int node = 0; node < num_prefill_ + num_decode_; ++node) start(node);
   draw_load();
 }
@@ -76,6 +77,14 @@ void World::draw_cluster() {
   }
 }
 
+// Workers of one role are asked in one way; both ways at once are for those that take both legs (docs/transfer.md).
+void World::draw_plan() {
+  const auto has = [this](KvRole role) {
+    return std::any_of(slots_.begin(), slots_.end(), [role](const Slot& slot) { return slot.spec.role == role; });
+  };
+  if (has(KvRole::kProducer) && has(KvRole::kConsumer)) only_plan_ = random_.chance(0.5) ? Plan::kPush : Plan::kPull;
+}
+
 void World::draw_front(Legs& legs, bool all_alike) {
   constexpr router::PolicyKind kPolicies[] = {router::PolicyKind::kRoundRobin,         router::PolicyKind::kLeastLoad,
                                               router::PolicyKind::kPowerOfTwo,         router::PolicyKind::kPrefixAware,
@@ -109,6 +118,7 @@ int64_t World::num_unfinished() const {
   return router_->clients().num_unfinished() + (front_ ? front_->clients().num_unfinished() : 0);
 }
 int64_t World::num_ok() const { return router_->clients().num_ok() + (front_ ? front_->clients().num_ok() : 0); }
+int64_t World::num_late() const { return router_->clients().num_late() + (front_ ? front_->clients().num_late() : 0); }
 int64_t World::num_failed() const {
   return router_->clients().num_failed() + (front_ ? front_->clients().num_failed() : 0);
 }
@@ -142,6 +152,7 @@ RequestSpec World::draw_request() {
   RequestSpec spec;
   const size_t plan = random_.below(10);
   spec.plan = plan < 6 ? Plan::kPush : plan < 9 ? Plan::kPull : Plan::kLocal;
+  if (only_plan_ && spec.plan != Plan::kLocal) spec.plan = *only_plan_;
   if (random_.chance(0.7)) spec.prompt = prefixes_[random_.below(prefixes_.size())];
   const int64_t own = random_.range(spec.prompt.empty() ? 1 : 0, 20);
   for (int64_t i = 0; i < own; ++i) {
@@ -150,7 +161,9 @@ RequestSpec World::draw_request() {
   spec.max_tokens = random_.range(1, 12);
   const int64_t now_us = queue_.now_us();
   const int64_t patience_us = slow_ ? random_.range(10'000'000, 90'000'000) : random_.range(3'000'000, 20'000'000);
-  spec.deadline_us = now_us + (random_.chance(0.1) ? random_.range(1'000, 500'000) : patience_us);
+  const bool is_short = random_.chance(0.1);
+  spec.deadline_us = now_us + (is_short ? random_.range(1'000, 500'000) : patience_us);
+  spec.has_time = !is_short && !slow_ && faults_.delay == 0;
   spec.tells_deadline = slow_ || random_.chance(0.95);
   spec.may_be_refused = short_queues_;
   last_deadline_us_ = std::max(last_deadline_us_, spec.deadline_us);
@@ -276,27 +289,28 @@ void World::come_to_rest() {
   run_until(std::max(queue_.now_us(), last_deadline_us_ + Clients::kGraceUs) + rest_us);
 }
 
-// Every pair of workers serves, whatever was before.
+// Every pair of workers serves a push and then a pull, whatever was before.
 void World::probe_pairs() {
-  for (int prefill = 0; prefill < num_prefill_; ++prefill) {
-    for (int decode = 0; decode < num_decode_; ++decode) {
-      const auto probe = [&](Plan plan) {
-        RequestSpec spec = draw_request();
-        spec.plan = plan;
-        spec.prefill = prefill;
-        spec.decode = decode;
-        spec.attempts = 1;
-        spec.deadline_us = queue_.now_us() + 90'000'000;
-        spec.cancel_at_us = 0;
-        last_deadline_us_ = std::max(last_deadline_us_, spec.deadline_us);
-        return spec;
-      };
-      router_->start(probe(Plan::kPush));
-      router_->start(probe(Plan::kPull));
-      if (front_) front_->start(probe(Plan::kPush));
+  for (const Plan plan : {Plan::kPush, Plan::kPull}) {
+    for (int prefill = 0; prefill < num_prefill_; ++prefill) {
+      for (int decode = 0; decode < num_decode_; ++decode) {
+        const auto probe = [&] {
+          RequestSpec spec = draw_request();
+          spec.plan = plan;
+          spec.prefill = prefill;
+          spec.decode = decode;
+          spec.attempts = 1;
+          spec.deadline_us = queue_.now_us() + 90'000'000;
+          spec.cancel_at_us = 0;
+          last_deadline_us_ = std::max(last_deadline_us_, spec.deadline_us);
+          return spec;
+        };
+        router_->start(probe());
+        if (front_ && front_->pulls() == (plan == Plan::kPull)) front_->start(probe());
+      }
     }
+    while (num_unfinished() > 0) step();
   }
-  while (num_unfinished() > 0) step();
 }
 
 void World::check_at_rest() const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,7 @@ class World final : public Workers {
   const Trace& trace() const { return trace_; }
   int64_t num_ok() const;
   int64_t num_failed() const;
+  int64_t num_late() const;  // of the failed ones
   int64_t num_retries() const { return front_ ? front_->num_retries() : 0; }
   int64_t num_migrations() const { return front_ ? front_->num_migrations() : 0; }
   int64_t num_events() const { return num_events_; }
@@ -38,6 +40,7 @@ class World final : public Workers {
     int64_t frozen_until_us = 0;
   };
   void draw_cluster();
+  void draw_plan();
   void draw_front(Legs& legs, bool all_alike);
   void draw_load();
   void ask(RequestSpec spec);
@@ -67,6 +70,7 @@ class World final : public Workers {
   int num_prefill_ = 1;
   int num_decode_ = 1;
   int64_t max_model_len_ = 64;
+  std::optional<Plan> only_plan_;  // of requests that are not local; none: both
   bool slow_ = false;  // steps take as long as those of a large model
   bool short_queues_ = false;
   int64_t last_deadline_us_ = 0;
