@@ -33,7 +33,7 @@ constexpr size_t kMaxRequestIdBytes = 128;
 
 // Headers by which other systems steer requests inside a cluster. Where they cannot be obeyed they are refused: to
 // ignore them would answer another request than the one meant.
-constexpr const char* kForbiddenHeader = "x-prefiller-host-port";
+constexpr const char* kPrefillerHeader = "x-prefiller-host-port";
 constexpr const char* kRankHeader = "x-data-parallel-rank";
 
 // Who serves now. Shared with text jobs and running requests.
@@ -79,10 +79,20 @@ Result<int64_t> read_timeout_us(const HttpRequest& request, int64_t longest_us) 
   return milliseconds < longest_us / 1000 ? milliseconds * 1000 : longest_us;
 }
 
-Status check_headers(const HttpRequest& request) {
-  if (find_header(request.headers, kForbiddenHeader) == nullptr) return {};
-  return field_error(kForbiddenHeader, "unsupported_parameter",
-                     fmt::format("the header {} is not supported", kForbiddenHeader));
+// The prefill worker that the client names, "" if it leaves the choice to this server.
+Result<std::string> read_prefiller(const HttpRequest& request, const FrontendOptions& options) {
+  const std::string* given = find_header(request.headers, kPrefillerHeader);
+  if (given == nullptr) return std::string();
+  if (!options.check_prefiller) {
+    return field_error(kPrefillerHeader, "unsupported_parameter",
+                       fmt::format("the header {} is for routers with prefill workers", kPrefillerHeader));
+  }
+  if (Status allowed = options.check_prefiller(*given); !allowed.ok()) {
+    Error error = allowed.error();
+    error.param = kPrefillerHeader;
+    return error;
+  }
+  return *given;
 }
 
 // The rank that the request is for; -1: any.
@@ -135,7 +145,7 @@ Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& serve
 // From the body's bytes to token requests; pure, so it may run on the text thread.
 Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, Endpoint endpoint,
                          const std::string& body, const std::string& request_id, const std::string& session,
-                         int32_t pinned_rank, int64_t deadline_us) {
+                         const std::string& prefiller, int32_t pinned_rank, int64_t deadline_us) {
   TANDEM_ASSIGN(const Json json, parse_strict_json(body, "the request body"));
   Prepared out;
   TANDEM_ASSIGN(out.request, endpoint == Endpoint::kChat ? parse_chat_request(json, served.model, policy)
@@ -145,6 +155,7 @@ Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, 
                 make_token_requests(out.request, std::move(prompts), served.model, request_id, deadline_us));
   for (engine::TokenRequest& choice : out.choices) {
     choice.session = session;
+    choice.prefiller = prefiller;
     choice.pinned_rank = pinned_rank;
   }
   return out;
@@ -232,6 +243,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
 
   // The present serving, or the error that says why there is none.
   Result<std::shared_ptr<Serving>> find_serving() const {
+    if (draining_because) return *draining_because;
     if (serving) return serving;
     return closed_because;
   }
@@ -241,7 +253,8 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     HttpRequest& request = exchange->request();
     const Result<std::string> request_id = read_request_id(request);
     if (!request_id.ok()) return exchange->respond(error_response(request_id.error()));
-    if (Status status = check_headers(request); !status.ok()) return refuse(*exchange, *request_id, status.error());
+    const Result<std::string> prefiller = read_prefiller(request, options);
+    if (!prefiller.ok()) return refuse(*exchange, *request_id, prefiller.error());
     const Result<int32_t> pinned_rank = read_pinned_rank(request, options);
     if (!pinned_rank.ok()) return refuse(*exchange, *request_id, pinned_rank.error());
     const Result<std::shared_ptr<Serving>> now_serving = find_serving();
@@ -261,8 +274,8 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     run_text<Prepared>(
         body->size(),
         [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id,
-         session = session == nullptr ? std::string() : *session, rank = *pinned_rank,
-         deadline_us] { return prepare(used->text, policy, endpoint, *body, id, session, rank, deadline_us); },
+         session = session == nullptr ? std::string() : *session, named = *prefiller, rank = *pinned_rank,
+         deadline_us] { return prepare(used->text, policy, endpoint, *body, id, session, named, rank, deadline_us); },
         [this, used = *now_serving, exchange, id = *request_id, arrival_us, trace](Result<Prepared> prepared) {
           begin(used, exchange, id, arrival_us, trace, std::move(prepared));
         });
@@ -396,7 +409,9 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
 
   void show_health(HttpExchange& exchange) {
     Health health;
-    if (options.health) {
+    if (draining_because) {
+      health = {false, "draining", std::nullopt};
+    } else if (options.health) {
       health = options.health();
     } else if (serving) {
       health = {true, "ok", std::nullopt};
@@ -420,6 +435,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
   asio::steady_timer deadline_timer;
   std::shared_ptr<Serving> serving;  // null: `closed_because` says why
   Error closed_because = Error{ErrorKind::kUnavailable, "the model is still loading", "", "loading"};
+  std::optional<Error> draining_because;
   std::unordered_set<std::shared_ptr<Generation>> generations;
   std::atomic<int64_t> num_requests = 0;  // with those whose text is still worked on
   std::unique_ptr<TextThread> text_thread = std::make_unique<TextThread>();
@@ -488,6 +504,8 @@ void Frontend::open(ServedText served, engine::Worker& worker) {
 }
 
 void Frontend::close(Error why) { impl_->close_serving(std::move(why)); }
+
+void Frontend::drain(Error why) { impl_->draining_because = std::move(why); }
 
 int64_t Frontend::num_requests() const { return impl_->num_requests; }
 

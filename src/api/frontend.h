@@ -48,6 +48,8 @@ struct FrontendOptions {
   // X-Data-Parallel-Rank may name one of ranks [first_rank, first_rank + num_ranks); none: the header is refused.
   int32_t first_rank = 0;
   int32_t num_ranks = 0;
+  // May x-prefiller-host-port name this "host:port"? Unset: the header is refused.
+  std::function<Status(const std::string&)> check_prefiller;
   double request_timeout_s = 600;
   int64_t max_concurrent_requests = 4096;  // more are answered with 429
   std::string version;
@@ -74,6 +76,8 @@ class Frontend {
   void open(ServedText served, engine::Worker& worker);
   // Running requests end with `why`, later ones are refused with it.
   void close(Error why);
+  // Running requests go on, later ones are refused with `why`, and /health says "draining".
+  void drain(Error why);
   int64_t num_requests() const;  // from any thread
 
  private:

@@ -261,6 +261,12 @@ constexpr OptionSpec kTable[] = {
      .max = 1000000},
     {.name = "cb-timeout-s", .commands = kRoute, .group = "Workers", .type = kNumber, .default_text = "10",
      .help = "Seconds until a worker that was left out is tried again.", .min = 0.01, .max = 3600},
+    {.name = "allowed-prefillers", .commands = kRoute, .group = "Workers", .type = kList, .default_text = "",
+     .help = "URLs of prefill workers that take only requests whose header x-prefiller-host-port names them. Those of "
+             "--prefill may be named too, and nobody else."},
+    {.name = "repeat-d-times", .commands = kRoute, .group = "Workers", .type = kInteger, .default_text = "0",
+     .help = "Benchmark of decode: after its first token each request is sent this many times more, whose answers are "
+             "compared with its own and go nowhere; tandem:router_copies_total counts them.", .min = 0, .max = 4096},
     {.name = "enforce-disagg", .commands = kRoute, .group = "Workers", .type = kFlag, .default_text = "false",
      .help = "Never let a decode worker compute a prompt while there are prefill workers. Otherwise it does so for answers of "
              "one token, for several choices of one prompt, and while no prefill worker is there; "
@@ -292,6 +298,11 @@ constexpr OptionSpec kTable[] = {
     {.name = "request-timeout-s", .commands = kServe | kRoute, .group = "Server", .type = kNumber,
      .default_text = "600", .help = "Deadline of a request from its arrival to its last token, in seconds.",
      .min = 0.001, .max = 86400},
+    {.name = "shutdown-timeout", .commands = kServe | kRoute | kUp, .group = "Server", .type = kNumber,
+     .default_text = "2",
+     .help = "After SIGTERM or SIGINT running requests may go on for this long, in seconds, while new ones get 503; a second "
+             "signal ends them at once.",
+     .min = 0, .max = 86400},
     {.name = "otlp-endpoint", .commands = kServe | kRoute, .group = "Server", .type = kText, .default_text = "",
      .help = "URL of an OpenTelemetry collector (OTLP over HTTP, JSON), for example http://127.0.0.1:4318: spans of each "
              "request, its legs and its stages are sent there."},

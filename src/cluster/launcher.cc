@@ -25,7 +25,7 @@ using SteadyTime = std::chrono::steady_clock::time_point;
 
 constexpr milliseconds kPollInterval{100};  // of /health while a process loads
 constexpr milliseconds kPollTimeout{1'000};
-constexpr milliseconds kPatience{4'000};  // from SIGTERM to SIGKILL; all must be gone within 5 s
+constexpr milliseconds kPatience{4'000};  // from the end of the shutdown time-out to SIGKILL
 constexpr size_t kShownLogLines = 8;
 
 enum class State { kStopped, kLoading, kReady };
@@ -170,7 +170,9 @@ class Launcher {
       child.pid = 0;
       take_death(child, status);
     }
-    if (stopping_ && num_alive() == 0) io_.stop();
+    if (!stopping_) return;
+    if (num_alive() == 0) return io_.stop();
+    if (children_.back().pid == 0) stop_next();
   }
 
   void take_death(Child& child, int status) {
@@ -209,9 +211,21 @@ class Launcher {
       child.timer.cancel();
       client_.cancel(child.poll);
     }
-    kill_all(SIGTERM);
     if (num_alive() == 0) return io_.stop();
-    kill_timer_.expires_after(kPatience);
+    stop_next();
+  }
+
+  // First the entrance, which needs the others for the requests that it still has; then they.
+  void stop_next() {
+    const Child& entrance = children_.back();  // as ClusterPlan::entrance
+    if (entrance.pid != 0) {
+      ::kill(-entrance.pid, SIGTERM);
+    } else if (std::exchange(others_are_told_, true)) {
+      return;
+    } else {
+      kill_all(SIGTERM);
+    }
+    kill_timer_.expires_after(milliseconds(static_cast<int64_t>(options_.shutdown_timeout_s * 1000)) + kPatience);
     kill_timer_.async_wait([this](const boost::system::error_code& error) {
       if (!error) kill_all(SIGKILL);
     });
@@ -245,6 +259,7 @@ class Launcher {
   asio::steady_timer kill_timer_;
   std::deque<Child> children_;
   bool stopping_ = false;
+  bool others_are_told_ = false;
   bool announced_ = false;
   bool line_is_open_ = false;  // a progress line without its end
   int exit_code_ = 0;

@@ -12,6 +12,7 @@ namespace tandem::cluster {
 struct LauncherOptions {
   std::string program;                            // started with each process's arguments
   std::string run_dir;                            // <name>.log and <name>.pid of every process
+  double shutdown_timeout_s = 0;                  // how long a process may take to end what it has after SIGTERM
   bool is_terminal = false;                       // progress as one line redrawn in place
   std::function<void(const std::string&)> print;  // whole lines, or a "\r…" redraw on a terminal
 };

@@ -159,10 +159,8 @@ void NodeFrontEnd::show_expert_load(std::shared_ptr<api::HttpExchange> exchange)
                 }});
 }
 
-void NodeFrontEnd::drain() { server_->drain([] {}); }
+void NodeFrontEnd::drain(const Error& why) { frontend_->drain(why); }
 
-void NodeFrontEnd::close() {
-  frontend_->close(make_error(ErrorKind::kUnavailable, "the server is shutting down"));
-}
+void NodeFrontEnd::close(const Error& why) { frontend_->close(why); }
 
 }  // namespace tandem::commands

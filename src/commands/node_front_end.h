@@ -48,9 +48,9 @@ class NodeFrontEnd {
   // Requests go to the ranks of the group as it is now.
   void take_status(const group::GroupStatus& status);
   // Takes no new requests.
-  void drain();
+  void drain(const Error& why);
   // Ends those that run.
-  void close();
+  void close(const Error& why);
 
  private:
   NodeFrontEnd(boost::asio::io_context& io, const NodeFrontEndOptions& options);

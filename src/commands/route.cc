@@ -1,11 +1,8 @@
 // tandem route: the OpenAI front end with remote workers behind it.
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/signal_set.hpp>
-#include <boost/asio/steady_timer.hpp>
 #include <chrono>
 #include <condition_variable>
-#include <csignal>
 #include <cstdlib>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -21,7 +18,9 @@
 #include "src/commands/client_common.h"
 #include "src/commands/commands.h"
 #include "src/commands/server_common.h"
+#include "src/commands/shutdown.h"
 #include "src/router/admin.h"
+#include "src/router/repeating_worker.h"
 #include "src/router/routed_worker.h"
 
 namespace tandem::commands {
@@ -30,8 +29,6 @@ namespace {
 namespace asio = boost::asio;
 
 constexpr std::chrono::milliseconds kTextRetry{250};    // between two rounds of asking workers for the tokenizer
-constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
-constexpr std::chrono::milliseconds kDrainCheck{20};
 
 int64_t microseconds(const Options& options, const char* name) {
   return static_cast<int64_t>(options.number(name) * 1e6);
@@ -45,6 +42,7 @@ router::PolicyKind policy_for(const Options& options, const char* name) {
 router::RouterOptions router_options(const Options& options) {
   router::RouterOptions out;
   out.prefill_urls = options.list("prefill");
+  out.named_prefill_urls = options.list("allowed-prefillers");
   out.decode_urls = options.list("decode");
   router::CoreOptions& core = out.core;
   core.registry.prefill_policy = policy_for(options, "prefill-policy");
@@ -158,6 +156,7 @@ api::FrontendOptions make_front(const Options& options, const router::RoutedWork
   api::FrontendOptions out = frontend_options(options, names.empty() ? "" : names.front());
   out.policy.accepts_kv_transfer = out.policy.accepts_resumed = false;  // fields of the inside
   out.max_concurrent_requests = options.integer("max-concurrent-requests") + options.integer("queue-size");
+  out.check_prefiller = [&router](const std::string& host_port) { return router.check_prefiller(host_port); };
   out.health = [&router, has_text]() -> api::Health {
     if (!*has_text) return {false, "loading", std::nullopt};
     if (!router.is_ready()) return {false, "no worker", std::nullopt};
@@ -180,6 +179,12 @@ int run_route(const Options& options) {
   routing.spans = exporter->get();
   Result<std::unique_ptr<router::RoutedWorker>> router = router::RoutedWorker::create(io, std::move(routing), metrics);
   if (!router.ok()) return fail_with(router.error());
+
+  std::unique_ptr<router::RepeatingWorker> repeating;
+  if (const int64_t copies = options.integer("repeat-d-times"); copies > 0) {
+    log_warning("route", "benchmark mode: each request is sent {} times more (--repeat-d-times), not for users", copies);
+    repeating = std::make_unique<router::RepeatingWorker>(io, **router, copies, metrics);
+  }
 
   const auto has_text = std::make_shared<bool>(false);
   api::FrontendOptions front = make_front(options, **router, has_text);
@@ -205,28 +210,16 @@ int run_route(const Options& options) {
           return io.stop();
         }
         log_info("route", "serving {}", fmt::join((*loaded)->model.names, ", "));
-        frontend.open(std::move(*loaded).value(), **router);
+        frontend.open(std::move(*loaded).value(), repeating ? static_cast<engine::Worker&>(*repeating) : **router);
         *has_text = true;
       });
     });
-    asio::signal_set signals(io, SIGINT, SIGTERM);
-    asio::steady_timer drain_timer(io);
-    std::chrono::steady_clock::time_point drain_until{};
-    std::function<void()> stop_when_idle = [&] {
-      const bool is_late = std::chrono::steady_clock::now() >= drain_until;
-      drain_timer.expires_after(kDrainCheck);
-      drain_timer.async_wait([&, is_last = is_late || frontend.num_requests() == 0](const boost::system::error_code&) {
-        is_last ? io.stop() : stop_when_idle();  // one more round after the last answer, for its bytes to leave
-      });
-    };
-    signals.async_wait([&](const boost::system::error_code& error, int) {
-      if (error) return;
-      log_info("route", "stopping");
-      if (!*has_text) std::_Exit(0);  // the loader's thread cannot be interrupted, and nothing else is under way
-      (*server)->drain([] {});
-      drain_until = std::chrono::steady_clock::now() + kDrainTime;
-      stop_when_idle();
-    });
+    const Shutdown shutdown(
+        io, "route", options.number("shutdown-timeout"), drain_frontend([&] { return *has_text ? &frontend : nullptr; }),
+        [&] {
+          if (!*has_text) std::_Exit(0);  // the loader's thread cannot be interrupted, and nothing else is under way
+          io.stop();
+        });
     io.run();
   }
   frontend.close(make_error(ErrorKind::kUnavailable, "the router is stopping"));

@@ -8,16 +8,14 @@
 #include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/signal_set.hpp>
-#include <boost/asio/steady_timer.hpp>
 #include <cerrno>
 #include <condition_variable>
-#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <thread>
 
 #include "src/api/frontend.h"
@@ -33,6 +31,7 @@
 #include "src/commands/serve_text.h"
 #include "src/commands/server_common.h"
 #include "src/group/coordinator.h"
+#include "src/commands/shutdown.h"
 
 namespace tandem::commands {
 namespace {
@@ -162,9 +161,9 @@ class Server {
                           exchange->respond(show_steps());
                         }});
     server_->start();
-    signals_.async_wait([this](const boost::system::error_code& error, int signal) {
-      if (!error) shut_down(signal);
-    });
+    shutdown_.emplace(
+        io_, "serve", options_.number("shutdown-timeout"),
+        drain_frontend([this] { return is_serving_ ? frontend_.get() : nullptr; }), [this] { stop(); });
     return {};
   }
 
@@ -222,25 +221,18 @@ class Server {
              server_->port());
   }
 
-  void shut_down(int signal) {
-    log_info("serve", "{}: shutting down", signal == SIGINT ? "interrupted" : "terminated");
+  void stop() {
     if (!is_serving_) std::_Exit(0);  // the loader cannot be interrupted
-    frontend_->close(make_error(ErrorKind::kUnavailable, "the server is shutting down; try another one"));
-    // The answers above get a moment to leave; whoever reads slower is cut.
-    linger_.expires_after(std::chrono::milliseconds(200));
-    linger_.async_wait([this](const boost::system::error_code&) {
-      server_->close();
-      rank_->stop();  // before the other tensor ranks go, which it would miss
-      followers_ == nullptr ? io_.stop() : followers_->stop([this] { io_.stop(); });
-    });
+    server_->close();
+    rank_->stop();  // before the other tensor ranks go, which it would miss
+    followers_ == nullptr ? io_.stop() : followers_->stop([this] { io_.stop(); });
   }
 
   const Options& options_;
   SteadyClock clock_;
   Registry registry_;
   boost::asio::io_context io_{1};
-  boost::asio::signal_set signals_{io_, SIGINT, SIGTERM};
-  boost::asio::steady_timer linger_{io_};
+  std::optional<Shutdown> shutdown_;
   api::ServedText served_;
   LoadingBar bar_{"loading weights"};
   std::atomic<double> progress_{0};

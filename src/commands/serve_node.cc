@@ -8,10 +8,7 @@
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/signal_set.hpp>
-#include <boost/asio/steady_timer.hpp>
 #include <chrono>
-#include <csignal>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -26,6 +23,7 @@
 #include "src/commands/node_front_end.h"
 #include "src/commands/serve_text.h"
 #include "src/commands/server_common.h"
+#include "src/commands/shutdown.h"
 #include "src/group/coordinator.h"
 
 namespace tandem::commands {
@@ -33,8 +31,6 @@ namespace {
 
 namespace asio = boost::asio;
 
-constexpr std::chrono::milliseconds kDrainTime{2'000};  // running answers may go on this long after SIGTERM
-constexpr std::chrono::milliseconds kDrainCheck{20};
 // The address of this machine that faces `host`: ranks listen there, so that the front end of another node finds them.
 Result<std::string> own_address_facing(const std::string& host) {
   TANDEM_ASSIGN(const comm::SocketAddress peer, comm::look_up_address(host, 1));
@@ -115,9 +111,12 @@ class NodeServer {
     ranks_ = std::make_unique<cluster::RankProcesses>(io_, cluster::kOwnProgram,
                                                       plan_ranks(options_, config_, host, ports, coordinator_port),
                                                       [this](const Error& why) { give_up(why); });
-    signals_.async_wait([this](const boost::system::error_code& error, int signal) {
-      if (!error) shut_down(signal);
-    });
+    const Shutdown shutdown(
+        io_, "serve", options_.number("shutdown-timeout"),
+        {[this] { return !front_ends_.empty(); }, [this] { return num_requests(); },
+         [this](const Error& why) { for_each_front_end([why](NodeFrontEnd& front_end) { front_end.drain(why); }); },
+         [this](const Error& why) { for_each_front_end([why](NodeFrontEnd& front_end) { front_end.close(why); }); }},
+        [this] { stop(); });
     TANDEM_TRY(ranks_->start());
     for (const std::unique_ptr<Thread>& more : more_) more->thread = std::thread([&io = more->io] { io.run(); });
     io_.run();
@@ -160,10 +159,11 @@ class NodeServer {
   // The main thread's io_context does not run any more.
   void close_front_ends() {
     if (front_ends_.empty()) return;
-    front_ends_.front()->close();
+    const Error why = make_error(ErrorKind::kUnavailable, "the server is shutting down");
+    front_ends_.front()->close(why);
     for (size_t i = 0; i < more_.size(); ++i) {
-      asio::post(more_[i]->io, [front_end = front_ends_[i + 1].get(), &io = more_[i]->io] {
-        front_end->close();
+      asio::post(more_[i]->io, [why, front_end = front_ends_[i + 1].get(), &io = more_[i]->io] {
+        front_end->close(why);
         io.stop();
       });
     }
@@ -208,22 +208,6 @@ class NodeServer {
     stop();
   }
 
-  void shut_down(int signal) {
-    log_info("serve", "{}: shutting down", signal == SIGINT ? "interrupted" : "terminated");
-    if (front_ends_.empty()) return stop();
-    for_each_front_end([](NodeFrontEnd& front_end) { front_end.drain(); });
-    drain_until_ = std::chrono::steady_clock::now() + kDrainTime;
-    stop_when_idle();
-  }
-
-  void stop_when_idle() {
-    const bool is_late = std::chrono::steady_clock::now() >= drain_until_;
-    drain_timer_.expires_after(kDrainCheck);
-    drain_timer_.async_wait([this, is_last = is_late || num_requests() == 0](const boost::system::error_code&) {
-      is_last ? stop() : stop_when_idle();  // one more round after the last answer, for its bytes to leave
-    });
-  }
-
   void stop() {
     ranks_->stop([this] { io_.stop(); });
   }
@@ -240,9 +224,6 @@ class NodeServer {
   SteadyClock clock_;
   Registry metrics_;
   asio::io_context io_{1};
-  asio::signal_set signals_{io_, SIGINT, SIGTERM};
-  asio::steady_timer drain_timer_{io_};
-  std::chrono::steady_clock::time_point drain_until_{};
   api::ServedText served_;
   std::unique_ptr<api::OtlpExporter> exporter_;
   std::optional<NodeFrontEndOptions> front_end_options_;

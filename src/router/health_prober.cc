@@ -20,11 +20,11 @@ struct HealthProber::Impl : std::enable_shared_from_this<HealthProber::Impl> {
   asio::io_context& io;
   api::HttpClient& client;
   std::chrono::milliseconds interval;
-  std::function<void(WorkerId, bool)> on_result;
+  HealthProber::Told on_result;
   std::map<WorkerId, Probe> probes;
 
   Impl(asio::io_context& context, api::HttpClient& http, std::chrono::milliseconds every,
-       std::function<void(WorkerId, bool)> to_tell)
+       HealthProber::Told to_tell)
       : io(context), client(http), interval(every), on_result(std::move(to_tell)) {}
 
   void ask(WorkerId id) {
@@ -37,7 +37,7 @@ struct HealthProber::Impl : std::enable_shared_from_this<HealthProber::Impl> {
                                 if (!self->probes.contains(id)) return;
                                 const bool success = response.ok() && response->is_success();
                                 self->ask_later(id, success);
-                                self->on_result(id, success);
+                                self->on_result(id, success, response.ok());
                               }});
   }
 
@@ -59,7 +59,7 @@ struct HealthProber::Impl : std::enable_shared_from_this<HealthProber::Impl> {
 };
 
 HealthProber::HealthProber(asio::io_context& io, api::HttpClient& client, std::chrono::milliseconds interval,
-                           std::function<void(WorkerId, bool)> on_result)
+                           Told on_result)
     : impl_(std::make_shared<Impl>(io, client, interval, std::move(on_result))) {}
 
 HealthProber::~HealthProber() {

@@ -16,9 +16,11 @@ namespace tandem::router {
 
 class HealthProber {
  public:
+  // (worker, it is well, it has answered): one that drains answers that it takes no more requests.
+  using Told = std::function<void(WorkerId, bool, bool)>;
   // `on_result` is told each answer, or that none came in time. `client` must outlive this.
   HealthProber(boost::asio::io_context& io, api::HttpClient& client, std::chrono::milliseconds interval,
-               std::function<void(WorkerId, bool)> on_result);
+               Told on_result);
   ~HealthProber();
 
   void watch(WorkerId worker, const api::HttpUrl& url);

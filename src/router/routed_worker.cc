@@ -48,6 +48,10 @@ Result<std::unique_ptr<RoutedWorker>> RoutedWorker::create(asio::io_context& io,
   for (const std::string& address : router->options_.prefill_urls) {
     TANDEM_TRY(router->add_worker(Role::kPrefill, address));
   }
+  for (const std::string& address : router->options_.named_prefill_urls) {
+    TANDEM_ASSIGN(const WorkerId id, router->add_worker(Role::kPrefill, address));
+    router->core_.set_only_named(id);
+  }
   for (const std::string& address : router->options_.decode_urls) {
     TANDEM_TRY(router->add_worker(Role::kDecode, address));
   }
@@ -60,8 +64,8 @@ RoutedWorker::RoutedWorker(asio::io_context& io, RouterOptions options, Registry
       client_(io, {}),
       core_(options_.core, *this, metrics),
       prober_(io, client_, options_.probe_interval,
-              [this](WorkerId id, bool success) {
-                core_.probe_result(id, success, now_us());
+              [this](WorkerId id, bool success, bool has_answered) {
+                core_.probe_result(id, success, now_us(), has_answered);
                 settle();
               }),
       timer_(std::make_unique<Timer>(io)) {}

@@ -32,6 +32,7 @@ Result<WorkerAddress> parse_worker_address(const std::string& text);
 
 struct RouterOptions {
   std::vector<std::string> prefill_urls{};  // none: decode workers compute their prompts themselves
+  std::vector<std::string> named_prefill_urls{};  // take only requests that name them
   std::vector<std::string> decode_urls{};   // at least one, unless workers come and go (add_worker)
   bool may_begin_without_workers = false;
   CoreOptions core{};
@@ -58,6 +59,8 @@ class RoutedWorker final : public engine::Worker, private LegPort {
   // On the thread of the io_context. A worker that is removed ends the requests it has.
   Result<WorkerId> add_worker(Role role, const std::string& address, int32_t rank = -1);
   Status remove_worker(WorkerId id);
+  // On the thread of the io_context: RouterCore::check_prefiller.
+  Status check_prefiller(const std::string& host_port) const { return core_.check_prefiller(host_port); }
   // On the thread of the io_context: RouterCore::set_health.
   void set_health(std::span<const WorkerId> ids, bool is_up);
   const WorkerRegistry& workers() const { return core_.workers(); }

@@ -25,13 +25,13 @@ router: {{port: {router}}}
 
 
 class Cluster:
-    def __init__(self, launcher, folder):
+    def __init__(self, launcher, folder, *options):
         names = ("prefill", "prefill_kv", "decode", "decode_kv", "router")
         self.ports = {name: free_port() for name in names}
         path = folder / "cluster.yaml"
         path.write_text(CLUSTER.format(model=DEMO, **self.ports))
         self.url = f"http://127.0.0.1:{self.ports['router']}"
-        self.up = launcher.start(["up", path, "--run-dir", folder / "run"], self.url).wait_ready()
+        self.up = launcher.start(["up", path, "--run-dir", folder / "run", *options], self.url).wait_ready()
         from conftest import Process
         self.workers = {name: Process.__new__(Process) for name in ("prefill", "decode")}
         for name, worker in self.workers.items():
@@ -128,5 +128,22 @@ def test_interrupt_leaves_no_process(cluster):
     cluster.up.popen.send_signal(signal.SIGINT)
     cluster.up.popen.wait(6)
     assert time.time() - begin < 5.5
+    for pid in pids:
+        assert not os.path.exists(f"/proc/{pid}"), f"{pid} lives on"
+
+
+def test_a_cluster_that_ends_finishes_its_answers(launcher, tmp_path):
+    cluster = Cluster(launcher, tmp_path, "--shutdown-timeout", 30)
+    pids = list(cluster.children().values())
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(cluster.ask(1500)))
+    asking.start()
+    decode = cluster.workers["decode"]
+    wait_until(lambda: decode.metric("vllm:num_requests_running") == 1, what="the request")
+    cluster.up.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: http_json(cluster.url + "/health") == (503, {"status": "draining"}), what="draining")
+    asking.join(30)
+    assert answers and answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 1500, answers
+    assert cluster.up.popen.wait(6) == 0
     for pid in pids:
         assert not os.path.exists(f"/proc/{pid}"), f"{pid} lives on"

@@ -2,7 +2,10 @@
 
 import http.server
 import json
+import signal
 import threading
+import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -150,3 +153,114 @@ def test_decode_alone_with_made_up_kv(launcher):
     # One row of the prompt and the rows of 19 tokens: nothing else was computed.
     assert worker.metric("vllm:iteration_tokens_total_sum") == 20
     assert "answers mean nothing" in worker.read_log()
+
+
+def test_the_client_may_name_a_known_prefill_worker(launcher):
+    first, second, third = (launcher.worker("kv_producer") for _ in range(3))
+    decode = launcher.worker("kv_consumer")
+    router = launcher.route([first, second], [decode], "--allowed-prefillers", third.url)
+
+    def computed(worker):
+        return worker.metric("vllm:prompt_tokens_by_source_total", source="local_compute")
+
+    expected = ask(router.url)[1]["choices"][0]["text"]
+    wait_until(lambda: http_json(router.url + "/metrics")[1].count('router_worker_up{worker="') == 4, what="all workers")
+    for chosen in (second, third, first, third):
+        before = {worker: computed(worker) for worker in (first, second, third)}
+        named = {"x-prefiller-host-port": chosen.url.removeprefix("http://")}
+        prompt = f"{time.monotonic_ns()} verily"
+        status, answer = ask(router.url, named, prompt=prompt)
+        assert status == 200, answer
+        changed = [worker for worker in before if computed(worker) > before[worker]]
+        assert changed == [chosen]
+    status, answer = ask(router.url, {"x-prefiller-host-port": decode.url.removeprefix("http://")})
+    assert status == 400 and answer["error"]["param"] == "x-prefiller-host-port"
+    assert decode.url.removeprefix("http://") in answer["error"]["message"]
+    assert "--allowed-prefillers" in answer["error"]["message"]
+    # Nobody is sent to a worker that only takes those who name it.
+    before = computed(third)
+    for i in range(6):
+        assert ask(router.url, prompt=f"{i} and {time.monotonic_ns()}")[0] == 200
+    assert computed(third) == before
+    assert ask(router.url)[1]["choices"][0]["text"] == expected
+    third.stop()
+    wait_until(lambda: ask(router.url, named)[0] == 503, what="the refusal of a worker that is gone")
+    assert ask(router.url)[0] == 200
+    # A worker alone is no router.
+    assert ask(decode.url, {"x-prefiller-host-port": "127.0.0.1:1"})[0] == 400
+
+
+def test_one_prefill_is_handed_to_many_decodes(launcher):
+    copies = 6
+    prefill = launcher.worker("kv_producer")
+    decodes = [launcher.worker("kv_consumer", "--no-enable-prefix-caching") for _ in range(2)]
+    router = launcher.route([prefill], decodes, "--repeat-d-times", copies)
+    prompt = list(range(300, 364))
+    status, answer = ask(router.url, prompt=prompt, max_tokens=20, ignore_eos=True)
+    assert status == 200 and answer["usage"]["completion_tokens"] == 20
+    wait_until(lambda: router.metric("tandem:router_copies_total") == copies, 30, "all copies")
+    assert router.metric("tandem:router_copies_total", outcome="same") == copies
+    assert sum(d.metric("tandem:kv_transfers_total", outcome="received") for d in decodes) == 1 + copies
+    assert sum(d.metric("vllm:prompt_tokens_by_source_total", source="external_kv_transfer") for d in decodes) > 0
+    # The prompt once, and its last block for each copy.
+    assert prefill.metric("vllm:prompt_tokens_by_source_total", source="local_compute") <= len(prompt) + copies * 16
+    assert router.metric("tandem:router_requests_total", outcome="ok") == 1 + copies
+    assert "benchmark mode" in router.read_log() and f"{copies} like the answer" in router.read_log()
+
+
+def stream_in_background(url, max_tokens):
+    """Asks for a long stream; gives the list of its lines, which grows, and the thread."""
+    lines = []
+
+    def run():
+        body = {"model": "demo", "prompt": [5] * 20, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+                "stream": True}
+        request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            for line in response:
+                if line.strip():
+                    lines.append(line.decode().strip())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: len(lines) >= 2, what="the first tokens")
+    return lines, thread
+
+
+@pytest.mark.parametrize("kind", ["serve", "route"])
+def test_a_server_drains_when_it_is_told_to_end(launcher, kind):
+    def start(timeout_s):
+        worker = launcher.serve("--shutdown-timeout", timeout_s)
+        return worker if kind == "serve" else launcher.route([], [worker], "--shutdown-timeout", timeout_s)
+
+    server = start(30)
+    lines, thread = stream_in_background(server.url, 1500)
+    server.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: http_json(server.url + "/health") == (503, {"status": "draining"}), what="draining")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(server.url + "/v1/completions", b"{}",
+                                                      {"Content-Type": "application/json"}), timeout=10)
+    assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) >= 1
+    assert json.loads(refused.value.read())["error"]["code"] == "draining"
+    thread.join(30)
+    assert lines[-1] == "data: [DONE]" and not any('"error"' in line for line in lines)
+    assert server.popen.wait(5) == 0
+
+    server = start(0.3)
+    lines, thread = stream_in_background(server.url, 4000)
+    begin = time.time()
+    server.popen.send_signal(signal.SIGTERM)
+    thread.join(10)
+    assert any("shut down before the answer was complete" in line for line in lines[-2:]), lines[-2:]
+    assert server.popen.wait(5) == 0 and time.time() - begin < 3
+
+    server = start(60)
+    lines, thread = stream_in_background(server.url, 4000)
+    begin = time.time()
+    server.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: http_json(server.url + "/health")[0] == 503, what="draining")
+    server.popen.send_signal(signal.SIGTERM)
+    thread.join(10)
+    assert server.popen.wait(5) == 0 and time.time() - begin < 5
+    assert any('"error"' in line for line in lines[-2:])
