@@ -298,7 +298,9 @@ TEST(Mutation, CounterNotReleased) {
   expect_found(with_agent<CounterNotReleased>(), "cancel=0.3", 50, {"at-rest", "deadline", "no-needless-failure"});
 }
 TEST(Mutation, StagingNotReleased) { expect_found(with_messenger<StagingNotReleased>(), "none", 20, {"at-rest"}); }
-TEST(Mutation, DeadlineRestartedPerHop) { expect_found(with_legs<DeadlinePerHop>(), "none", 400, {"deadline"}); }
+TEST(Mutation, DeadlineRestartedPerHop) {
+  expect_found(with_legs<DeadlinePerHop>(), "none", 100, {"deadline", "no-needless-wait"});
+}
 
 }  // namespace
 }  // namespace tandem::sim
