@@ -59,6 +59,14 @@ class MessengerWrapper : public comm::Messenger {
                         std::span<const std::byte> payload, uint64_t token) override {
     return inner_->send(connection, message, payload, token);
   }
+  int64_t max_payload_bytes() const override { return inner_->max_payload_bytes(); }
+  bool takes_pieces(comm::ConnectionId connection) const override { return inner_->takes_pieces(connection); }
+  comm::SendResult send_pieces(comm::ConnectionId connection, std::span<const std::byte> message,
+                               std::span<const comm::ByteSpan> pieces, uint64_t token) override {
+    return inner_->send_pieces(connection, message, pieces, token);
+  }
+  void revoke(comm::ConnectionId connection, uint64_t token) override { inner_->revoke(connection, token); }
+  bool wants_checksum(comm::ConnectionId connection) const override { return inner_->wants_checksum(connection); }
   void close(comm::ConnectionId connection) override { inner_->close(connection); }
   std::string transport_name(comm::ConnectionId connection) const override {
     return inner_->transport_name(connection);
@@ -78,6 +86,18 @@ class HandlerWrapper : public comm::MessageHandler {
   void on_message(comm::ConnectionId connection, std::span<const std::byte> message,
                   std::span<const std::byte> payload) override {
     inner_.on_message(connection, message, payload);
+  }
+  void on_borrowed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                           const comm::BorrowedPayload& payload) override {
+    inner_.on_borrowed_message(connection, message, payload);
+  }
+  bool find_place(comm::ConnectionId connection, std::span<const std::byte> message, int64_t payload_bytes,
+                  std::vector<comm::MutableByteSpan>& pieces) override {
+    return inner_.find_place(connection, message, payload_bytes, pieces);
+  }
+  void on_placed_message(comm::ConnectionId connection, std::span<const std::byte> message,
+                         int64_t payload_bytes) override {
+    inner_.on_placed_message(connection, message, payload_bytes);
   }
   void on_sent(comm::ConnectionId connection, uint64_t token) override { inner_.on_sent(connection, token); }
   void on_closed(comm::ConnectionId connection, const Error& why) override { inner_.on_closed(connection, why); }
