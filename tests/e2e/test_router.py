@@ -164,7 +164,7 @@ def test_the_client_may_name_a_known_prefill_worker(launcher):
         return worker.metric("vllm:prompt_tokens_by_source_total", source="local_compute")
 
     expected = ask(router.url)[1]["choices"][0]["text"]
-    wait_until(lambda: http_json(router.url + "/metrics")[1].count('router_worker_up{worker="') == 4, what="all workers")
+    wait_until(lambda: router.metric("tandem:router_worker_up") == 4, what="all workers")
     for chosen in (second, third, first, third):
         before = {worker: computed(worker) for worker in (first, second, third)}
         named = {"x-prefiller-host-port": chosen.url.removeprefix("http://")}
