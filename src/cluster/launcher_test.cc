@@ -80,8 +80,10 @@ class LauncherTest : public testing::Test {
     launcher = ::fork();
     if (launcher != 0) return;
     std::ofstream out(run_dir + "/out");
-    LauncherOptions options{TANDEM_FAKE_WORKER, run_dir, false,
-                            [&out](const std::string& text) { out << text << std::flush; }};
+    LauncherOptions options;
+    options.program = TANDEM_FAKE_WORKER;
+    options.run_dir = run_dir;
+    options.print = [&out](const std::string& text) { out << text << std::flush; };
     ::_exit(run_cluster(plan, options));
   }
 
