@@ -107,7 +107,7 @@ def test_different_models_on_the_two_sides(launcher, copy):
     router = launcher.route([prefill], [decode])
     status, answer = http_json(router.url + "/v1/completions", {"model": "demo", "prompt": [400] * 40, "max_tokens": 2})
     assert status >= 400 and "model" in answer["error"]["message"], answer
-    small = launcher.worker("kv_both", "--block-size", 32)
-    router = launcher.route([small], [decode])
+    rounded = launcher.worker("kv_both", "--kv-cache-dtype", "fp8")
+    router = launcher.route([rounded], [decode])
     status, answer = http_json(router.url + "/v1/completions", {"model": "demo", "prompt": [400] * 40, "max_tokens": 2})
-    assert status >= 400 and "16" in answer["error"]["message"] and "32" in answer["error"]["message"], answer
+    assert status >= 400 and "bf16" in answer["error"]["message"] and "f8" in answer["error"]["message"], answer
