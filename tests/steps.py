@@ -10,6 +10,7 @@ planning until its tokens are handed out, with all waits for other ranks. What i
 
 import argparse
 import json
+import os
 import selectors
 import socket
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "e2e"))
 from conftest import Launcher, free_port, http_json, wait_all_ready  # noqa: E402
 
+control_groups = []
 SETTLE = 20  # first and last steps of a turn that are left out
 
 
@@ -28,7 +30,7 @@ def write_model(folder, options):
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": options.hidden,
         "num_hidden_layers": options.layers, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
         "intermediate_size": options.hidden, "moe_intermediate_size": options.width, "num_experts": options.experts,
-        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "num_experts_per_tok": options.top_k, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 8192, "vocab_size": 2048,
         "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
         "bos_token_id": 2046, "eos_token_id": 2047}
@@ -52,7 +54,25 @@ def start_group(launcher, model, options, eplb):
     ranks = [launcher.serve(*shared, "--data-parallel-rank", rank, model=model, port=port + rank, wait=False)
              for rank in range(options.ranks)]
     wait_all_ready(ranks, 120)
+    for number, rank in enumerate(ranks):
+        if options.cores:
+            limit_cores(f"tandem-{os.getpid()}-{'eplb' if eplb else 'plain'}-{number}", rank.popen.pid, options.cores)
     return ranks
+
+
+def limit_cores(name, pid, cores):
+    """By a control group, of version 1 or 2, that ends with the machine's next start at the latest."""
+    is_v1 = os.path.isdir("/sys/fs/cgroup/cpu")
+    group = Path("/sys/fs/cgroup/cpu" if is_v1 else "/sys/fs/cgroup") / name
+    group.mkdir()
+    period_us = 5_000  # short beside a step
+    if is_v1:
+        (group / "cpu.cfs_period_us").write_text(str(period_us))
+        (group / "cpu.cfs_quota_us").write_text(str(int(cores * period_us)))
+    else:
+        (group / "cpu.max").write_text(f"{int(cores * period_us)} {period_us}")
+    (group / "cgroup.procs").write_text(str(pid))
+    control_groups.append(group)
 
 
 def generate(ranks, streams, tokens, seed):
@@ -125,8 +145,9 @@ def show(name, rounds, worst):
 def main():
     parser = argparse.ArgumentParser()
     for name, default in {"ranks": 4, "streams": 4, "steps": 700, "turns": 3, "worst": 5, "interval": 200, "layers": 4,
-                          "redundant": 8, "hidden": 1024, "width": 512, "experts": 64}.items():
+                          "redundant": 8, "hidden": 1024, "width": 512, "experts": 64, "top-k": 8}.items():
         parser.add_argument("--" + name, type=int, default=default)
+    parser.add_argument("--cores", type=float, help="hold each rank to this share of a core, as if it had a machine of its own")
     parser.add_argument("--policy", default="default")
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument("--logs", default=None)
@@ -139,18 +160,30 @@ def main():
         groups = {"with EPLB": start_group(launcher, model, options, True),
                   "without": start_group(launcher, model, options, False)}
         rounds = {name: [] for name in groups}
+        rates = {name: [] for name in groups}
         for turn in range(options.turns):
             for name, ranks in groups.items():
-                rounds[name] += take_turn(ranks, options, turn)
+                found = take_turn(ranks, options, turn)
+                rounds[name] += found
+                mean_s = statistics.mean(step["total_us"] for steps in found for step in steps) / 1e6
+                rates[name].append(len(ranks) * options.streams / mean_s)
         show("without EPLB", rounds["without"], options.worst)
         show("with EPLB", rounds["with EPLB"], 0)
         show("of these, moving", [steps for steps in rounds["with EPLB"] if moves(steps)], options.worst)
         show("of these, not moving", [steps for steps in rounds["with EPLB"] if not moves(steps)], options.worst)
+        for name, of_turns in rates.items():
+            print(f"{name}: tokens/s turn by turn: " + ", ".join(f"{rate:.0f}" for rate in of_turns))
+        print("with / without, turn by turn: " + ", ".join(
+            f"{one / other:.2f}" for one, other in zip(rates["with EPLB"], rates["without"])))
+        balance = groups["with EPLB"][0].metric("tandem:eplb_balancedness", placement="measured", layers="overall")
+        print(f"balancedness of the last window: {balance:.2f}")
         moved = sum(rank.metric("tandem:eplb_moved_experts_total") for rank in groups["with EPLB"])
         print(f"experts moved: {moved:.0f}, rebalances: "
               f"{groups['with EPLB'][0].metric('tandem:eplb_rebalances_total'):.0f}")
     finally:
         launcher.stop()
+        for group in control_groups:
+            group.rmdir()
 
 
 if __name__ == "__main__":

@@ -239,8 +239,16 @@ TEST(RestartPolicy, DoublesUpToFiveSecondsAndGivesUp) {
   std::vector<int64_t> delays;
   for (int i = 0; i < RestartPolicy::kMaxFailures; ++i) delays.push_back(policy.next_delay_ms(0).value());
   EXPECT_EQ(delays, (std::vector<int64_t>{200, 400, 800, 1600, 3200, 5000, 5000, 5000, 5000, 5000}));
-  EXPECT_EQ(policy.next_delay_ms(9'999), std::nullopt);
+  EXPECT_EQ(policy.next_delay_ms(0), std::nullopt);
   EXPECT_EQ(policy.next_delay_ms(10'000), 200);  // it was stable: all is forgiven
+}
+
+TEST(RestartPolicy, WhoBecomesReadyIsNeverGivenUp) {
+  RestartPolicy policy;
+  for (int i = 0; i < 5 * RestartPolicy::kMaxFailures; ++i) ASSERT_TRUE(policy.next_delay_ms(9'999).has_value());
+  EXPECT_EQ(policy.next_delay_ms(1), 5000);
+  for (int i = 0; i < RestartPolicy::kMaxFailures; ++i) ASSERT_TRUE(policy.next_delay_ms(0).has_value());
+  EXPECT_EQ(policy.next_delay_ms(0), std::nullopt);
 }
 
 }  // namespace

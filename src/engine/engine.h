@@ -127,6 +127,7 @@ class Engine final : public Worker {
   void fail(Sequence& sequence, Error error);
   void drop(RequestId id);
   transfer::TransferId open_transfer(Sequence& sequence, std::vector<BlockId> blocks, bool sending);
+  transfer::KvTransferParams publish(Sequence& sequence);
   void finish_transfer(const transfer::Done& done);
   void finish_receive(Sequence& sequence, const transfer::Done& done);
   void start_received(Sequence& sequence, int64_t num_computed);
