@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
+#include <cerrno>
 #include <optional>
 
 #include "src/base/log.h"
@@ -27,7 +28,8 @@ RankProcesses::RankProcesses(boost::asio::io_context& io, std::string program, s
 RankProcesses::~RankProcesses() {
   signal_all(SIGKILL);
   for (const Child& child : children_) {
-    if (child.pid != 0) ::waitpid(child.pid, nullptr, 0);
+    // Interrupted by the SIGCHLD of another child, it has not waited yet.
+    while (child.pid != 0 && ::waitpid(child.pid, nullptr, 0) < 0 && errno == EINTR) continue;
   }
 }
 

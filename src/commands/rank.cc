@@ -30,10 +30,6 @@ Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config,
   const int64_t num_experts = config.model.moe.num_experts;
   const int32_t size = config.group->shape.size();
   const int32_t rank = config.group->rank.value;
-  if (num_experts < size) {
-    return invalid_argument("data-parallel-size", "{} ranks cannot share {} experts; take at most {} ranks", size,
-                            num_experts, num_experts);
-  }
   const int64_t slots = size * config.limits.max_num_batched_tokens * config.model.moe.router.top_k;
   if (config.limits.max_num_batched_tokens > ep::kMaxRows || slots > ep::kMaxSlotNumber) {
     return invalid_argument("max-num-batched-tokens",
@@ -54,6 +50,12 @@ Result<std::unique_ptr<ep::Exchange>> make_exchange(const RankConfig& config,
   options.window_offset = group::StepAgreement::window_bytes(size);
   if (config.group->dual_batch.is_enabled) options.num_lanes = 2;
   return std::make_unique<ep::Exchange>(std::move(shard), options);
+}
+
+Status check_group_size(const group::GroupShape& shape, int64_t num_experts) {
+  if (num_experts >= shape.size()) return {};
+  return invalid_argument("data-parallel-size", "{} ranks cannot share {} experts; take at most {} ranks", shape.size(),
+                          num_experts, num_experts);
 }
 
 // Of --enable-eplb.
@@ -84,6 +86,7 @@ Result<std::optional<KvTransferConfig>> read_kv_transfer(const Options& options)
 
 Result<RankConfig> make_rank_config(const Options& options) {
   RankConfig config;
+  group::GroupShape shape;
   config.backend = choose_backend(options);
   config.threads = static_cast<int>(options.integer("threads"));
   config.limits.max_num_batched_tokens = options.integer("max-num-batched-tokens");
@@ -106,6 +109,8 @@ Result<RankConfig> make_rank_config(const Options& options) {
     TANDEM_ASSIGN(config.kv_transfer, read_kv_transfer(options));
     TANDEM_ASSIGN(RankOptions ranks, read_rank_options(options));
     config.group = std::move(ranks.group);
+    if (ranks.node) shape = ranks.node->shape;
+    if (config.group) shape = config.group->shape;
     // Ranks of one host are given one configuration: each has its own port for KV.
     if (config.group && config.kv_transfer && config.kv_transfer->port != 0) {
       config.kv_transfer->port += config.group->data_rank();
@@ -145,6 +150,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
     config.load.keep_routing = !config.expert_load_path.empty();
   }
   TANDEM_ASSIGN(config.model, model::load_config(config.load.path));
+  if (shape.size() > 1) TANDEM_TRY(check_group_size(shape, config.model.moe.num_experts));
   if (config.group && config.group->shape.tensor > 1 && config.kv_transfer && config.model.gqa.kv_heads > 0) {
     return make_error(ErrorKind::kUnsupported,
                       "--kv-transfer-config with --tensor-parallel-size {}: each rank has the KV of its own heads only, and "
@@ -275,6 +281,8 @@ std::vector<group::Fact> Rank::group_facts() const {
   return {{"program", kVersion},
           {"model", info().fingerprint},
           {"instruction set (--cpu-isa)", ops_->name()},
+          {"KV cache (--kv-cache-dtype, --block-size)", info().kv.describe()},
+          {"--max-model-len", std::to_string(info().max_model_len)},
           {"--all2all-backend", config_.group->backend},
           {"--dispatch-format", config_.group->dispatch_format},
           {"--enable-dbo", config_.group->dual_batch.is_enabled ? "true" : "false"},

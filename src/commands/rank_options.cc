@@ -38,6 +38,12 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   config.coordinator_host = options.text("data-parallel-address");
   config.coordinator_port = options.integer("data-parallel-rpc-port");
   if (config.coordinator_port == 0 && shape.data > 1) config.coordinator_port = kDefaultPort;
+  if (config.coordinator_port == 0 && tensor_rank > 0) {
+    return invalid_argument("data-parallel-rpc-port",
+                            "--tensor-parallel-rank {} needs --data-parallel-rpc-port, where tensor rank 0 is met; a server "
+                            "starts its tensor ranks itself",
+                            tensor_rank);
+  }
   config.hosts_coordinator = config.rank.value == 0 && options.text("data-parallel-coordinator") == "auto";
   config.backend = options.text("all2all-backend");
   config.dispatch_format = options.text("dispatch-format");
@@ -53,6 +59,13 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   return out;
 }
 
+// A flag that is on, or a number that is not 0.
+bool says_something(const Options& options, const char* name) {
+  const std::string_view text(name);
+  const bool is_flag = text == "headless" || text == "data-parallel-hybrid-lb";
+  return is_flag ? options.flag(name) : options.integer(name) != 0;
+}
+
 Result<RankOptions> read_node(const Options& options, const group::GroupShape& shape) {
   NodeConfig config;
   config.shape = shape;
@@ -63,7 +76,11 @@ Result<RankOptions> read_node(const Options& options, const group::GroupShape& s
     return invalid_argument("data-parallel-start-rank",
                             "--data-parallel-start-rank {} and --data-parallel-size-local {} are ranks {} … {}, but "
                             "--data-parallel-size {} has 0 … {}",
-                            first, num_ranks, first, first + num_ranks - 1, shape.data, shape.data - 1);
+                            first, local, first, first + std::max<int64_t>(1, num_ranks) - 1, shape.data, shape.data - 1);
+  }
+  if (options.text("data-parallel-coordinator") != "auto") {
+    return invalid_argument("data-parallel-coordinator",
+                            "--data-parallel-coordinator elsewhere is for one rank, with --data-parallel-rank; leave it out");
   }
   config.first_rank = static_cast<int32_t>(first);
   config.num_ranks = static_cast<int32_t>(num_ranks);
@@ -119,6 +136,15 @@ Result<RankOptions> read_rank_options(const Options& options) {
                                           "--data-parallel-size is 1");
   }
   if (shape.size() == 1) {
+    for (const char* const name : {"headless", "data-parallel-size-local", "data-parallel-start-rank",
+                                   "tensor-parallel-rank", "data-parallel-hybrid-lb"}) {
+      const bool is_given = options.is_set(name);
+      const bool is_one = std::string_view(name) == "data-parallel-size-local" && options.integer(name) <= 1;
+      if (!is_given || is_one || !says_something(options, name)) continue;
+      return invalid_argument(name, "--{} is for several ranks; give --data-parallel-size or --tensor-parallel-size, or "
+                                    "leave it out",
+                              name);
+    }
     if (!options.flag("enable-eplb")) return RankOptions{};
     return invalid_argument("enable-eplb", "--enable-eplb moves experts between ranks, but there is one rank only");
   }

@@ -236,7 +236,9 @@ void Engine::enter_group() {
 // What ran in an epoch that is over has ended with it; what came later waits a while for the next one.
 void Engine::wait_for_group() {
   const Status group = lockstep_->status();
-  const Error why = group.ok() ? make_error(ErrorKind::kUnavailable, "the rank group forms again; retry") : group.error();
+  // Whatever keeps the group from standing, it is not the client's fault.
+  const Error why = make_error(ErrorKind::kUnavailable, "{}",
+                               group.ok() ? "the rank group forms again; retry" : group.error().message);
   if (std::exchange(has_group_, false)) return fail_all(why);
   const int64_t oldest_us = clock_.now_us() - kGroupGraceUs;
   std::vector<RequestId> late;

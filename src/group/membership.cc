@@ -113,6 +113,7 @@ class RankMembership final : public Membership {
   int64_t next_beat_us_ = 0;
   std::optional<FormMessage> forming_;
   std::optional<EpochParts> parts_;  // of the epoch being formed
+  std::string logged_refusal_;       // the last one
 
   mutable std::mutex mutex_;
   std::optional<EpochParts> current_;  // of the epoch that stands, or stood and is still held by the engine thread
@@ -308,6 +309,11 @@ Status RankMembership::handle(const Message& message) {
     stream_.reset();
     link_ = Link::kNone;
     back_off();
+    // It tries again and again; a node without a front end has only this log.
+    if (refused->why != logged_refusal_) {
+      log_warning("group", "{} refuses rank {}: {}", coordinator_name(), options_.rank, refused->why);
+      logged_refusal_ = refused->why;
+    }
     end_epoch({refused->lasting ? ErrorKind::kInvalidArgument : ErrorKind::kUnavailable,
                fmt::format("{} refuses this rank: {}", coordinator_name(), refused->why), "", ""});
     return {};

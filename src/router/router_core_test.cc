@@ -279,6 +279,32 @@ TEST_F(RouterCoreTest, BlamesThePairWhenBlocksDoNotArriveThoughBothAnswer) {
   expect_rest();
 }
 
+// Other models, or other types of KV: told as 501 by one of the two.
+TEST_F(RouterCoreTest, TriesOthersWhenTwoWorkersDoNotFitTogether) {
+  start(2, 1, {.repeats = {2, 0}});
+  const std::shared_ptr<Answer> answer = submit();
+  core->leg_reserved(leg(0).id, "{}", now);
+  const WorkerId prefill = leg(1).worker;
+  fail(leg(1).id, ErrorKind::kUnsupported);
+  advance(3 * kSecond);  // decode is taken again once it was left out for a moment
+  ASSERT_GE(port.opened.size(), 3u);
+  core->leg_reserved(leg(2).id, "{}", now);
+  EXPECT_NE(leg(3).worker, prefill);
+  token(leg(2).id, 1, true);
+  EXPECT_TRUE(answer->finished);
+}
+
+TEST_F(RouterCoreTest, SaysThatWorkersDoNotFitTogether) {
+  start(1, 1, {.repeats = {0, 0}});
+  const std::shared_ptr<Answer> answer = submit();
+  core->leg_reserved(leg(0).id, "{}", now);
+  fail(leg(1).id, ErrorKind::kUnsupported);
+  ASSERT_TRUE(answer->error.has_value());
+  EXPECT_EQ(answer->error->kind, ErrorKind::kUnavailable);
+  EXPECT_NE(answer->error->message.find("do not fit together"), std::string::npos);
+  expect_rest();
+}
+
 TEST_F(RouterCoreTest, LeavesOutAWorkerThatKeepsFailingWhileThereAreOthers) {
   start(0, 2,
         {.registry = {PolicyKind::kRoundRobin, PolicyKind::kRoundRobin, {.failures_to_open = 2}}, .repeats = {0, 0}});

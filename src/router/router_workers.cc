@@ -201,12 +201,17 @@ void RouterCore::record_failure(const Leg& leg, Routed& routed, const LegFault& 
   if (fault.reached || fault.error.kind != ErrorKind::kDeadlineExceeded) {
     record_health(leg.worker, fault.reached, now_us);
   }
-  if (!is_worker_fault(fault.error.kind)) return;
-  const bool is_between = fault.reached && fault.error.kind != ErrorKind::kInternal && routed.legs.is_handing_over();
+  const bool misfits = is_misfit(fault.error.kind, routed.legs.attempt().mode);
+  if (!is_worker_fault(fault.error.kind) && !misfits) return;
+  const bool is_between = misfits || (fault.reached && fault.error.kind != ErrorKind::kInternal && routed.legs.is_handing_over());
   if (is_between) {
     const Attempt& attempt = routed.legs.attempt();
     metrics_->pair_failures.add();
     registry_.record_pair(*attempt.prefill, attempt.decode, false, now_us);
+    if (misfits) {
+      log_error("router", "prefill worker {} and decode worker {} do not fit together: {}",
+                registry_.worker(*attempt.prefill).url, registry_.worker(attempt.decode).url, fault.error.message);
+    }
     routed.failed.emplace_back(*attempt.prefill, now_us);
     routed.failed.emplace_back(attempt.decode, now_us);
     return;

@@ -41,6 +41,8 @@ bool is_worker_fault(ErrorKind kind) {
   return false;
 }
 
+bool is_misfit(ErrorKind kind, LegMode mode) { return kind == ErrorKind::kUnsupported && mode != LegMode::kPlain; }
+
 LegActions TwoLegs::start() {
   CHECK_EQ(attempts_, 0);
   return {PickWorkers{}};
@@ -148,6 +150,9 @@ bool TwoLegs::is_handing_over() const {
 
 LegActions TwoLegs::fail(Role role, LegFault fault) {
   Error& error = fault.error;
+  if (is_misfit(error.kind, attempt_.mode)) {
+    error = make_error(ErrorKind::kUnavailable, "two workers do not fit together: {}", error.message);
+  }
   if (error.kind == ErrorKind::kDeadlineExceeded) {
     error.message = fmt::format("the request's deadline passed while {}", stage(role));
   }

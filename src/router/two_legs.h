@@ -123,6 +123,8 @@ class TwoLegs {
   std::optional<Error> last_error_;
 };
 
+// Of a leg in a hand-over also: the two workers may not fit together (models, KV layouts), and others may.
+bool is_misfit(ErrorKind kind, LegMode mode);
 // May another worker do better? True for faults of a worker or of the way to it.
 bool is_worker_fault(ErrorKind kind);
 

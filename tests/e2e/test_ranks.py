@@ -305,8 +305,26 @@ def test_a_rank_with_another_setting_is_refused(launcher):
         rank.stop()
 
 
+@pytest.mark.parametrize("options", [("--kv-cache-dtype", "fp8"), ("--max-model-len", 64), ("--block-size", 32)])
+def test_ranks_that_would_answer_differently_are_refused(launcher, options):
+    meeting = free_port()
+    ranks = [external_rank(launcher, 2, 0, meeting), external_rank(launcher, 2, 1, meeting, *options)]
+
+    def is_told():
+        return any(options[0] in rank.read_log() and "refuses rank" in rank.read_log() for rank in ranks)
+    wait_until(is_told, what="the refusal")
+    # Not the client's fault, whichever of the two it is.
+    body = {"model": "demo", "prompt": [5, 6], "max_tokens": 2}
+    assert all(http_json(rank.url + "/v1/completions", body)[0] == 503 for rank in ranks)
+    for rank in ranks:
+        rank.stop()
+
+
 @pytest.mark.parametrize("options, words", [
     (["--data-parallel-size", 4], "--enable-expert-parallel"),
+    (["--headless"], "--headless is for several ranks"),
+    (["--tensor-parallel-rank", 1], "--tensor-parallel-rank is for several ranks"),
+    (["--data-parallel-size", 400, "--enable-expert-parallel"], "400 ranks cannot share 16 experts"),
     (["--data-parallel-size", 17, "--enable-expert-parallel"], "16 experts"),
     (["--data-parallel-size", 2, "--enable-expert-parallel", "--headless"], "--data-parallel-start-rank"),
     (["--data-parallel-size", 2, "--enable-expert-parallel", "--data-parallel-rank", 2], "0 … 1"),
