@@ -159,15 +159,13 @@ void AgentCore::commit_send(TransferId id, const FirstToken& first_token) {
 void AgentCore::renew_lease(const KvTransferParams& remote) {
   const std::optional<Handle> handle = parse_handle(remote.remote_request_id);
   if (!handle.has_value()) return;
-  const Result<Link*> link = open_link(remote);
-  if (link.ok()) tell(**link, Heartbeat{*handle, Side::kSender});
+  tell_once(remote, Heartbeat{*handle, Side::kSender});
 }
 
 void AgentCore::decline(const KvTransferParams& remote) {
   const std::optional<Handle> handle = parse_handle(remote.remote_request_id);
   if (!handle.has_value()) return;
-  const Result<Link*> link = open_link(remote);
-  if (link.ok()) tell(**link, Abort{*handle, Side::kSender, "the decode side does not need it"});
+  tell_once(remote, Abort{*handle, Side::kSender, "the decode side does not need it"});
 }
 
 void AgentCore::abort(TransferId id) {
@@ -198,7 +196,7 @@ void AgentCore::perform(Transfer& transfer, Actions&& actions, const Payload& pa
   for (Action& action : actions) {
     if (Tell* tell_action = std::get_if<Tell>(&action)) {
       const auto link = links_.find(transfer.link);
-      if (link != links_.end()) tell(link->second, std::move(tell_action->message));
+      if (link != links_.end()) tell(link->second, std::move(tell_action->message), transfer.wanted_engine);
     } else if (const Write* write = std::get_if<Write>(&action)) {
       if (!payload.is_written()) write_payload(transfer, *write, std::span(&payload.bytes, 1));
     } else {
@@ -449,6 +447,8 @@ void AgentCore::run_timers() {
     if (link.deadline_us != 0 && now_us >= link.deadline_us) {
       ended.emplace_back(id, make_error(ErrorKind::kUnavailable, "{} did not answer within {} ms", link.peer,
                                         options_.connect_timeout_us / 1000));
+    } else if (link.displaced && !link.refused && link.transfers.empty()) {
+      ended.emplace_back(id, make_error(ErrorKind::kUnavailable, "{} is served by another link", link.peer));
     } else if (link.opened_here && link.transfers.empty() && now_us - link.last_used_us >= kIdleLinkUs) {
       ended.emplace_back(id, make_error(ErrorKind::kUnavailable, "{} was not needed any more", link.peer));
     }
@@ -464,7 +464,9 @@ int64_t AgentCore::next_timer_us() const {
   }
   for (const auto& [id, link] : links_) {
     if (link.deadline_us != 0) next_us = std::min(next_us, link.deadline_us);
-    if (link.opened_here && link.transfers.empty()) next_us = std::min(next_us, link.last_used_us + kIdleLinkUs);
+    if (link.opened_here && link.transfers.empty()) {
+      next_us = std::min(next_us, link.displaced && !link.refused ? clock_.now_us() : link.last_used_us + kIdleLinkUs);
+    }
   }
   return next_us;
 }

@@ -90,11 +90,16 @@ class AgentCore final : public comm::MessageHandler {
   void on_closed(comm::ConnectionId connection, const Error& why) override;
 
  private:
+  struct WaitingMessage {
+    Message message;
+    std::string wanted_engine;  // it is for nobody else; empty: for whoever answers
+  };
   // A connection and what is known of who is at its other end.
   struct Link {
     comm::ConnectionId id;
-    std::string address;  // "host:port" while new transfers to there use this link
+    std::string address;  // "host:port" that we connected to; empty if the peer connected to us
     bool opened_here = false;
+    bool displaced = false;  // another link serves its address: closes when its last transfer has ended
     std::string peer = "the peer";  // for messages: engine id and address
     std::optional<Hello> hello;     // set once the peer is known and compatible
     std::shared_ptr<const BlockMap> map;  // from its blocks to ours; set with hello
@@ -102,7 +107,7 @@ class AgentCore final : public comm::MessageHandler {
     int64_t deadline_us = 0;        // for the hello, or for the end of a refusal
     int64_t last_used_us = 0;
     int64_t last_heard_us = 0;
-    std::vector<Message> waiting;  // for the hello
+    std::vector<WaitingMessage> waiting;  // for the hello
     std::set<TransferId> transfers;
   };
   // A transfer of this process; exactly one of the two machines exists.
@@ -159,10 +164,13 @@ class AgentCore final : public comm::MessageHandler {
   std::unique_ptr<std::byte[]> take_buffer();
 
   Result<Link*> open_link(const KvTransferParams& remote);
+  void tell_once(const KvTransferParams& remote, Message&& message);
+  void settle_candidate(Link& link);
   void attach(Transfer& transfer, Link& link);
   void meet_sender(Transfer& transfer, const Link& link);
   static std::string count_as(const Link& link);
-  void tell(Link& link, Message&& message);
+  static bool is_another(const Link& link, const std::string& wanted_engine);
+  void tell(Link& link, Message&& message, const std::string& wanted_engine = "");
   void tell_now(comm::ConnectionId connection, const Message& message);
   void on_hello(Link& link, const Hello& hello);
   void refuse_link(Link& link, const Error& why);
@@ -188,6 +196,8 @@ class AgentCore final : public comm::MessageHandler {
   std::deque<HandleKey> retired_order_;
   std::unordered_map<comm::ConnectionId, Link> links_;
   std::unordered_map<std::string, comm::ConnectionId> link_by_address_;
+  // Second links, which shall tell whether the peer of the first one has restarted. None of them has a hello yet.
+  std::unordered_map<std::string, comm::ConnectionId> candidate_by_address_;
   std::deque<TransferId> senders_;  // with something to send, in turn
   std::set<TransferId> sender_queued_;
   std::unordered_map<uint64_t, StagedData> staged_;  // by token: being sent

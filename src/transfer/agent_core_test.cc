@@ -356,6 +356,80 @@ TEST_F(AgentCoreTest, ARestartedPeerIsNamedAndUsableAtOnce) {
   EXPECT_THAT(text_of(decode, again), HasSubstr("prefill:3"));
 }
 
+// What a client writes into remote_engine_id fails its own request only: the link of the others stays, and is one.
+TEST_F(AgentCoreTest, AForgedEngineIdCostsNobodyALink) {
+  TransferId receiving;
+  const TransferId sending = begin(reserve(5, 0, &receiving), 5);  // runs all the time over prefill's link to decode
+  settle();
+  for (int i = 0; i < 30; ++i) {
+    KvTransferParams forged = decode.address(make_handle(1).to_string());
+    forged.remote_engine_id = fmt::format("e{}", i);
+    std::vector<TransferId> wrong;
+    for (int j = 0; j < 2; ++j) {
+      forged.remote_request_id = make_handle(1).to_string();
+      wrong.push_back(prefill.open(false, {}));
+      prefill.core.begin_send(wrong.back(), forged, {5, {}, 5 * kBlockSize}, 0);
+      prefill.core.decline(forged);
+      prefill.core.renew_lease(forged);
+    }
+    ASSERT_LE(prefill.core.num_links(), 2);
+    // An honest one in the same moment does not wait for the second link.
+    const std::vector<BlockId> blocks = prefill.take(1);
+    const std::vector<BlockId> target = decode.take(1);
+    const TransferId to = decode.open(true, target, prefill.seeds_of(blocks));
+    const Handle handle = make_handle(2);
+    decode.core.expect(to, handle, {0, target, kBlockSize}, 0);
+    const TransferId from = prefill.open(false, blocks);
+    prefill.core.begin_send(from, decode.address(handle.to_string()), {0, blocks, kBlockSize}, 0);
+    for (int64_t layer = 0; layer < 3; ++layer) prefill.core.send_blocks(from, layer, 0, 1);
+    prefill.core.commit_send(from, FirstToken{});
+    settle();
+    ASSERT_TRUE(prefill.ended.at(from).status.ok());
+    for (const TransferId id : wrong) {
+      ASSERT_EQ(kind_of(prefill, id), ErrorKind::kUnavailable);
+      ASSERT_THAT(text_of(prefill, id), HasSubstr("decode:2 answers instead of e"));
+    }
+    ASSERT_LE(prefill.core.next_timer_us(), clock.now_us());
+    advance(0);
+    ASSERT_EQ(prefill.core.num_links(), 1);
+    ASSERT_EQ(decode.core.num_links(), 1);
+  }
+  send_all(sending, 5);
+  settle();
+  EXPECT_TRUE(decode.ended.at(receiving).status.ok());
+  EXPECT_GT(prefill.core.next_timer_us(), clock.now_us());
+}
+
+// The address has moved to another process, but the old one still works: its link lasts as long as its transfers.
+TEST_F(AgentCoreTest, ADisplacedLinkClosesWithItsLastTransfer) {
+  TransferId receiving;
+  const TransferId sending = begin(reserve(5, 0, &receiving), 5);
+  settle();
+  TestEngine successor(network, clock, 9, "decode", 4);
+  network.redirect(kDecodePort, 9);
+  const std::vector<BlockId> target = successor.take(5);
+  const TransferId to = successor.open(true, target, prefill.seeds_of(prefill_blocks));
+  const Handle handle = make_handle(2);
+  successor.core.expect(to, handle, {0, target, 5 * kBlockSize}, 0);
+  KvTransferParams remote = decode.address(handle.to_string());
+  remote.remote_engine_id = successor.engine_id;
+  const TransferId from = prefill.open(false, {});
+  prefill.core.begin_send(from, remote, {0, prefill_blocks, 5 * kBlockSize}, 0);
+  send_all(from, 5);
+  settle();
+  EXPECT_TRUE(prefill.ended.at(from).status.ok());
+  advance(0);
+  EXPECT_EQ(prefill.core.num_links(), 2);
+  EXPECT_GT(prefill.core.next_timer_us(), clock.now_us());
+  send_all(sending, 5);
+  settle();
+  EXPECT_TRUE(prefill.ended.at(sending).status.ok());
+  advance(0);
+  EXPECT_EQ(prefill.core.num_links(), 1);
+  EXPECT_EQ(decode.core.num_links(), 0);
+  EXPECT_EQ(successor.core.num_links(), 1);
+}
+
 TEST_F(AgentCoreTest, LossOfThePeerEndsItsTransfers) {
   TransferId receiving;
   const TransferId sending = begin(reserve(5, 0, &receiving), 5);

@@ -45,19 +45,39 @@ std::optional<std::pair<Side, Handle>> find_target(const Message& message) {
 
 // --- links ---
 
-// A link to the peer that `remote` names. One to another incarnation at the same address is not used: the peer has
-// restarted, or `remote` is from before a restart; a new link will tell which.
+// Whether somebody else is at the other end than who is wanted; false as long as nobody has said hello.
+bool AgentCore::is_another(const Link& link, const std::string& wanted_engine) {
+  return link.hello.has_value() && !wanted_engine.empty() && link.hello->engine_id != wanted_engine;
+}
+
+// A link to the peer that `remote` names. If another incarnation is at the other end of the one we have, the peer has
+// restarted, or `remote` is from before a restart or made up. A second link, one at a time, will tell which; until its
+// hello the first one serves all others, so that what a client writes there never costs a peer its link.
 Result<AgentCore::Link*> AgentCore::open_link(const KvTransferParams& remote) {
   const std::string address = fmt::format("{}:{}", remote.remote_host, remote.remote_port);
-  const auto known = link_by_address_.find(address);
-  if (known != link_by_address_.end()) {
+  bool is_candidate = false;
+  if (const auto known = link_by_address_.find(address); known != link_by_address_.end()) {
     Link& link = links_.at(known->second);
-    const bool other =
-        link.hello.has_value() && !remote.remote_engine_id.empty() && link.hello->engine_id != remote.remote_engine_id;
-    if (!other && !link.refused) return &link;
-    link_by_address_.erase(known);
-    link.address.clear();
-    if (link.transfers.empty()) drop_link(link.id, make_error(ErrorKind::kUnavailable, "replaced by a new link"));
+    if (link.refused) {
+      link.displaced = true;
+      link_by_address_.erase(known);
+    } else if (is_another(link, remote.remote_engine_id)) {
+      is_candidate = true;
+    } else {
+      return &link;
+    }
+  }
+  if (const auto asked = candidate_by_address_.find(address); asked != candidate_by_address_.end()) {
+    Link& candidate = links_.at(asked->second);
+    if (!candidate.refused) {
+      if (!is_candidate) {
+        link_by_address_.emplace(address, candidate.id);
+        candidate_by_address_.erase(asked);
+      }
+      return &candidate;
+    }
+    candidate.displaced = true;
+    candidate_by_address_.erase(asked);
   }
   TANDEM_ASSIGN(const comm::ConnectionId id, messenger_->connect(remote.remote_host, remote.remote_port));
   const int64_t now_us = clock_.now_us();
@@ -69,9 +89,34 @@ Result<AgentCore::Link*> AgentCore::open_link(const KvTransferParams& remote) {
   link.deadline_us = now_us + options_.connect_timeout_us;
   link.last_used_us = now_us;
   link.last_heard_us = now_us;
-  link_by_address_.emplace(address, id);
+  (is_candidate ? candidate_by_address_ : link_by_address_).emplace(address, id);
   tell_now(id, hello_);
   return &link;
+}
+
+// For what is no part of a transfer and needs no answer. Dropped if somebody else than it is meant for is there.
+void AgentCore::tell_once(const KvTransferParams& remote, Message&& message) {
+  const auto known = link_by_address_.find(fmt::format("{}:{}", remote.remote_host, remote.remote_port));
+  if (known != link_by_address_.end() && is_another(links_.at(known->second), remote.remote_engine_id)) return;
+  const Result<Link*> link = open_link(remote);
+  if (link.ok()) tell(**link, std::move(message), remote.remote_engine_id);
+}
+
+// The second link to an address has said hello. If the same process is there as at the end of the first, that one stays.
+void AgentCore::settle_candidate(Link& link) {
+  const auto asked = candidate_by_address_.find(link.address);
+  if (asked == candidate_by_address_.end() || asked->second != link.id) return;
+  candidate_by_address_.erase(asked);
+  const auto first = link_by_address_.find(link.address);
+  if (first != link_by_address_.end()) {
+    Link& other = links_.at(first->second);
+    if (!other.refused && !is_another(other, link.hello->engine_id)) {
+      link.displaced = true;
+      return;
+    }
+    other.displaced = true;
+  }
+  link_by_address_[link.address] = link.id;
 }
 
 void AgentCore::attach(Transfer& transfer, Link& link) {
@@ -100,9 +145,10 @@ void AgentCore::tell_now(comm::ConnectionId connection, const Message& message) 
   (void)messenger_->send(connection, encode(message));
 }
 
-void AgentCore::tell(Link& link, Message&& message) {
+// `wanted_engine` matters before the hello only: afterwards a link is not given to who wants another engine.
+void AgentCore::tell(Link& link, Message&& message, const std::string& wanted_engine) {
   if (link.hello.has_value()) return tell_now(link.id, message);
-  if (std::ssize(link.waiting) < kMaxMessagesBeforeHello) link.waiting.push_back(std::move(message));
+  if (std::ssize(link.waiting) < kMaxMessagesBeforeHello) link.waiting.push_back({std::move(message), wanted_engine});
 }
 
 void AgentCore::on_accept(comm::ConnectionId connection) {
@@ -118,7 +164,10 @@ void AgentCore::on_closed(comm::ConnectionId connection, const Error& why) {
   if (found == links_.end()) return;
   Link link = std::move(found->second);
   links_.erase(found);
-  if (!link.address.empty()) link_by_address_.erase(link.address);
+  for (auto* links : {&link_by_address_, &candidate_by_address_}) {
+    const auto entry = links->find(link.address);
+    if (entry != links->end() && entry->second == connection) links->erase(entry);
+  }
   fail_transfers(link, make_error(why.kind, "{}: {}", link.peer, why.message));
 }
 
@@ -158,15 +207,16 @@ void AgentCore::on_hello(Link& link, const Hello& hello) {
   log_info(kTag, "linked with {} ({}) over {}{}", link.peer, kv_role_name(hello.role),
            messenger_->transport_name(link.id),
            theirs == ours ? "" : fmt::format("; its blocks have {} tokens, ours {}", theirs, ours));
+  settle_candidate(link);
+  std::erase_if(link.waiting, [&](const WaitingMessage& entry) { return is_another(link, entry.wanted_engine); });
   for (TransferId id : std::set<TransferId>(link.transfers)) {
     Transfer& transfer = *find(id);
     transfer.peer = count_as(link);
-    if (!transfer.wanted_engine.empty() && transfer.wanted_engine != hello.engine_id) {
+    if (is_another(link, transfer.wanted_engine)) {
       Actions actions;
-      const Error restarted = make_error(ErrorKind::kUnavailable, "{} answers instead of {}: it has restarted",
-                                         hello.engine_id, transfer.wanted_engine);
-      std::erase_if(link.waiting,
-                    [&](const Message& message) { return find_target(message)->second == transfer.handle(); });
+      const Error restarted =
+          make_error(ErrorKind::kUnavailable, "{} answers instead of {}: it has restarted, or the id is wrong",
+                     hello.engine_id, transfer.wanted_engine);
       if (transfer.sender) {
         transfer.sender->lose_peer(restarted, actions);
       } else {
@@ -179,7 +229,7 @@ void AgentCore::on_hello(Link& link, const Hello& hello) {
       meet_sender(transfer, link);
     }
   }
-  for (const Message& message : std::exchange(link.waiting, {})) tell_now(link.id, message);
+  for (const WaitingMessage& entry : std::exchange(link.waiting, {})) tell_now(link.id, entry.message);
 }
 
 // Says why, and closes a little later so that the words arrive.

@@ -31,6 +31,8 @@ class FakeNetwork {
   std::unique_ptr<Node> add_node(int64_t port, comm::MessageHandler& handler);
   // One thing happens; false if nothing can.
   bool step();
+  // From now on who connects to `port` comes to the node of `target`; connections that stand stay where they are.
+  void redirect(int64_t port, int64_t target) { redirected_[port] = target; }
   // Both sides of a random connection will hear that it is lost.
   void cut_one();
   int64_t num_connections() const { return std::ssize(ends_); }
@@ -60,6 +62,7 @@ class FakeNetwork {
   std::mt19937_64& random_;
   NetworkFaults faults_;
   std::map<int64_t, comm::MessageHandler*> listeners_;
+  std::map<int64_t, int64_t> redirected_;
   std::map<comm::ConnectionId, End> ends_;
   uint64_t next_id_ = 1;
 };
@@ -102,6 +105,8 @@ inline FakeNetwork::Node::~Node() {
 }
 
 inline Result<comm::ConnectionId> FakeNetwork::Node::connect(const std::string&, int64_t port) {
+  const auto redirected = network_.redirected_.find(port);
+  if (redirected != network_.redirected_.end()) port = redirected->second;
   const comm::ConnectionId mine(network_.next_id_++);
   const comm::ConnectionId theirs(network_.next_id_++);
   End& end = network_.ends_[mine];
