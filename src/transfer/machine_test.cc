@@ -342,6 +342,11 @@ TEST(ReceiveMachine, AbortLossAndFaultInEachState) {
     EXPECT_THAT(told.seen.finished[0].status.error().message, HasSubstr("client left"));
     EXPECT_NE(told.seen.last_told<AbortAck>(), nullptr);
 
+    Receiver repeated = make_receiver(state, pull);  // the handle was aborted here and presented again
+    repeated.get(AbortAck{repeated.handle, Side::kReceiver});
+    EXPECT_EQ(repeated.machine.state(), state);
+    EXPECT_TRUE(repeated.seen.told.empty());
+
     Receiver refused = make_receiver(state, pull);
     refused.get(Fault{refused.handle, Side::kReceiver, FaultCode::kConsumed, "used"});
     EXPECT_TRUE(refused.seen.ended_with(ErrorKind::kInvalidArgument));
@@ -623,6 +628,11 @@ TEST(SendMachine, AbortLossAndFaultInEachState) {
     told.get(Abort{told.handle, Side::kSender, "client left"});
     EXPECT_TRUE(told.seen.ended_with(ErrorKind::kAborted));
     EXPECT_NE(told.seen.last_told<AbortAck>(), nullptr);
+
+    Sender repeated = make_sender(state);
+    repeated.get(AbortAck{repeated.handle, Side::kSender});
+    EXPECT_EQ(repeated.machine.state(), state);
+    EXPECT_TRUE(repeated.seen.told.empty());
 
     Sender refused = make_sender(state);
     refused.get(Fault{refused.handle, Side::kSender, FaultCode::kExpired, "late"});

@@ -47,6 +47,8 @@ void ReceiveMachine::receive(const Message& message, int64_t payload_bytes, bool
                              abort->text),
                   out);
   }
+  // Of an earlier transfer of the same handle, which was aborted here: nothing that this one waits for.
+  if (std::get_if<AbortAck>(&message) != nullptr) return;
   if (const Fault* fault = std::get_if<Fault>(&message)) return finish(to_error(*fault, "the prefill side"), out);
   refuse(FaultCode::kProtocol, ErrorKind::kInternal,
          fmt::format("a receiver got the message '{}'", message_name(message)), out);

@@ -71,6 +71,8 @@ void SendMachine::receive(const Message& message, int64_t now_us, Actions& out) 
                              abort->text),
                   out);
   }
+  // Of an earlier transfer of the same handle, which was aborted here: nothing that this one waits for.
+  if (std::get_if<AbortAck>(&message) != nullptr) return;
   if (const Fault* fault = std::get_if<Fault>(&message)) return finish(to_error(*fault, "the decode side"), out);
   refuse(FaultCode::kProtocol, ErrorKind::kInternal,
          fmt::format("a sender got the message '{}'", message_name(message)), out);
