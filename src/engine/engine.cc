@@ -329,7 +329,7 @@ void Engine::accept(Submit submit) {
   if (!role.ok()) return refuse(role.error());
 
   if (Status room = check_room(*role, std::ssize(submit.request.prompt)); !room.ok()) {
-    if (*role == TransferRole::kPullReceive) agent_->decline(*submit.request.kv_transfer);  // nobody else comes for it
+    if (*role == TransferRole::kPullReceive) decline(submit.request);
     return refuse(room.error());
   }
   std::unique_ptr<Sequence> sequence =
@@ -451,8 +451,9 @@ void Engine::drop(RequestId id) {
   if (sequence == nullptr) return;
   if (sequence->transfer) {
     agent_->abort(*sequence->transfer);
-  } else if (sequence->role == TransferRole::kPullReceive) {
-    agent_->decline(*sequence->request.kv_transfer);
+  } else if (sequence->role == TransferRole::kPullReceive && sequence->state == SequenceState::kWaiting) {
+    // One that has asked and was refused has no right to what was published: the rightful one may still come.
+    decline(sequence->request);
   }
   scheduler_.remove(id);
 }

@@ -110,6 +110,7 @@ class Engine final : public Worker {
   void collect_transfers();
   void expire_deadlines();
   void renew_leases();
+  void decline(const TokenRequest& request);
   void begin_transfers(const StepPlan& plan);
   Result<int64_t> compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);

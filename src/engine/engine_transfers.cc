@@ -11,12 +11,20 @@ namespace {
 constexpr const char* kTag = "engine";
 
 // Names the prompt of a transfer: KV must never be filed under other tokens than those it was computed from.
-Hash256 prompt_hash(const Sequence& sequence) {
-  const std::span<const TokenId> prompt(sequence.tokens.data(), static_cast<size_t>(sequence.prompt_length));
+Hash256 hash_prompt(std::span<const TokenId> prompt) {
   return Sha256().add("prompt:").add(std::as_bytes(prompt)).finish();
 }
 
+Hash256 prompt_hash(const Sequence& sequence) {
+  return hash_prompt({sequence.tokens.data(), static_cast<size_t>(sequence.prompt_length)});
+}
+
 }  // namespace
+
+// What prefill published for a request that will not fetch it: nobody else comes for it.
+void Engine::decline(const TokenRequest& request) {
+  agent_->decline(*request.kv_transfer, hash_prompt(request.prompt));
+}
 
 std::vector<BlockId> Engine::prompt_blocks(const Sequence& sequence, int64_t first_block) const {
   const int64_t count = scheduler_.blocks_for(sequence.prompt_length);

@@ -411,6 +411,45 @@ TEST_P(Exactness, PulledByDecodeFromPrefill) {
   expect_same(pull_all(prefill, decode, requests_), "pull");
 }
 
+// Who has the handle but asks for something else is refused, and the rightful request still gets what was published.
+TEST_P(Exactness, ARefusedPullLeavesThePublication) {
+  RankSetup setup;
+  setup.kv_role = KvRole::kBoth;
+  Rank prefill(GetParam(), setup);
+  Rank decode(GetParam(), setup);
+  Rank stranger(GetParam(), setup);
+  TokenRequest to_prefill = requests_[1];
+  to_prefill.kv_transfer.emplace().do_remote_decode = true;
+  Collector prefilled;
+  prefill.engine().submit(to_prefill, prefilled.sink());
+  EXPECT_EQ(prefilled.wait().error, "");
+  TokenRequest right = requests_[1];
+  right.kv_transfer = prefilled.wait_for_kv_transfer();
+  ASSERT_TRUE(right.kv_transfer.has_value());
+
+  TokenRequest wrong = right;
+  wrong.kv_transfer->prompt_token_ids.clear();
+  wrong.kv_transfer->remote_num_tokens = 0;
+  TokenRequest other_prompt = wrong;
+  other_prompt.prompt.back() ^= 1;
+  TokenRequest other_length = wrong;
+  other_length.prompt.push_back(1);
+  TokenRequest other_engine = right;
+  other_engine.kv_transfer->remote_engine_id = "kv_both:1";
+  for (const TokenRequest& request : {other_prompt, other_length, other_engine}) {
+    for (Rank* rank : {&decode, &stranger}) {
+      Collector refused;
+      rank->engine().submit(request, refused.sink());
+      EXPECT_NE(refused.wait().error, "");
+    }
+  }
+  Collector decoded;
+  decode.engine().submit(right, decoded.sink());
+  const Answer answer = decoded.wait();
+  EXPECT_EQ(answer.error, "");
+  EXPECT_TRUE(answer == expected_[1]);
+}
+
 // Shared prefixes end inside blocks of the other side, and what was sent comes again when decode has it already.
 TEST_P(Exactness, BetweenBlocksOfDifferentSizes) {
   struct Sizes {

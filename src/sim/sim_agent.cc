@@ -86,8 +86,8 @@ void SimAgent::renew_lease(const KvTransferParams& remote) {
   post([=, this] { core_.renew_lease(remote); });
 }
 
-void SimAgent::decline(const KvTransferParams& remote) {
-  post([=, this] { core_.decline(remote); });
+void SimAgent::decline(const KvTransferParams& remote, const Hash256& prompt) {
+  post([=, this] { core_.decline(remote, prompt); });
 }
 
 void SimAgent::abort(TransferId id) {

@@ -38,7 +38,9 @@ class AgentWrapper : public transfer::Agent {
     return inner_->publish(id, span);
   }
   void renew_lease(const transfer::KvTransferParams& remote) override { inner_->renew_lease(remote); }
-  void decline(const transfer::KvTransferParams& remote) override { inner_->decline(remote); }
+  void decline(const transfer::KvTransferParams& remote, const Hash256& prompt) override {
+    inner_->decline(remote, prompt);
+  }
   void abort(transfer::TransferId id) override { inner_->abort(id); }
   std::vector<transfer::Done> take_done() override { return inner_->take_done(); }
   int64_t num_open() const override { return inner_->num_open(); }

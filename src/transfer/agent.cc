@@ -98,8 +98,8 @@ class ThreadAgent final : public Agent, private comm::MessageHandler {
   void renew_lease(const KvTransferParams& remote) override {
     post([=, this] { core_.renew_lease(remote); });
   }
-  void decline(const KvTransferParams& remote) override {
-    post([=, this] { core_.decline(remote); });
+  void decline(const KvTransferParams& remote, const Hash256& prompt) override {
+    post([=, this] { core_.decline(remote, prompt); });
   }
   void abort(TransferId id) override {
     post([=, this] { core_.abort(id); });

@@ -98,8 +98,9 @@ class Agent {
   // Decode, pull, before pull(): the request waits in this engine's queue. Extends the peer's lease; call it every few
   // seconds. Best effort, without Done.
   virtual void renew_lease(const KvTransferParams& remote) { (void)remote; }
-  // Decode, pull, instead of pull(): the request has ended here, so the peer may free what it published.
-  virtual void decline(const KvTransferParams& remote) { (void)remote; }
+  // Decode, pull, instead of pull(): the request has ended here, so the peer may free what it published. `prompt` as in
+  // BlockSpan; a publication of another prompt stays as it is, and so does one that is being fetched by this agent.
+  virtual void decline(const KvTransferParams& remote, const Hash256& prompt) { (void)remote, (void)prompt; }
 
   // Ends a transfer early: the peer is told; Done follows when no read or write is left in flight.
   virtual void abort(TransferId id) = 0;

@@ -162,10 +162,11 @@ void AgentCore::renew_lease(const KvTransferParams& remote) {
   tell_once(remote, Heartbeat{*handle, Side::kSender});
 }
 
-void AgentCore::decline(const KvTransferParams& remote) {
+void AgentCore::decline(const KvTransferParams& remote, const Hash256& prompt) {
   const std::optional<Handle> handle = parse_handle(remote.remote_request_id);
   if (!handle.has_value()) return;
-  tell_once(remote, Abort{*handle, Side::kSender, "the decode side does not need it"});
+  if (find(Side::kReceiver, *handle) != nullptr) return;  // another request of this process is fetching it
+  tell_once(remote, Abort{*handle, Side::kSender, "the decode side does not need it", prompt});
 }
 
 void AgentCore::abort(TransferId id) {

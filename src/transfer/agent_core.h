@@ -62,7 +62,7 @@ class AgentCore final : public comm::MessageHandler {
   void commit_send(TransferId id, const FirstToken& first_token);
   void publish(TransferId id, const Handle& handle, const BlockSpan& span);
   void renew_lease(const KvTransferParams& remote);
-  void decline(const KvTransferParams& remote);
+  void decline(const KvTransferParams& remote, const Hash256& prompt);
   void abort(TransferId id);
 
   // Sends some of what may be sent now; true if there is more. Call after commands and after the messenger's poll().

@@ -315,9 +315,23 @@ TEST_F(AgentCoreTest, LeasesHeartbeatsAndDecline) {
 
   prefill_blocks = prefill.take(5);
   handle = publish(5, &published);
-  decode.core.decline(prefill.address(handle));
+  decode.core.decline(prefill.address(handle), {1});  // of another prompt
+  KvTransferParams forged = prefill.address(handle);
+  forged.remote_engine_id = "prefill:8";
+  decode.core.decline(forged, {});
+  settle();
+  EXPECT_EQ(prefill.core.num_open(), 1);
+  decode.core.decline(prefill.address(handle), {});
   settle();
   EXPECT_EQ(kind_of(prefill, published), ErrorKind::kAborted);
+
+  // Nor does it end what another request of the same process is fetching.
+  prefill_blocks = prefill.take(5);
+  handle = publish(5, &published);
+  const TransferId fetching = pull(prefill.address(handle), 5);
+  decode.core.decline(prefill.address(handle), {});
+  settle();
+  EXPECT_TRUE(decode.ended.at(fetching).status.ok());
 }
 
 TEST_F(AgentCoreTest, ARestartedPeerIsNamedAndUsableAtOnce) {
@@ -369,7 +383,7 @@ TEST_F(AgentCoreTest, AForgedEngineIdCostsNobodyALink) {
       forged.remote_request_id = make_handle(1).to_string();
       wrong.push_back(prefill.open(false, {}));
       prefill.core.begin_send(wrong.back(), forged, {5, {}, 5 * kBlockSize}, 0);
-      prefill.core.decline(forged);
+      prefill.core.decline(forged, {});
       prefill.core.renew_lease(forged);
     }
     ASSERT_LE(prefill.core.num_links(), 2);

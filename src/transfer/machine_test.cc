@@ -629,6 +629,13 @@ TEST(SendMachine, AbortLossAndFaultInEachState) {
     EXPECT_TRUE(told.seen.ended_with(ErrorKind::kAborted));
     EXPECT_NE(told.seen.last_told<AbortAck>(), nullptr);
 
+    // A pull that was refused here knows the handle, but another prompt.
+    Sender foreign = make_sender(state);
+    const bool is_pull = state == Send::kPublished;
+    foreign.get(Abort{foreign.handle, Side::kSender, "client left", {1}});
+    EXPECT_EQ(foreign.machine.state() == state, is_pull);
+    EXPECT_NE(foreign.seen.last_told<AbortAck>(), nullptr);
+
     Sender repeated = make_sender(state);
     repeated.get(AbortAck{repeated.handle, Side::kSender});
     EXPECT_EQ(repeated.machine.state(), state);

@@ -181,7 +181,7 @@ void ReceiveMachine::lose_peer(const Error& why, Actions& out) {
 void ReceiveMachine::abort(Actions& out) {
   if (state_ == State::kEnded) return;
   if (state_ != State::kExpecting) {
-    out.push_back(Tell{Abort{spec_.handle, Side::kSender, "the decode side ended the request"}});
+    out.push_back(Tell{Abort{spec_.handle, Side::kSender, "the decode side ended the request", spec_.prompt}});
   }
   finish(make_error(ErrorKind::kAborted, "transfer {} was aborted here after {}", spec_.handle.short_name(),
                     describe_progress()),
@@ -202,7 +202,7 @@ void ReceiveMachine::expire(int64_t now_us, Actions& out) {
   const std::string text =
       late ? fmt::format("the deadline passed after {}", describe_progress())
            : fmt::format("nothing came for {} ms after {}", (now_us - last_heard_us_) / 1000, describe_progress());
-  if (state_ != State::kExpecting) out.push_back(Tell{Abort{spec_.handle, Side::kSender, text}});
+  if (state_ != State::kExpecting) out.push_back(Tell{Abort{spec_.handle, Side::kSender, text, spec_.prompt}});
   const bool silent = state_ != State::kExpecting && now_us - last_heard_us_ >= spec_.idle_timeout_us;
   state_ = State::kEnded;
   out.push_back(Finish{make_error(late ? ErrorKind::kDeadlineExceeded : ErrorKind::kUnavailable, "transfer {}: {}",

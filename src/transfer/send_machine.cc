@@ -67,6 +67,8 @@ void SendMachine::receive(const Message& message, int64_t now_us, Actions& out) 
   }
   if (const Abort* abort = std::get_if<Abort>(&message)) {
     out.push_back(Tell{AbortAck{spec_.handle, Side::kReceiver}});
+    // As with a pull: who means another prompt may have the handle, but the KV is not theirs to give up.
+    if (spec_.pull && abort->prompt != spec_.prompt) return;
     return finish(make_error(ErrorKind::kAborted, "the decode side ended transfer {}: {}", spec_.handle.short_name(),
                              abort->text),
                   out);

@@ -223,6 +223,7 @@ void visit(A& archive, M& m, const Abort*) {
   visit_handle(archive, m.handle);
   archive.choice(m.to, 2);
   archive.text(m.text, kMaxTextBytes);
+  archive.number(m.prompt.bytes);
 }
 
 template <typename A, typename M>

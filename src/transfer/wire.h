@@ -20,7 +20,7 @@
 
 namespace tandem::transfer {
 
-inline constexpr uint8_t kWireVersion = 3;
+inline constexpr uint8_t kWireVersion = 4;
 inline constexpr size_t kMaxNameBytes = 512;   // engine id, model fingerprint
 inline constexpr size_t kMaxTextBytes = 1024;  // reasons
 inline constexpr size_t kMaxTopLogprobs = 1024;
@@ -88,6 +88,7 @@ struct Abort {
   Handle handle;
   Side to = Side::kSender;
   std::string text;
+  Hash256 prompt{};  // to a sender: of the one who ends it; a publication of another prompt stays
 };
 struct AbortAck {
   Handle handle;

@@ -31,7 +31,7 @@ std::vector<Message> make_all() {
           Commit{handle, 100, 1 << 20, make_first_token()},
           Commit{handle, 100, 0, std::nullopt},
           Ack{handle, 1 << 20},
-          Abort{handle, Side::kReceiver, "client left"},
+          Abort{handle, Side::kReceiver, "client left", {1, 2, 3}},
           AbortAck{handle, Side::kSender},
           Heartbeat{handle, Side::kSender},
           Fault{handle, Side::kReceiver, FaultCode::kConsumed, "used"}};
