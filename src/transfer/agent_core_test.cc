@@ -295,6 +295,7 @@ TEST_F(AgentCoreTest, AbortsReachTheOtherSide) {
   sending = begin(handle, 5);
   settle();
   EXPECT_EQ(prefill.ended.at(sending).status.error().code, "kv_transfer_aborted");
+  EXPECT_EQ(kind_of(prefill, sending), ErrorKind::kUnavailable);  // its own client is still there
 }
 
 TEST_F(AgentCoreTest, LeasesHeartbeatsAndDecline) {

@@ -346,10 +346,8 @@ Error to_error(const Fault& fault, const std::string& peer) {
       kind = ErrorKind::kInvalidArgument;
       break;
     case FaultCode::kExpired:
+    case FaultCode::kAborted:  // somebody else ended it; kAborted would say that this request's client has left
       kind = ErrorKind::kUnavailable;
-      break;
-    case FaultCode::kAborted:
-      kind = ErrorKind::kAborted;
       break;
     case FaultCode::kChecksum:
       kind = ErrorKind::kDataLoss;
