@@ -104,10 +104,15 @@ def test_different_models_on_the_two_sides(launcher, copy):
     config = json.dumps({"kv_connector": "UcxConnector", "kv_role": "kv_both", "kv_port": free_port()})
     prefill = launcher.serve("--kv-transfer-config", config, model=copy)
     decode = launcher.worker("kv_both")
-    router = launcher.route([prefill], [decode])
-    status, answer = http_json(router.url + "/v1/completions", {"model": "demo", "prompt": [400] * 40, "max_tokens": 2})
-    assert status >= 400 and "model" in answer["error"]["message"], answer
+    body = {"model": "demo", "prompt": [400] * 40, "max_tokens": 2}
+    router = launcher.route([prefill], [decode], "--enforce-disagg", "--rescue-timeout-s", 1)
+    status, answer = http_json(router.url + "/v1/completions", body)
+    assert status == 503 and "different models" in answer["error"]["message"], answer
     rounded = launcher.worker("kv_both", "--kv-cache-dtype", "fp8")
-    router = launcher.route([rounded], [decode])
-    status, answer = http_json(router.url + "/v1/completions", {"model": "demo", "prompt": [400] * 40, "max_tokens": 2})
-    assert status >= 400 and "bf16" in answer["error"]["message"] and "f8" in answer["error"]["message"], answer
+    router = launcher.route([rounded], [decode], "--enforce-disagg", "--rescue-timeout-s", 1)
+    status, answer = http_json(router.url + "/v1/completions", body)
+    assert status == 503 and "bf16" in answer["error"]["message"] and "f8" in answer["error"]["message"], answer
+    # It is not the client's fault: a worker that fits is tried, here decode itself.
+    router = launcher.route([prefill], [decode])
+    assert http_json(router.url + "/v1/completions", body)[0] == 200
+    assert "do not fit together" in router.read_log()
