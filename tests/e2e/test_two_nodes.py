@@ -1,6 +1,7 @@
 """A rank group over two nodes, here two sets of namespaces joined by a veth pair: the commands are those of vLLM's guide to
 expert parallelism for two nodes, with only the program, the model, the sizes and the addresses changed."""
 
+import contextlib
 import json
 import os
 import re
@@ -91,6 +92,19 @@ class Node:
         self.log.close()
 
 
+@contextlib.contextmanager
+def running(first, second):
+    """Stops both nodes in the end, and shows their logs if something did not hold."""
+    try:
+        yield
+    except AssertionError:
+        print(first.read_log()[-3000:], second.read_log()[-3000:])
+        raise
+    finally:
+        second.stop()
+        first.stop()
+
+
 def start_node_1(log_path, backend, *options):
     return Node(NAMES[0], log_path,
                 "--all2all-backend", backend,
@@ -140,19 +154,13 @@ def wait_until_standing(what):
 def test_two_nodes_answer_as_one_process(nodes, expected, tmp_path, backend, overlap):
     first = start_node_1(tmp_path / "n1.log", backend, *overlap)
     second = start_node_2(tmp_path / "n2.log", backend, *overlap)
-    try:
+    with running(first, second):
         wait_until_standing("both nodes stand")
         answers = ask_inside("/v1/completions", all_bodies())
         assert [status for status, _ in answers] == [200] * len(PROMPTS), answers
         assert [read_answer(answer) for _, answer in answers] == expected
         split = rank_metric(1, second.read_log(), "tandem:group_split_rounds_total")
         assert (split > 10) == bool(overlap), split
-    except AssertionError:
-        print(first.read_log()[-3000:], second.read_log()[-3000:])
-        raise
-    finally:
-        second.stop()
-        first.stop()
 
 
 def test_experts_are_balanced_by_nodes(nodes, expected, tmp_path):
@@ -161,7 +169,7 @@ def test_experts_are_balanced_by_nodes(nodes, expected, tmp_path):
             json.dumps({"window_size": 16, "step_interval": 24, "num_redundant_experts": 8})]
     first, second = (start(tmp_path / f"{start.__name__}.log", "low_latency", *eplb)
                      for start in (start_node_1, start_node_2))
-    try:
+    with running(first, second):
         wait_until_standing("both nodes stand")
         for _ in range(3):
             answers = ask_inside("/v1/completions", all_bodies())
@@ -171,12 +179,6 @@ def test_experts_are_balanced_by_nodes(nodes, expected, tmp_path):
         for ranks in group["experts"]:
             nodes_of = [{expert // 4 for rank in ranks[2 * node:2 * node + 2] for expert in rank} for node in (0, 1)]
             assert nodes_of[0] | nodes_of[1] == {0, 1, 2, 3} and not nodes_of[0] & nodes_of[1], ranks
-    except AssertionError:
-        print(first.read_log()[-3000:], second.read_log()[-3000:])
-        raise
-    finally:
-        second.stop()
-        first.stop()
 
 
 def test_an_endpoint_on_every_node(nodes, expected, tmp_path):
@@ -184,17 +186,11 @@ def test_an_endpoint_on_every_node(nodes, expected, tmp_path):
                "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345, "--data-parallel-hybrid-lb", "--api-server-count", 2]
     first = Node(NAMES[0], tmp_path / "n1.log", *options)
     second = Node(NAMES[1], tmp_path / "n2.log", *options, "--data-parallel-start-rank", 2)
-    try:
+    with running(first, second):
         for node in (0, 1):
             wait_until(lambda: health(node)[0] == 200, 40, f"node {node} stands")
             answers = ask_inside("/v1/completions", all_bodies(), node=node)
             assert [read_answer(answer) for _, answer in answers] == expected
-    except AssertionError:
-        print(first.read_log()[-3000:], second.read_log()[-3000:])
-        raise
-    finally:
-        second.stop()
-        first.stop()
 
 
 def test_tensor_ranks_on_each_node(nodes, launcher, tmp_path):
@@ -207,16 +203,10 @@ def test_tensor_ranks_on_each_node(nodes, launcher, tmp_path):
                "--tensor-parallel-size", 2, "--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", 13345]
     first = Node(NAMES[0], tmp_path / "n1.log", *options)
     second = Node(NAMES[1], tmp_path / "n2.log", *options, "--data-parallel-start-rank", 1, "--headless")
-    try:
+    with running(first, second):
         wait_until_standing("both nodes stand")
         answers = ask_inside("/v1/completions", all_bodies())
         assert [read_answer(answer) for _, answer in answers] == expected
-    except AssertionError:
-        print(first.read_log()[-3000:], second.read_log()[-3000:])
-        raise
-    finally:
-        second.stop()
-        first.stop()
 
 
 @pytest.fixture(scope="module")
