@@ -15,7 +15,11 @@ bool receives(TransferKind kind) { return kind == TransferKind::kExpect || kind 
 }  // namespace
 
 Checker::Checker(EventQueue& queue, Trace& trace, int num_nodes)
-    : queue_(queue), trace_(trace), open_(static_cast<size_t>(num_nodes)), active_us_(static_cast<size_t>(num_nodes)) {}
+    : queue_(queue),
+      trace_(trace),
+      open_(static_cast<size_t>(num_nodes)),
+      active_us_(static_cast<size_t>(num_nodes)),
+      orphan_until_us_(static_cast<size_t>(num_nodes), INT64_MIN) {}
 
 void Checker::open(int node, transfer::TransferId id, TransferKind kind, const std::string& handle,
                    const std::vector<BlockId>& blocks) {
@@ -36,6 +40,8 @@ void Checker::done(int node, const transfer::Done& done) {
   }
   if (done.status.ok()) active(node, queue_.now_us());
   const std::string handle = found->second.handle;
+  const bool is_unread = found->second.kind == TransferKind::kPublish && by_handle_.at(handle).size() == 1;
+  if (is_unread && !done.status.ok()) orphan_until_us_[static_cast<size_t>(node)] = queue_.now_us();
   open_[static_cast<size_t>(node)].erase(found);
   std::vector<Place>& places = by_handle_[handle];
   std::erase_if(places, [&](const Place& place) { return place.node == node && place.id == done.id; });

@@ -63,6 +63,10 @@ class Checker {
 
   // Publications that nobody has asked for.
   int64_t num_unread(int node) const;
+  // One that nobody came for has held blocks of the node until `since_us` or later, when its lease was over.
+  bool had_orphan_since(int node, int64_t since_us) const {
+    return orphan_until_us_[static_cast<size_t>(node)] >= since_us;
+  }
   int64_t num_open(int node) const { return std::ssize(open_[static_cast<size_t>(node)]); }
 
  private:
@@ -83,7 +87,8 @@ class Checker {
   std::vector<std::map<transfer::TransferId, Open>> open_;  // by node
   std::unordered_map<std::string, std::vector<Place>> by_handle_;
   std::set<std::string> handles_;
-  std::vector<int64_t> active_us_;  // by node
+  std::vector<int64_t> active_us_;        // by node
+  std::vector<int64_t> orphan_until_us_;  // by node
   int64_t disturbed_until_us_ = -2 * kSettleUs;
   int64_t forgotten_until_us_ = 0;
 };

@@ -82,6 +82,7 @@ std::vector<int> Clients::nodes_behind(const ClientRequest& request) const {
 void Clients::check_wait(const ClientRequest& request, const Error& error, int64_t late_us) {
   if (request.cancelled || (late_us < 0 && error.kind != ErrorKind::kDeadlineExceeded)) return;
   ++num_late_;
+  const int64_t now_us = queue_.now_us();
   const std::vector<int> nodes = nodes_behind(request);
   // The first leg of a pull may end when nobody waits for it any more: then its blocks stay until the lease is over.
   int64_t unread = 0;
@@ -90,12 +91,16 @@ void Clients::check_wait(const ClientRequest& request, const Error& error, int64
     return open->fetches && std::find(nodes.begin(), nodes.end(), open->nodes.front()) != nodes.end();
   };
   const bool has_orphan = unread > std::count_if(unfinished_.begin(), unfinished_.end(), fetches_there);
-  if (!has_orphan && checker_.stand_still(nodes)) {
+  const auto had_orphan_since = [&](int64_t since_us) {
+    return has_orphan || std::any_of(nodes.begin(), nodes.end(),
+                                     [&](int node) { return checker_.had_orphan_since(node, since_us); });
+  };
+  if (!had_orphan_since(now_us - Checker::kStandstillUs) && checker_.stand_still(nodes)) {
     throw Violation("standstill",
                     fmt::format("request {} ended at its deadline, and node(s) {} had done nothing for {} us: {}",
                                 request.index, fmt::join(nodes, ", "), Checker::kStandstillUs, error.message));
   }
-  if (has_orphan || !request.spec.has_time || !checker_.calm_since(request.start_us) ||
+  if (had_orphan_since(request.start_us) || !request.spec.has_time || !checker_.calm_since(request.start_us) ||
       checker_.has_forgotten_since(request.start_us)) {
     return;
   }
