@@ -191,6 +191,7 @@ Status Rank::make_engine(const RankConfig& config, int64_t sampled_vocab, const 
     options.synthetic_fill = config.kv_transfer->synthetic_fill;
   }
   engine_ = std::make_unique<engine::Engine>(*model_, *cache_, options, clock, registry);
+  engine_->attach(populator_.get());
   return {};
 }
 
@@ -234,6 +235,7 @@ Status Rank::load_weights(const RankConfig& config) {
   const bool shareable =
       config.kv_transfer && !config.kv_transfer->synthetic_fill && comm::may_share_memory(config.kv_transport);
   cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks, shareable);
+  populator_ = std::make_unique<kv::Populator>(*cache_);
   log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB; room for {:.1f} requests of {} tokens",
            layout.describe(), num_blocks, num_blocks * layout.block_size, mebibytes(cache_->bytes()),
            static_cast<double>(num_blocks * layout.block_size) / static_cast<double>(info().max_model_len),
@@ -341,6 +343,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
   lockstep_ = std::make_unique<engine::Lockstep>(*membership_, fabric_users_.get(), registry, balancer_.get());
   if (config.is_follower()) {
     follower_ = std::make_unique<engine::Follower>(*model_, *cache_, *lockstep_, *order_receiver_);
+    follower_->attach(populator_.get());
   } else {
     engine_->attach(lockstep_.get());
     engine_->attach(order_sender_.get());

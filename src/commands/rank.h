@@ -98,6 +98,7 @@ class Rank {
   std::unique_ptr<tp::TensorWindows> tensor_;  // null without tensor parallelism
   std::unique_ptr<model::Model> model_;
   std::unique_ptr<model::KvCache> cache_;
+  std::unique_ptr<kv::Populator> populator_;
   std::unique_ptr<engine::ExpertLoadRecorder> expert_load_;
   std::unique_ptr<group::Membership> membership_;
   std::unique_ptr<ep::Balancer> balancer_;

@@ -147,6 +147,7 @@ Engine::Turn Engine::run_once() {
   if (plan.empty() && (lockstep_ == nullptr || !lockstep_->is_called())) return Turn::kIdle;
   if (lockstep_ != nullptr && !join_round(plan)) return Turn::kWorked;
   scheduler_.commit(plan);
+  if (populator_ != nullptr) populator_->note_used(pool_.num_ever_used());
   begin_transfers(plan);
   // From here the blocks of every planned row are held by its sequence.
   const Result<int64_t> step_us = compute(plan);

@@ -24,6 +24,7 @@
 #include "src/engine/step_log.h"
 #include "src/engine/worker.h"
 #include "src/kv/block_pool.h"
+#include "src/kv/populator.h"
 #include "src/model/model.h"
 #include "src/tp/order_stream.h"
 #include "src/transfer/agent.h"
@@ -58,6 +59,8 @@ class Engine final : public Worker {
   // This engine is the first of several tensor ranks: the others (Follower) compute what it sends. With a Lockstep that
   // attaches `orders` to the fabric; set before start().
   void attach(tp::OrderSender* orders) { orders_ = orders; }
+  // Is told how much of the cache is in use; set before start().
+  void attach(kv::Populator* populator) { populator_ = populator; }
   void wake();
 
   void start();
@@ -147,6 +150,7 @@ class Engine final : public Worker {
   ExpertLoadRecorder* expert_load_ = nullptr;
   Lockstep* lockstep_ = nullptr;
   tp::OrderSender* orders_ = nullptr;
+  kv::Populator* populator_ = nullptr;
 
   // Shared with other threads.
   alignas(comm::Bell::kBytes) std::array<std::byte, comm::Bell::kBytes> bell_memory_{};

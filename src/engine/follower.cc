@@ -1,5 +1,7 @@
 #include "src/engine/follower.h"
 
+#include <algorithm>
+
 #include "src/base/check.h"
 #include "src/base/log.h"
 
@@ -8,6 +10,13 @@ namespace {
 
 // The bell is rung for everything there is to do; this only bounds one sleep.
 constexpr int64_t kLongSleepUs = 3'600'000'000;
+
+// What the leader's pool has handed out last is at the end of a sequence.
+int64_t used_blocks(const model::Batch& batch) {
+  int32_t used = 0;
+  for (const model::Chunk& chunk : batch.chunks) used = std::max(used, chunk.blocks.back().value + 1);
+  return used;
+}
 
 }  // namespace
 
@@ -42,6 +51,7 @@ Status Follower::compute_round() {
   TANDEM_ASSIGN(const AgreedStep agreed, lockstep_.agree(0, false, true));
   if (agreed.total_rows == 0) return {};  // nobody computes
   TANDEM_ASSIGN(const model::Batch batch, orders_.receive(cache_));
+  if (populator_ != nullptr) populator_->note_used(used_blocks(batch));
   return model_.forward(batch, cache_, {});
 }
 

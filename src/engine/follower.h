@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "src/engine/lockstep.h"
+#include "src/kv/populator.h"
 #include "src/model/model.h"
 #include "src/tp/order_stream.h"
 
@@ -18,6 +19,8 @@ class Follower {
       : model_(model), cache_(cache), lockstep_(lockstep), orders_(orders) {}
   ~Follower() { stop(); }
 
+  // Is told how much of the cache is in use; set before start().
+  void attach(kv::Populator* populator) { populator_ = populator; }
   void start();
   void stop();
 
@@ -29,6 +32,7 @@ class Follower {
   model::KvCache& cache_;
   Lockstep& lockstep_;
   tp::OrderReceiver& orders_;
+  kv::Populator* populator_ = nullptr;
   std::atomic<bool> is_stopping_ = false;
   std::thread thread_;
 };

@@ -1,13 +1,9 @@
 #include "src/ep/balancer.h"
 
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
+#include "src/base/background.h"
 #include "src/base/log.h"
 #include "src/eplb/balance.h"
 #include "src/eplb/policy.h"
@@ -22,7 +18,6 @@ namespace {
 constexpr const char* kTag = "eplb";
 // The first placement follows a guess, so the first rebalance comes early.
 constexpr int64_t kFirstShare = 4;
-constexpr int kPlannerNiceness = 19;  // the most that there is
 
 // Counts travel as 32 bits: a bucket of a window has fewer tokens.
 uint32_t narrow(int64_t tokens) { return static_cast<uint32_t>(std::min<int64_t>(tokens, UINT32_MAX)); }
@@ -231,11 +226,8 @@ void Balancer::start_planning() {
 
 // On rank 0's planner.
 void Balancer::plan(std::vector<eplb::LoadSeries> ranks) {
-  // Linux gives each thread a niceness of its own. Nobody waits for a plan, all ranks wait for rank 0's step.
-  if (::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), kPlannerNiceness) != 0) {
-    log_warning(kTag, "the planner competes with steps: niceness {} was refused ({})", kPlannerNiceness,
-                std::strerror(errno));
-  }
+  // Nobody waits for a plan, all ranks wait for rank 0's step.
+  yield_to_all_others("planning where experts go");
   eplb::LoadSeries window = eplb::sum_over_ranks(ranks);
   std::erase_if(window, [](const eplb::ExpertLoad& load) { return load.total() == 0; });
   planned_ = placement_;  // committed placements do not change while one is planned

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 
@@ -20,6 +21,22 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 class HostStream final : public Stream {};
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Of a mapping of whole pages.
+Status populate_pages(std::byte* mapping, int64_t mapped_bytes, int64_t offset, int64_t bytes) {
+  CHECK_GE(offset, 0);
+  CHECK_GE(bytes, 0);
+  CHECK_LE(offset + bytes, mapped_bytes);
+  const int64_t page = ::sysconf(_SC_PAGESIZE);
+  const int64_t first = offset / page * page;
+  const size_t size = static_cast<size_t>(round_up(offset + bytes - first, page));
+  while (::madvise(mapping + first, size, MADV_POPULATE_WRITE) != 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    return make_error(ErrorKind::kUnsupported, "pages of memory cannot be made present ahead of use: {}{}",
+                      std::strerror(errno), errno == EINVAL ? "; Linux 5.14 or newer can" : "");
+  }
+  return {};
+}
 
 }  // namespace
 
@@ -47,6 +64,15 @@ HostBuffer::~HostBuffer() {
   } else {
     std::free(address_);
   }
+}
+
+Status HostBuffer::populate(int64_t offset, int64_t bytes) {
+  if (mapped_bytes_ == 0) return {};
+  return populate_pages(address_, mapped_bytes_, offset, bytes);
+}
+
+Status SharedHostBuffer::populate(int64_t offset, int64_t bytes) {
+  return populate_pages(address_, mapped_bytes_, offset, bytes);
 }
 
 std::unique_ptr<SharedHostBuffer> SharedHostBuffer::create(int64_t bytes) {

@@ -27,6 +27,7 @@ class HostBuffer final : public Buffer {
   HostBuffer& operator=(const HostBuffer&) = delete;
   std::byte* address() const override { return address_; }
   int64_t bytes() const override { return bytes_; }
+  Status populate(int64_t offset, int64_t bytes) override;
 
  private:
   std::byte* address_ = nullptr;
@@ -45,6 +46,7 @@ class SharedHostBuffer final : public Buffer {
   std::byte* address() const override { return address_; }
   int64_t bytes() const override { return bytes_; }
   int shared_fd() const override { return fd_; }
+  Status populate(int64_t offset, int64_t bytes) override;
 
  private:
   SharedHostBuffer() = default;

@@ -32,6 +32,12 @@ class Buffer {
   virtual int64_t bytes() const = 0;
   // The descriptor through which other processes of this host may map the buffer; -1 if they cannot.
   virtual int shared_fd() const { return -1; }
+  // Makes the memory of a part present, so that who writes there first does not wait for the system. Its content stays.
+  // From any thread. Nothing is to be done where memory is present from the beginning.
+  virtual Status populate(int64_t offset, int64_t bytes) {
+    (void)offset, (void)bytes;
+    return {};
+  }
 };
 
 // An in-order queue of operations of one device. Used by one thread at a time.

@@ -1,5 +1,7 @@
 #include "src/kv/block_pool.h"
 
+#include <algorithm>
+
 #include "src/base/check.h"
 
 namespace tandem::kv {
@@ -43,6 +45,7 @@ std::vector<BlockId> BlockPool::allocate(int64_t count) {
     }
     CHECK_EQ(at(id).holders, 0);
     at(id).holders = 1;
+    num_ever_used_ = std::max<int64_t>(num_ever_used_, id.value + 1);
     taken.push_back(id);
   }
   return taken;

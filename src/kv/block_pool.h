@@ -29,6 +29,8 @@ class BlockPool {
   int64_t num_available() const { return static_cast<int64_t>(free_.size() + lru_.size()); }
   int64_t num_cached() const { return static_cast<int64_t>(lru_.size()); }
   int64_t num_pinned() const { return num_pinned_; }
+  // Blocks from 0 on that have been handed out before; the others have never been used.
+  int64_t num_ever_used() const { return num_ever_used_; }
   int64_t holders(BlockId block) const { return at(block).holders; }
   // Neither held nor cached: its content is worthless.
   bool is_free(BlockId block) const { return at(block).holders == 0 && !at(block).cached; }
@@ -76,6 +78,7 @@ class BlockPool {
   std::list<BlockId> lru_;     // least recently used first
   std::unordered_map<Hash256, BlockId> by_prefix_;
   int64_t num_pinned_ = 0;
+  int64_t num_ever_used_ = 0;
 };
 
 }  // namespace tandem::kv

@@ -40,6 +40,10 @@ std::byte* KvCache::block_address(int64_t layer, BlockId block) const {
   return base() + layer * layer_stride_bytes() + block.value * layout_.block_bytes();
 }
 
+Status KvCache::populate(int64_t layer, BlockId first, int64_t count) {
+  return buffer_->populate(block_address(layer, first) - base(), count * layout_.block_bytes());
+}
+
 void KvCache::fill(BlockId block, float value) {
   for (int64_t layer = 0; layer < layout_.num_layers; ++layer) {
     std::byte* const begin = block_address(layer, block);

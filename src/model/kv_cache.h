@@ -46,6 +46,8 @@ class KvCache {
   // Address of one block of one layer: base + layer * layer_stride + block * block_bytes.
   std::byte* block_address(int64_t layer, BlockId block) const;
   kernels::KvLayerView layer(int64_t index) const;
+  // Makes the memory of blocks of one layer present (kernels::Buffer::populate); another thread may be using them.
+  Status populate(int64_t layer, BlockId first, int64_t count);
   // Makes up the KV of a block, in all layers: every number is `value`; with 8 bits, whose scales lie in the block, 0.
   void fill(BlockId block, float value);
 
