@@ -119,6 +119,9 @@ def take_turn(ranks, options, seed):
     # All streams are in every step: none begins or ends.
     steady = [steps for steps in rounds
               if len(steps) == len(ranks) and all(step["rows"] == options.streams for step in steps)]
+    if len(steady) <= 2 * SETTLE:
+        sys.exit(f"{len(steady)} of {len(rounds)} rounds had all {options.streams} streams of each rank: with so many "
+                 f"streams, which take time to begin, --steps {options.steps} is too few")
     return steady[SETTLE:-SETTLE]
 
 
