@@ -95,7 +95,9 @@ void Clients::check_wait(const ClientRequest& request, const Error& error, int64
     return has_orphan || std::any_of(nodes.begin(), nodes.end(),
                                      [&](int node) { return checker_.had_orphan_since(node, since_us); });
   };
-  if (!had_orphan_since(now_us - Checker::kStandstillUs) && checker_.stand_still(nodes)) {
+  // A node may well have had nothing to do before the request came.
+  const int64_t still_since_us = now_us - Checker::kStandstillUs;
+  if (request.start_us <= still_since_us && !had_orphan_since(still_since_us) && checker_.stand_still(nodes)) {
     throw Violation("standstill",
                     fmt::format("request {} ended at its deadline, and node(s) {} had done nothing for {} us: {}",
                                 request.index, fmt::join(nodes, ", "), Checker::kStandstillUs, error.message));
