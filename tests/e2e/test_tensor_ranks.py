@@ -11,6 +11,7 @@ import pytest
 
 from conftest import free_port, http_json, wait_all_ready, wait_until
 from prompts import make_prompts
+from test_ranks import rank_metric
 from test_topologies import ask, ask_all
 
 PROMPTS = make_prompts(40)
@@ -93,6 +94,14 @@ def test_two_data_ranks_of_two_tensor_ranks(launcher, shared, backend):
     assert ask_mixed(server.url) == shared
     for index in (1, 2, 5):  # the other data rank has nothing to do
         assert ask(server.url, index, PROMPTS[index]) == shared[index]
+    server.stop()
+
+
+def test_two_half_batches(launcher, shared):
+    server = start(launcher, "--data-parallel-size", 2, "--enable-expert-parallel", "--enable-dbo",
+                   "--dbo-decode-token-threshold", 2, "--dbo-prefill-token-threshold", 8)
+    assert ask_mixed(server.url) == shared
+    assert rank_metric(server, "tandem:group_split_rounds_total") > 0
     server.stop()
 
 
