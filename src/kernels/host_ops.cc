@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -75,25 +76,57 @@ Status SharedHostBuffer::populate(int64_t offset, int64_t bytes) {
   return populate_pages(address_, mapped_bytes_, offset, bytes);
 }
 
-std::unique_ptr<SharedHostBuffer> SharedHostBuffer::create(int64_t bytes) {
+SharedHostBuffer::SharedHostBuffer(int64_t bytes) : bytes_(bytes) {
   CHECK_GE(bytes, 0);
-  std::unique_ptr<SharedHostBuffer> buffer(new SharedHostBuffer());
-  buffer->bytes_ = bytes;
+  mapped_bytes_ = round_up(bytes == 0 ? 1 : bytes, bytes < kMapThreshold ? ::sysconf(_SC_PAGESIZE) : kHugePage);
+}
+
+bool SharedHostBuffer::map(int fd) {
+  void* memory = ::mmap(nullptr, static_cast<size_t>(mapped_bytes_), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (memory == MAP_FAILED) return false;
+  address_ = static_cast<std::byte*>(memory);
+  ::madvise(memory, static_cast<size_t>(mapped_bytes_), MADV_HUGEPAGE);  // an optimisation: refusal is harmless
+  return true;
+}
+
+std::unique_ptr<SharedHostBuffer> SharedHostBuffer::create(int64_t bytes) {
+  std::unique_ptr<SharedHostBuffer> buffer(new SharedHostBuffer(bytes));
   buffer->fd_ = ::memfd_create("tandem-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (buffer->fd_ < 0) return nullptr;
-  const int64_t size = round_up(bytes == 0 ? 1 : bytes, bytes < kMapThreshold ? ::sysconf(_SC_PAGESIZE) : kHugePage);
   // Sealed, so that who maps it can rely on its size.
-  if (::ftruncate(buffer->fd_, size) != 0 ||
-      ::fcntl(buffer->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+  if (::ftruncate(buffer->fd_, buffer->mapped_bytes_) != 0 ||
+      ::fcntl(buffer->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0 || !buffer->map(buffer->fd_)) {
     return nullptr;
   }
-  void* memory = ::mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_SHARED, buffer->fd_, 0);
-  if (memory == MAP_FAILED) return nullptr;
-  buffer->address_ = static_cast<std::byte*>(memory);
-  buffer->mapped_bytes_ = size;
-  ::madvise(memory, static_cast<size_t>(size), MADV_HUGEPAGE);  // an optimisation: refusal is harmless
-  cpu::Topology::of_this_machine().interleave(buffer->address_, size);
+  cpu::Topology::of_this_machine().interleave(buffer->address_, buffer->mapped_bytes_);
   return buffer;
+}
+
+Result<std::unique_ptr<SharedHostBuffer>> SharedHostBuffer::open(int64_t process, int descriptor, int64_t bytes) {
+  const std::string path = fmt::format("/proc/{}/fd/{}", process, descriptor);
+  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) {
+    return make_error(ErrorKind::kUnavailable,
+                      "shared memory {}: {}; both processes must run as the same user, in the same container", path,
+                      std::strerror(errno));
+  }
+  std::unique_ptr<SharedHostBuffer> buffer(new SharedHostBuffer(bytes));
+  struct stat facts {};
+  const int seals = ::fcntl(fd, F_GET_SEALS);
+  const bool is_known = ::fstat(fd, &facts) == 0 && seals >= 0;
+  if (!is_known || facts.st_size != buffer->mapped_bytes_ || (seals & F_SEAL_SHRINK) == 0) {
+    ::close(fd);
+    return make_error(ErrorKind::kUnavailable,
+                      "shared memory {} has {} bytes{} instead of {} sealed ones; all ranks must be given the same "
+                      "number of KV blocks",
+                      path, is_known ? int64_t{facts.st_size} : 0, seals < 0 ? ", no seals" : "", buffer->mapped_bytes_);
+  }
+  const bool is_mapped = buffer->map(fd);
+  const int fault = errno;
+  ::close(fd);  // the mapping stays
+  if (is_mapped) return buffer;
+  return make_error(ErrorKind::kUnavailable, "shared memory {} of {} bytes: {}; free memory", path, bytes,
+                    std::strerror(fault));
 }
 
 SharedHostBuffer::~SharedHostBuffer() {
@@ -104,6 +137,11 @@ SharedHostBuffer::~SharedHostBuffer() {
 std::unique_ptr<Buffer> HostOps::allocate_shareable(int64_t bytes) {
   std::unique_ptr<Buffer> shared = SharedHostBuffer::create(bytes);
   return shared != nullptr ? std::move(shared) : allocate(bytes);
+}
+
+Result<std::unique_ptr<Buffer>> HostOps::open_shared(int64_t process, int descriptor, int64_t bytes) {
+  TANDEM_ASSIGN(std::unique_ptr<SharedHostBuffer> shared, SharedHostBuffer::open(process, descriptor, bytes));
+  return std::unique_ptr<Buffer>(std::move(shared));
 }
 
 std::unique_ptr<Buffer> HostOps::allocate(int64_t bytes) { return std::make_unique<HostBuffer>(bytes); }

@@ -12,6 +12,7 @@ class HostOps : public Ops {
   std::unique_ptr<Buffer> allocate(int64_t bytes) override;  // aligned to 64 bytes
   // A memfd; private memory if the kernel gives none.
   std::unique_ptr<Buffer> allocate_shareable(int64_t bytes) override;
+  Result<std::unique_ptr<Buffer>> open_shared(int64_t process, int descriptor, int64_t bytes) override;
   std::unique_ptr<Stream> make_stream() override;
   void upload(Stream& stream, std::byte* device_address, std::span<const std::byte> host) override;
   void read_back(Stream& stream, const std::byte* device_address, std::span<std::byte> host) override;
@@ -43,13 +44,17 @@ class SharedHostBuffer final : public Buffer {
   SharedHostBuffer& operator=(const SharedHostBuffer&) = delete;
   // Null if the kernel refuses; errno says why.
   static std::unique_ptr<SharedHostBuffer> create(int64_t bytes);
+  // As Ops::open_shared; whoever opens it has no descriptor of it.
+  static Result<std::unique_ptr<SharedHostBuffer>> open(int64_t process, int descriptor, int64_t bytes);
   std::byte* address() const override { return address_; }
   int64_t bytes() const override { return bytes_; }
   int shared_fd() const override { return fd_; }
   Status populate(int64_t offset, int64_t bytes) override;
 
  private:
-  SharedHostBuffer() = default;
+  explicit SharedHostBuffer(int64_t bytes);
+  bool map(int fd);
+
   std::byte* address_ = nullptr;
   int64_t bytes_ = 0;
   int64_t mapped_bytes_ = 0;

@@ -187,6 +187,12 @@ class Ops {
   virtual std::unique_ptr<Buffer> allocate(int64_t bytes) = 0;
   // As allocate(); where the device allows it, other processes of this host can map the buffer.
   virtual std::unique_ptr<Buffer> allocate_shareable(int64_t bytes) { return allocate(bytes); }
+  // Maps what another process of this host has from its allocate_shareable() of as many bytes: `descriptor` is
+  // shared_fd() there. The memory lives as long as one of them has it. Errors: there is no such memory, kUnsupported.
+  virtual Result<std::unique_ptr<Buffer>> open_shared(int64_t process, int descriptor, int64_t bytes) {
+    return make_error(ErrorKind::kUnsupported, "memory {} of process {}, {} bytes: {} cannot map another process's",
+                      descriptor, process, bytes, name());
+  }
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual void upload(Stream& stream, std::byte* device_address, std::span<const std::byte> host) = 0;
   // Copies `bytes` from the device after everything enqueued before; blocks until done.

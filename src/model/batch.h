@@ -32,7 +32,8 @@ struct Batch {
   int32_t split_row = 0;
 };
 
-// Called on the engine thread when a layer's KV for every row of the batch is in the cache.
+// Called on the engine thread when a layer's KV for every row of the batch is in the cache, that of other tensor ranks'
+// heads included if they are in the same memory.
 using LayerDone = std::function<void(int layer)>;
 
 }  // namespace tandem::model

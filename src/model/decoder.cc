@@ -97,6 +97,7 @@ int64_t Decoder::logit_cols() const { return has_split_head() ? config_.vocab_si
 
 Status Decoder::forward(const Batch& batch, KvCache& cache, const LayerDone& on_layer_done) {
   CHECK(cache.layout() == info_.kv);
+  CHECK(!cache.is_part() || tensor_ != nullptr);
   num_logits_ = 0;
   if (batch.tokens.empty()) return forward_without_rows();
   const UploadedBatch uploaded = uploader_->upload(batch, cache);
@@ -137,16 +138,22 @@ std::vector<Decoder::Lane> Decoder::make_lanes(const UploadedBatch& batch) const
 // attention. All ranks go in this order. With one lane it is the plain order of a decoder.
 //
 // The first lane writes its keys and values of a layer before the second one reads any, so a sequence may be in both.
+//
+// In a cache of which this rank has a part, a layer's KV is there only when the other tensor ranks have written theirs.
+// They do so before their summands of the same layer's attention, and sum() waits for those of all of them: so behind the
+// last lane's sum the layer is whole.
 Status Decoder::forward_layers(std::span<const Lane> lanes, const KvCache& cache, const LayerDone& on_layer_done) {
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     for (const Lane& lane : lanes) {
       if (layer > 0) TANDEM_TRY(mlp_.finish(layer - 1, lane.mlp));
+      const bool tells = on_layer_done && &lane == &lanes.back();
       begin_layer(lane, layer, cache);
-      if (on_layer_done && &lane == &lanes.back()) {
+      if (tells && !cache.is_part()) {
         ops_.synchronize(*stream_);
         on_layer_done(static_cast<int>(layer));
       }
       TANDEM_TRY(attend(lane, layer, cache));
+      if (tells && cache.is_part()) on_layer_done(static_cast<int>(layer));
       TANDEM_TRY(mlp_.send(layer, lane.mlp));
     }
     for (const Lane& lane : lanes) TANDEM_TRY(mlp_.compute(layer, lane.mlp));

@@ -1,6 +1,7 @@
 #include "src/model/kv_cache.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "src/base/check.h"
 #include "src/kernels/convert.h"
@@ -24,12 +25,43 @@ std::string KvLayout::describe_token() const {
                      kernels::dtype_name(dtype), scales_note(dtype));
 }
 
+KvLayout KvLayout::with_heads(int64_t heads) const {
+  CHECK(kind == KvKind::kGqa);
+  CHECK_GT(kv_heads, 0);
+  CHECK_GT(heads, 0);
+  CHECK_EQ(bytes_per_token % kv_heads, 0);
+  KvLayout other = *this;
+  other.kv_heads = heads;
+  other.bytes_per_token = bytes_per_token / kv_heads * heads;
+  return other;
+}
+
 KvCache::KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks, bool shareable)
-    : layout_(layout), num_blocks_(num_blocks) {
+    : KvCache(layout, num_blocks,
+              shareable ? ops.allocate_shareable(num_blocks * layout.total_block_bytes())
+                        : ops.allocate(num_blocks * layout.total_block_bytes())) {}
+
+KvCache::KvCache(const KvLayout& layout, int64_t num_blocks, std::unique_ptr<kernels::Buffer> memory)
+    : KvCache(layout, num_blocks, memory->address(), layout.block_bytes()) {
+  CHECK_EQ(memory->bytes(), num_blocks * layout.total_block_bytes());
+  buffer_ = std::move(memory);
+}
+
+KvCache::KvCache(const KvLayout& layout, int64_t num_blocks, std::byte* base, int64_t block_stride_bytes)
+    : layout_(layout), num_blocks_(num_blocks), base_(base), block_stride_bytes_(block_stride_bytes) {
   CHECK_GT(num_blocks, 0);
   CHECK_GT(layout.total_block_bytes(), 0);
-  const int64_t bytes = num_blocks * layout.total_block_bytes();
-  buffer_ = shareable ? ops.allocate_shareable(bytes) : ops.allocate(bytes);
+}
+
+// A block of GQA is one head behind the other (KvLayerView in src/kernels/ops.h).
+KvCache KvCache::part_of(const KvCache& whole, const TensorShard& shard) {
+  CHECK_GE(shard.rank, 0);
+  CHECK_LT(shard.rank, shard.size);
+  CHECK_EQ(whole.layout_.kv_heads % shard.size, 0);
+  const KvLayout layout = whole.layout_.with_heads(whole.layout_.kv_heads / shard.size);
+  KvCache part(layout, whole.num_blocks_, whole.base_ + shard.rank * layout.block_bytes(), whole.block_stride_bytes_);
+  part.is_part_ = true;
+  return part;
 }
 
 std::byte* KvCache::block_address(int64_t layer, BlockId block) const {
@@ -37,10 +69,11 @@ std::byte* KvCache::block_address(int64_t layer, BlockId block) const {
   CHECK_LT(layer, layout_.num_layers);
   CHECK_GE(block.value, 0);
   CHECK_LT(block.value, num_blocks_);
-  return base() + layer * layer_stride_bytes() + block.value * layout_.block_bytes();
+  return base() + layer * layer_stride_bytes() + block.value * block_stride_bytes_;
 }
 
 Status KvCache::populate(int64_t layer, BlockId first, int64_t count) {
+  CHECK(!is_part_);  // what is not there is shared by all: ask the whole cache
   return buffer_->populate(block_address(layer, first) - base(), count * layout_.block_bytes());
 }
 
@@ -63,7 +96,7 @@ void KvCache::fill(BlockId block, float value) {
 }
 
 kernels::KvLayerView KvCache::layer(int64_t index) const {
-  return {block_address(index, BlockId(0)), layout_.block_bytes(), layout_.block_size, num_blocks_, layout_.dtype};
+  return {block_address(index, BlockId(0)), block_stride_bytes_, layout_.block_size, num_blocks_, layout_.dtype};
 }
 
 }  // namespace tandem::model

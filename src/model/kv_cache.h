@@ -8,6 +8,7 @@
 
 #include "src/base/ids.h"
 #include "src/kernels/ops.h"
+#include "src/model/tensor_exchange.h"
 
 namespace tandem::model {
 
@@ -27,6 +28,8 @@ struct KvLayout {
 
   int64_t block_bytes() const { return block_size * bytes_per_token; }      // one layer
   int64_t total_block_bytes() const { return num_layers * block_bytes(); }  // all layers
+  // The same with another number of KV heads: what several tensor ranks have together, or one of them. GQA.
+  KvLayout with_heads(int64_t heads) const;
   std::string describe() const;                                             // "mla 6 layers x 16 tokens x 160 B bf16"
   std::string describe_token() const;  // "mla 6 layers x 160 B bf16": what must be equal where KV is handed over
   bool operator==(const KvLayout&) const = default;
@@ -36,25 +39,40 @@ class KvCache {
  public:
   // `shareable`: other processes of this host may map it, where device and kernel allow that.
   KvCache(kernels::Ops& ops, const KvLayout& layout, int64_t num_blocks, bool shareable = false);
+  // In memory that is there already, of layout.total_block_bytes() for each block: another process's cache.
+  KvCache(const KvLayout& layout, int64_t num_blocks, std::unique_ptr<kernels::Buffer> memory);
+  // What tensor rank `shard` has of a GQA cache of all heads: its heads of every block, which lie side by side there, so
+  // that a block of the part is a piece of one of the whole. `whole` outlives it and has a multiple of the heads.
+  static KvCache part_of(const KvCache& whole, const TensorShard& shard);
 
   const KvLayout& layout() const { return layout_; }
   int64_t num_blocks() const { return num_blocks_; }
-  std::byte* base() const { return buffer_->address(); }
-  int64_t bytes() const { return buffer_->bytes(); }
-  int shared_fd() const { return buffer_->shared_fd(); }  // as of kernels::Buffer
-  int64_t layer_stride_bytes() const { return num_blocks_ * layout_.block_bytes(); }
-  // Address of one block of one layer: base + layer * layer_stride + block * block_bytes.
+  // Whether other ranks have the other heads of the same memory, which is then not without gaps.
+  bool is_part() const { return is_part_; }
+  std::byte* base() const { return base_; }
+  int64_t bytes() const { return num_blocks_ * layout_.total_block_bytes(); }
+  // As of kernels::Buffer; -1 for a part.
+  int shared_fd() const { return buffer_ == nullptr ? -1 : buffer_->shared_fd(); }
+  int64_t block_stride_bytes() const { return block_stride_bytes_; }  // block_bytes(), but for a part
+  int64_t layer_stride_bytes() const { return num_blocks_ * block_stride_bytes_; }
+  // Address of one block of one layer: base + layer * layer_stride + block * block_stride.
   std::byte* block_address(int64_t layer, BlockId block) const;
   kernels::KvLayerView layer(int64_t index) const;
-  // Makes the memory of blocks of one layer present (kernels::Buffer::populate); another thread may be using them.
+  // Makes the memory of blocks of one layer present (kernels::Buffer::populate); another thread may be using them. Not of
+  // a part.
   Status populate(int64_t layer, BlockId first, int64_t count);
   // Makes up the KV of a block, in all layers: every number is `value`; with 8 bits, whose scales lie in the block, 0.
   void fill(BlockId block, float value);
 
  private:
+  KvCache(const KvLayout& layout, int64_t num_blocks, std::byte* base, int64_t block_stride_bytes);
+
   KvLayout layout_;
   int64_t num_blocks_;
-  std::unique_ptr<kernels::Buffer> buffer_;
+  std::unique_ptr<kernels::Buffer> buffer_;  // null for a part
+  std::byte* base_ = nullptr;
+  int64_t block_stride_bytes_ = 0;
+  bool is_part_ = false;
 };
 
 }  // namespace tandem::model

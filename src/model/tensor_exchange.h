@@ -56,6 +56,7 @@ class TensorExchange {
 
   // All ranks call these in the same order with the same number of rows, at least one. Errors are those of a lost group:
   // kUnavailable, naming the rank. The step is void then.
+  // What a rank wrote to memory that it shares with the others before it called reduce(), all see when theirs returns.
 
   // x, activations [T, H], holds this rank's summands. Afterwards its own rows hold the sums; the others are void.
   virtual Status reduce(const kernels::Tensor& x) = 0;

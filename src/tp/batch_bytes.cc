@@ -61,8 +61,9 @@ class Reader {
 
 }  // namespace
 
-std::vector<int32_t> write_order(const model::Batch& batch, const CacheNews& news) {
+std::vector<int32_t> write_order(const model::Batch& batch, const CacheNews& news, bool has_part) {
   Writer out;
+  out.add(has_part ? 1 : 0);
   out.add(batch.tokens);
   out.add(batch.logit_rows);
   out.add(batch.split_row);
@@ -83,6 +84,7 @@ std::vector<int32_t> write_order(const model::Batch& batch, const CacheNews& new
 Result<StepOrder> read_order(std::span<const int32_t> numbers) {
   Reader in(numbers);
   StepOrder order;
+  order.has_part = in.next() != 0;
   in.read(order.batch.tokens);
   in.read(order.batch.logit_rows);
   order.batch.split_row = in.next();

@@ -21,10 +21,11 @@ struct CacheNews {
 struct StepOrder {
   model::Batch batch;  // without tokens: compute for the other data ranks only
   CacheNews news;
+  bool has_part = false;  // the first rank's cache is a part of one that all share (KvCache::is_part)
 };
 
 // [count of all numbers behind this one, …].
-std::vector<int32_t> write_order(const model::Batch& batch, const CacheNews& news);
+std::vector<int32_t> write_order(const model::Batch& batch, const CacheNews& news, bool has_part);
 // The numbers behind the count. An error says that they are no order: the ranks do not run the same program.
 Result<StepOrder> read_order(std::span<const int32_t> numbers);
 

@@ -18,7 +18,8 @@ void OrderSender::attach(group::Fabric& fabric) {
 
 Status OrderSender::send(const model::Batch& batch, const CacheNews& news, const model::KvCache& cache) {
   CHECK(fabric_ != nullptr);
-  const std::vector<int32_t> numbers = write_order(batch, news);
+  CHECK(!cache.is_part() || news.received.empty());
+  const std::vector<int32_t> numbers = write_order(batch, news, cache.is_part());
   TANDEM_TRY(write(std::as_bytes(std::span(numbers))));
   const size_t block_bytes = static_cast<size_t>(cache.layout().block_bytes());
   for (const BlockId block : news.received) {
@@ -64,6 +65,12 @@ Result<model::Batch> OrderReceiver::receive(model::KvCache& cache) {
   std::vector<int32_t> numbers(static_cast<size_t>(std::max(count, 0)));
   TANDEM_TRY(read(std::as_writable_bytes(std::span(numbers))));
   TANDEM_ASSIGN(StepOrder order, read_order(numbers));
+  if (order.has_part != cache.is_part()) {
+    return make_error(ErrorKind::kDataLoss,
+                      "rank {} keeps its KV in {}, this rank in {}; let tensor rank 0 start the others itself",
+                      options_.first, order.has_part ? "one memory for all tensor ranks" : "memory of its own",
+                      cache.is_part() ? "one memory for all" : "memory of its own");
+  }
   TANDEM_TRY(check_blocks(order.news.received, cache));
   TANDEM_TRY(check_blocks(order.news.filled, cache));
   for (const model::Chunk& chunk : order.batch.chunks) TANDEM_TRY(check_blocks(chunk.blocks, cache));

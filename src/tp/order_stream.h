@@ -27,7 +27,8 @@ class OrderSender final : public group::FabricUser {
   void attach(group::Fabric& fabric) override;
   void detach() override { fabric_ = nullptr; }
 
-  // Returns once everything is on its way; waits while rings are full. Errors are those of a lost group.
+  // Returns once everything is on its way; waits while rings are full. Errors are those of a lost group. If `cache` is a
+  // part of one that all ranks share, what was received is there already, and none of it is news.
   Status send(const model::Batch& batch, const CacheNews& news, const model::KvCache& cache);
 
  private:
@@ -44,7 +45,8 @@ class OrderReceiver final : public group::FabricUser {
   void attach(group::Fabric& fabric) override;
   void detach() override { fabric_ = nullptr; }
 
-  // The next order; the KV that came with it, or was to be made up, is in `cache` then. Errors as above, and kDataLoss.
+  // The next order; the KV that came with it, or was to be made up, is in `cache` then. Errors as above, and kDataLoss:
+  // also if only one of the two ranks has a part of a shared cache.
   Result<model::Batch> receive(model::KvCache& cache);
 
  private:

@@ -104,6 +104,39 @@ TEST(OrderStream, KvThatIsMadeUpIsMadeUpEverywhere) {
   EXPECT_EQ(std::memcmp(first.base(), second.base(), static_cast<size_t>(first.bytes())), 0);
 }
 
+// Heads of which each rank has some: their KV is where all look for it, and both must know that.
+TEST(OrderStream, OneMemoryForAllRanksIsNoSecret) {
+  const std::unique_ptr<kernels::Ops> ops = kernels::make_ops("ref", 1).value();
+  model::KvLayout layout = small_layout();
+  layout.kind = model::KvKind::kGqa;
+  layout.kv_heads = 2;
+  layout.head_dim = 4;
+  model::KvCache whole(*ops, layout, kBlocks);
+  model::KvCache own(*ops, layout.with_heads(1), kBlocks);
+  for (const bool sender_has_part : {false, true}) {
+    for (const bool receiver_has_part : {false, true}) {
+      group::ThreadGroup group(2, 128 + kRing);
+      group.run([&](group::Fabric& fabric) {
+        model::KvCache part = model::KvCache::part_of(whole, {fabric.rank().value, 2});
+        StepOrder order;
+        order.batch.tokens = {7};
+        if (fabric.rank() == RankId(0)) {
+          OrderSender sender(options_of(0, 2));
+          sender.attach(fabric);
+          ASSERT_TRUE(sender.send(order.batch, order.news, sender_has_part ? part : own).ok());
+          return;
+        }
+        OrderReceiver receiver(options_of(0, 2));
+        receiver.attach(fabric);
+        const Result<model::Batch> batch = receiver.receive(receiver_has_part ? part : own);
+        ASSERT_EQ(batch.ok(), sender_has_part == receiver_has_part);
+        if (batch.ok()) return;
+        EXPECT_THAT(batch.error().message, HasSubstr("let tensor rank 0 start the others itself"));
+      });
+    }
+  }
+}
+
 TEST(OrderStream, BlocksThatThisRankLacksAreRefused) {
   const std::unique_ptr<kernels::Ops> ops = kernels::make_ops("ref", 1).value();
   group::ThreadGroup group(2, 128 + kRing);

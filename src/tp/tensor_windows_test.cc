@@ -6,6 +6,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
+#include <random>
+#include <thread>
 
 #include "src/group/test_support.h"
 #include "src/kernels/test_support.h"
@@ -257,6 +260,61 @@ TEST(TensorModel, AModelThatIsSharedAnswersAlmostAsOneRankAndExactlyAsItself) {
     const std::vector<Logits> shared = run_shared(test, {kPrompt, 5, 1, kPrompt}, fingerprint);
     EXPECT_LE(largest_difference(shared[0], alone), tolerance * largest(alone)) << test.golden << ' ' << test.size;
     for (const Logits& other : shared) EXPECT_EQ(other, shared[0]) << test.golden << ' ' << test.size;
+  }
+}
+
+// Both ranks in one cache, in which the first one is told of a layer only when the other one's heads are there too, however
+// late that is; with chunks, and with steps in two parts.
+TEST(TensorModel, ALayerIsToldOfWhenAllRanksHaveWrittenIt) {
+  constexpr uint32_t kSeed = 17;
+  SCOPED_TRACE(kSeed);
+  const ModelCase test{"qwen_base"};
+  std::vector<std::unique_ptr<TestTensorRank>> ranks = make_ranks("auto", test.size);
+  std::vector<std::unique_ptr<model::Model>> models;
+  for (const std::unique_ptr<TestTensorRank>& rank : ranks) {
+    model::LoadOptions options = load_options(test);
+    options.tensor = &rank->windows();
+    models.push_back(model::load_model(rank->ops(), options).value());
+  }
+  constexpr int64_t kBlocks = (kTokens + 3) / 4;
+  const model::KvLayout layout = models[0]->info().kv;
+  for (const bool is_split : {false, true}) {
+    for (const int32_t chunk : {kPrompt, 5}) {
+      const model::KvCache whole(ranks[0]->ops(), layout.with_heads(layout.kv_heads * test.size), kBlocks);
+      std::vector<std::unique_ptr<model::KvCache>> own;  // as if nothing was shared
+      for (const auto& rank : ranks) own.push_back(std::make_unique<model::KvCache>(rank->ops(), layout, kBlocks));
+      group::ThreadGroup group(test.size, 64 + ranks[0]->windows().window_bytes());
+      group.run([&](group::Fabric& fabric) {
+        const size_t r = static_cast<size_t>(fabric.rank().value);
+        ranks[r]->windows().attach(fabric);
+        std::mt19937 random(kSeed);
+        model::KvCache part = model::KvCache::part_of(whole, {fabric.rank().value, test.size});
+        const auto copy_layer = [&](int64_t layer) {
+          const std::byte* const begin = whole.block_address(layer, BlockId(0));
+          return std::vector<std::byte>(begin, begin + whole.layer_stride_bytes());
+        };
+        for (model::Batch& batch : make_steps(models[r]->info().vocab_size, chunk)) {
+          const int32_t rows = static_cast<int32_t>(batch.tokens.size());
+          if (is_split && rows > 1) batch.split_row = rows / 2;
+          std::vector<std::vector<std::byte>> told;
+          if (r != 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 5000));
+          ASSERT_TRUE(models[r]->forward(batch, part, [&](int layer) {
+                        ASSERT_EQ(layer, std::ssize(told));
+                        told.push_back(copy_layer(layer));
+                      }).ok());
+          for (int64_t layer = 0; r == 0 && layer < layout.num_layers; ++layer) {
+            ASSERT_EQ(copy_layer(layer), told.at(static_cast<size_t>(layer))) << "layer " << layer;
+          }
+          ASSERT_TRUE(models[r]->forward(batch, *own[r], {}).ok());
+        }
+        for (int64_t layer = 0; layer < layout.num_layers; ++layer) {
+          for (int32_t block = 0; block < kBlocks; ++block) {
+            ASSERT_EQ(std::memcmp(part.block_address(layer, BlockId(block)), own[r]->block_address(layer, BlockId(block)),
+                                  static_cast<size_t>(layout.block_bytes())), 0);
+          }
+        }
+      });
+    }
   }
 }
 
