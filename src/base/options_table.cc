@@ -156,6 +156,8 @@ constexpr OptionSpec kTable[] = {
              "all ranks.", .min = 1, .max = 1024},
     {.name = "tensor-parallel-rank", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "0",
      .help = "Be this one of the ranks that share; 0 starts the others itself.", .min = 0, .max = 1023},
+    {.name = "tensor-parallel-kv-memory", .commands = kServe, .group = "Ranks", .type = kText, .default_text = "",
+     .help = "Keep the KV in memory of tensor rank 0, PROCESS:DESCRIPTOR there; it says so to the ranks that it starts."},
     {.name = "api-server-count", .commands = kServe, .group = "Ranks", .type = kInteger, .default_text = "1",
      .help = "Front ends that share the endpoint of a node with several ranks, each a thread with a router of its own; 0 is 1. "
              "One is enough until text and sockets take a core (`tandem bench router`). Elsewhere there is one, which the log "

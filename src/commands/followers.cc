@@ -46,7 +46,7 @@ class FollowerProcess {
 }  // namespace
 
 Result<std::unique_ptr<cluster::RankProcesses>> start_followers(boost::asio::io_context& io, const Options& options,
-                                                                const GroupConfig& group, int64_t num_blocks,
+                                                                const GroupConfig& group, const PlannedCache& cache,
                                                                 std::function<void(const Error&)> on_fatal) {
   // What belongs to an endpoint, or is decided by the first rank for all.
   static constexpr std::array<std::string_view, 9> kNotTheirs{
@@ -62,7 +62,10 @@ Result<std::unique_ptr<cluster::RankProcesses>> start_followers(boost::asio::io_
     };
     add(options.set_arguments(kRankOptionGroup, kNotTheirs));
     add(rank_arguments(options, group.shape, group.data_rank(), group.coordinator_host, group.coordinator_port));
-    add({"--tensor-parallel-rank", std::to_string(t), "--num-gpu-blocks-override", std::to_string(num_blocks)});
+    add({"--tensor-parallel-rank", std::to_string(t), "--num-gpu-blocks-override", std::to_string(cache.num_blocks)});
+    if (cache.memory) {
+      add({"--tensor-parallel-kv-memory", fmt::format("{}:{}", cache.memory->process, cache.memory->descriptor)});
+    }
     add({"--log-name", fmt::format("rank{}.{}", group.data_rank(), t)});
     processes.push_back(std::move(process));
   }

@@ -14,10 +14,10 @@
 
 namespace tandem::commands {
 
-// Starts the others of `group`'s data rank, each with `num_blocks` of KV. From the main thread, which runs `io`.
-// `on_fatal`: one of them cannot work.
+// Starts the others of `group`'s data rank, each with a KV cache that fits the first one's. From the main thread, which
+// runs `io`. `on_fatal`: one of them cannot work.
 Result<std::unique_ptr<cluster::RankProcesses>> start_followers(boost::asio::io_context& io, const Options& options,
-                                                                const GroupConfig& group, int64_t num_blocks,
+                                                                const GroupConfig& group, const PlannedCache& cache,
                                                                 std::function<void(const Error&)> on_fatal);
 
 // tandem serve as one of them: until it is told to end. Returns the exit status.

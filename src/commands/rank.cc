@@ -1,5 +1,7 @@
 #include "src/commands/rank.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "src/base/hash.h"
@@ -82,6 +84,12 @@ Result<std::optional<KvTransferConfig>> read_kv_transfer(const Options& options)
   return std::optional<KvTransferConfig>(std::move(config));
 }
 
+// Whether the agent of this rank, the first of several tensor ranks, moves KV of which the others have heads.
+bool lends_heads(const RankConfig& config) {
+  return config.group && !config.group->is_follower() && config.group->shape.tensor > 1 && config.kv_transfer &&
+         !config.kv_transfer->synthetic_fill && config.model.gqa.kv_heads > 0;
+}
+
 }  // namespace
 
 Result<RankConfig> make_rank_config(const Options& options) {
@@ -151,12 +159,6 @@ Result<RankConfig> make_rank_config(const Options& options) {
   }
   TANDEM_ASSIGN(config.model, model::load_config(config.load.path));
   if (shape.size() > 1) TANDEM_TRY(check_group_size(shape, config.model.moe.num_experts));
-  if (config.group && config.group->shape.tensor > 1 && config.kv_transfer && config.model.gqa.kv_heads > 0) {
-    return make_error(ErrorKind::kUnsupported,
-                      "--kv-transfer-config with --tensor-parallel-size {}: each rank has the KV of its own heads only, and "
-                      "one that has no whole KV cannot send it; use --tensor-parallel-size 1, or a model with MLA",
-                      config.group->shape.tensor);
-  }
   return config;
 }
 
@@ -221,7 +223,12 @@ Status Rank::load_weights(const RankConfig& config) {
     const AvailableMemory available = available_memory();
     TANDEM_ASSIGN(const engine::MemoryPlan plan, engine::plan_memory(needs, config.memory, available));
     num_blocks = plan.num_blocks;
-    if (config.on_planned) config.on_planned(num_blocks);
+    TANDEM_TRY(open_whole_cache(config, needs.kv, num_blocks));
+    if (config.on_planned) {
+      PlannedCache planned{num_blocks, std::nullopt};
+      if (whole_cache_ != nullptr) planned.memory = {::getpid(), whole_cache_->shared_fd()};
+      config.on_planned(planned);
+    }
     log_info("serve",
              "memory: weights {:.0f} MiB, workspace {:.0f} MiB, KV cache {:.0f} MiB, in all {:.0f} of {:.0f} MiB "
              "available ({})",
@@ -231,16 +238,57 @@ Status Rank::load_weights(const RankConfig& config) {
     return {};
   };
   TANDEM_ASSIGN(model_, model::load_model(*ops_, load));
+  make_cache(config, num_blocks);
+  return {};
+}
+
+// Heads of which every tensor rank has some are sent and received as one rank would: all of them lie in one memory, made
+// by the first rank and mapped by the others, laid out as if there were one rank.
+Status Rank::open_whole_cache(const RankConfig& config, const model::KvLayout& part, int64_t num_blocks) {
+  const bool lends = lends_heads(config);
+  if (!lends && !(config.group && config.group->kv_memory)) return {};
+  if (part.kind != model::KvKind::kGqa) {
+    return invalid_argument("tensor-parallel-kv-memory",
+                            "--tensor-parallel-kv-memory is for models whose KV heads are shared, this one has {}; leave it "
+                            "out",
+                            part.describe_token());
+  }
+  const int32_t ranks = config.group->shape.tensor;
+  const model::KvLayout whole = part.with_heads(part.kv_heads * ranks);
+  const int64_t bytes = num_blocks * whole.total_block_bytes();
+  if (lends) {
+    whole_cache_ = std::make_unique<model::KvCache>(*ops_, whole, num_blocks, /*shareable=*/true);
+    if (whole_cache_->shared_fd() >= 0) return {};
+    return make_error(ErrorKind::kUnavailable,
+                      "--kv-transfer-config with --tensor-parallel-size {}: the KV of all heads must lie in one memory, and "
+                      "{} with this kernel gives none of {:.0f} MiB that {} processes can map; allow memfd_create, or use "
+                      "--tensor-parallel-size 1",
+                      ranks, ops_->name(), mebibytes(bytes), ranks);
+  }
+  const SharedMemory& memory = *config.group->kv_memory;
+  TANDEM_ASSIGN(std::unique_ptr<kernels::Buffer> buffer, ops_->open_shared(memory.process, memory.descriptor, bytes));
+  whole_cache_ = std::make_unique<model::KvCache>(whole, num_blocks, std::move(buffer));
+  return {};
+}
+
+void Rank::make_cache(const RankConfig& config, int64_t num_blocks) {
   const model::KvLayout& layout = info().kv;
-  const bool shareable =
-      config.kv_transfer && !config.kv_transfer->synthetic_fill && comm::may_share_memory(config.kv_transport);
-  cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks, shareable);
-  populator_ = std::make_unique<kv::Populator>(*cache_);
-  log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB; room for {:.1f} requests of {} tokens",
-           layout.describe(), num_blocks, num_blocks * layout.block_size, mebibytes(cache_->bytes()),
+  std::string where;
+  if (whole_cache_ != nullptr) {
+    const model::TensorShard shard{config.group->tensor_rank(), config.group->shape.tensor};
+    cache_ = std::make_unique<model::KvCache>(model::KvCache::part_of(*whole_cache_, shard));
+    where = fmt::format(", part {} of {} of one memory of {:.1f} MiB", shard.rank, shard.size,
+                        mebibytes(whole_cache_->bytes()));
+  } else {
+    const bool shareable =
+        config.kv_transfer && !config.kv_transfer->synthetic_fill && comm::may_share_memory(config.kv_transport);
+    cache_ = std::make_unique<model::KvCache>(*ops_, layout, num_blocks, shareable);
+  }
+  populator_ = std::make_unique<kv::Populator>(whole_cache_ != nullptr ? *whole_cache_ : *cache_);
+  log_info("serve", "KV cache: {}, {} blocks = {} tokens in {:.1f} MiB{}; room for {:.1f} requests of {} tokens",
+           layout.describe(), num_blocks, num_blocks * layout.block_size, mebibytes(cache_->bytes()), where,
            static_cast<double>(num_blocks * layout.block_size) / static_cast<double>(info().max_model_len),
            info().max_model_len);
-  return {};
 }
 
 Status Rank::open_agent(const RankConfig& config) {
@@ -260,7 +308,8 @@ Status Rank::open_agent(const RankConfig& config) {
   options.role = kv.role;
   options.transport = config.kv_transport;
   options.checksum = config.kv_checksum;
-  TANDEM_ASSIGN(agent_, transfer::make_agent(*cache_, options, [this] { engine_->wake(); }));
+  TANDEM_ASSIGN(agent_, transfer::make_agent(whole_cache_ == nullptr ? *cache_ : *whole_cache_, options,
+                                               [this] { engine_->wake(); }));
   engine_->attach(agent_.get());
   log_info("serve", "prefill/decode: {} as {}, KV on {}:{}", kv.connector, kv_role_name(kv.role), kv.ip,
            agent_->port());

@@ -48,7 +48,7 @@ struct RankConfig {
   std::string expert_load_path;  // of --record-expert-load; "": no recording
   double expert_load_interval_s = 10;
   // Told from the loading thread before any weight is read; may be empty.
-  std::function<void(int64_t num_blocks)> on_planned;
+  std::function<void(const PlannedCache&)> on_planned;
 };
 
 // Reads and cross-checks the options and config.json; nothing is loaded or opened yet.
@@ -84,6 +84,8 @@ class Rank {
  private:
   Rank() = default;
   Status load_weights(const RankConfig& config);
+  Status open_whole_cache(const RankConfig& config, const model::KvLayout& part, int64_t num_blocks);
+  void make_cache(const RankConfig& config, int64_t num_blocks);
   Status make_engine(const RankConfig& config, int64_t sampled_vocab, const Clock& clock, Registry& registry);
   void make_tensor_rank(const GroupConfig& config);
   Status open_agent(const RankConfig& config);
@@ -97,7 +99,8 @@ class Rank {
   std::optional<ep::BalancerOptions> balancing_;
   std::unique_ptr<tp::TensorWindows> tensor_;  // null without tensor parallelism
   std::unique_ptr<model::Model> model_;
-  std::unique_ptr<model::KvCache> cache_;
+  std::unique_ptr<model::KvCache> whole_cache_;  // the KV of all tensor ranks, if it is one memory; null otherwise
+  std::unique_ptr<model::KvCache> cache_;        // this rank's: a part of that, or all there is
   std::unique_ptr<kv::Populator> populator_;
   std::unique_ptr<engine::ExpertLoadRecorder> expert_load_;
   std::unique_ptr<group::Membership> membership_;

@@ -1,6 +1,7 @@
 #include "src/commands/rank_options.h"
 
 #include <algorithm>
+#include <charconv>
 
 namespace tandem::commands {
 namespace {
@@ -15,6 +16,25 @@ Result<eplb::EplbConfig> read_eplb(const std::string& text) {
                             "--eplb-config: use_async is false, but experts always move while steps go on; leave it out");
   }
   return config;
+}
+
+// Of --tensor-parallel-kv-memory.
+Result<std::optional<SharedMemory>> read_kv_memory(const Options& options) {
+  const std::string& text = options.text("tensor-parallel-kv-memory");
+  if (text.empty()) return std::optional<SharedMemory>();
+  SharedMemory memory;
+  const char* const end = text.data() + text.size();
+  const std::from_chars_result process = std::from_chars(text.data(), end, memory.process);
+  const bool has_colon = process.ec == std::errc() && process.ptr != end && *process.ptr == ':';
+  const std::from_chars_result descriptor =
+      has_colon ? std::from_chars(process.ptr + 1, end, memory.descriptor) : process;
+  if (!has_colon || descriptor.ec != std::errc() || descriptor.ptr != end || memory.process < 1 || memory.descriptor < 0) {
+    return invalid_argument("tensor-parallel-kv-memory",
+                            "--tensor-parallel-kv-memory {} is not PROCESS:DESCRIPTOR, two numbers; leave it out: tensor "
+                            "rank 0 gives it to the ranks that it starts",
+                            text);
+  }
+  return std::optional<SharedMemory>(memory);
 }
 
 Result<RankOptions> read_group(const Options& options, const group::GroupShape& shape, int64_t rank) {
@@ -50,6 +70,7 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   config.dual_batch = {options.flag("enable-dbo"), options.integer("dbo-decode-token-threshold"),
                        options.integer("dbo-prefill-token-threshold")};
   config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
+  TANDEM_ASSIGN(config.kv_memory, read_kv_memory(options));
   if (options.flag("enable-eplb")) {
     config.eplb_text = options.text("eplb-config");
     TANDEM_ASSIGN(config.eplb, read_eplb(config.eplb_text));
@@ -120,6 +141,10 @@ Result<RankOptions> read_rank_options(const Options& options) {
     return invalid_argument("tensor-parallel-size",
                             "--data-parallel-size {} x --tensor-parallel-size {} are {} ranks, a group has at most {}",
                             shape.data, shape.tensor, shape.size(), group::kMaxRanks);
+  }
+  if (!options.text("tensor-parallel-kv-memory").empty() && options.integer("tensor-parallel-rank") == 0) {
+    return invalid_argument("tensor-parallel-kv-memory",
+                            "--tensor-parallel-kv-memory is for --tensor-parallel-rank from 1 on; leave it out");
   }
   const std::string& eplb = options.text("eplb-config");
   if (!eplb.empty() && !options.flag("enable-eplb")) {

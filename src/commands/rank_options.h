@@ -15,6 +15,18 @@
 
 namespace tandem::commands {
 
+// Memory of another process of this host: kernels::Ops::open_shared.
+struct SharedMemory {
+  int64_t process = 0;
+  int descriptor = -1;
+};
+
+// What the other tensor ranks of a data rank must know of the first one's KV cache.
+struct PlannedCache {
+  int64_t num_blocks = 0;
+  std::optional<SharedMemory> memory;  // of all heads, if it is one for all of them
+};
+
 // The group that one rank belongs to.
 struct GroupConfig {
   group::GroupShape shape;
@@ -28,6 +40,7 @@ struct GroupConfig {
   std::string eplb_text;
   engine::DualBatchLimits dual_batch;  // --enable-dbo
   int64_t rank_timeout_us = 0;
+  std::optional<SharedMemory> kv_memory;  // --tensor-parallel-kv-memory
 
   int32_t data_rank() const { return rank.value / shape.tensor; }
   int32_t tensor_rank() const { return rank.value % shape.tensor; }

@@ -99,7 +99,7 @@ class Server {
   // The other tensor ranks load their share meanwhile.
   Status open_followers() {
     if (!group_ || group_->shape.tensor == 1) return {};
-    TANDEM_ASSIGN(followers_, start_followers(io_, options_, *group_, num_blocks_, [this](const Error& why) {
+    TANDEM_ASSIGN(followers_, start_followers(io_, options_, *group_, planned_, [this](const Error& why) {
                     fault_ = why;
                     io_.stop();
                   }));
@@ -107,7 +107,7 @@ class Server {
   }
 
   void load_in_background(RankConfig config) {
-    config.on_planned = [this](int64_t num_blocks) { num_blocks_ = num_blocks; };
+    config.on_planned = [this](const PlannedCache& planned) { planned_ = planned; };  // before mark_checked()
     loader_ = std::thread([this, config = std::move(config)]() mutable {
       Result<std::unique_ptr<Rank>> loaded =
           Rank::load(std::move(config), served_.tokenizer->vocab_size(), clock_, registry_, [this](double fraction) {
@@ -238,7 +238,7 @@ class Server {
   std::atomic<double> progress_{0};
   bool is_serving_ = false;
   std::optional<GroupConfig> group_;
-  std::atomic<int64_t> num_blocks_ = 0;  // of the KV cache
+  PlannedCache planned_;  // of the loader, until is_checked_
 
   std::mutex mutex_;
   std::condition_variable changed_;

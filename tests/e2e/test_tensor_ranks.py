@@ -5,14 +5,16 @@ import json
 import os
 import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from conftest import free_port, http_json, wait_all_ready, wait_until
+from gqa_model import make_gqa_model
 from prompts import make_prompts
 from test_ranks import rank_metric
-from test_topologies import ask, ask_all
+from test_topologies import ask, ask_all, body_of, pull, read_answer
 
 PROMPTS = make_prompts(40)
 BACKENDS = ["naive", "allgather_reducescatter", "high_throughput", "low_latency"]
@@ -164,11 +166,160 @@ def test_prefill_and_decode_of_other_sizes(launcher, alone, shared, prefill_size
         process.stop()
 
 
+# ---- Heads of KV that the ranks share: GQA ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gqa(tmp_path_factory):
+    return make_gqa_model(tmp_path_factory.mktemp("gqa"))
+
+
+@pytest.fixture(scope="module")
+def answers_of(launcher, gqa):
+    """What one server of `size` tensor ranks answers, one request after the other; each is computed once."""
+    known = {}
+
+    def answer(size, *options):
+        key = (size, *options)
+        if key not in known:
+            server = launcher.serve("--tensor-parallel-size", size, "--threads", 1, "--num-gpu-blocks-override", 600,
+                                    "--no-enable-prefix-caching", "--max-num-seqs", 1, *options, model=gqa)
+            known[key] = [ask(server.url, index, prompt) for index, prompt in enumerate(PROMPTS)]
+            server.stop()
+        return known[key]
+    return answer
+
+
+def start_pair(launcher, gqa, prefill_size, decode_size, *options, prefill=(), decode=()):
+    def worker(size, role, *more):
+        return launcher.serve("--tensor-parallel-size", size, "--threads", 1, "--num-gpu-blocks-override", 600,
+                              "--kv-transfer-config", kv_config(role), *options, *more, model=gqa, wait=False)
+    workers = [worker(prefill_size, "kv_producer", *prefill), worker(decode_size, "kv_consumer", *decode)]
+    wait_all_ready(workers)
+    return workers
+
+
+def pull_mixed(workers):
+    """Into blocks without a known prefix."""
+    with ThreadPoolExecutor(6) as pool:
+        return list(pool.map(lambda item: pull(*workers, *item, cache_salt="pulled"), enumerate(PROMPTS)))
+
+
+def expect_nothing_pinned(workers):
+    for worker in workers:
+        wait_until(lambda: worker.metric("tandem:kv_blocks_pinned") == 0, what="no pinned blocks")
+
+
+DBO = ("--enable-dbo", "--dbo-prefill-token-threshold", 2, "--dbo-decode-token-threshold", 2)
+
+
+@pytest.mark.parametrize("size, options, prefill", [
+    (2, (), ()),
+    (2, (), DBO),
+    (4, ("--kv-transport", "tcp"), ()),
+    (2, ("--kv-transport", "ucx"), ()),
+    (2, ("--kv-cache-dtype", "fp8"), ("--block-size", 32)),
+])
+def test_heads_of_the_same_size_are_exact(launcher, gqa, answers_of, size, options, prefill):
+    wanted = answers_of(size, *(option for option in options if options[0] == "--kv-cache-dtype"))
+    workers = start_pair(launcher, gqa, size, size, *options, prefill=("--max-num-batched-tokens", 64, *prefill))
+    router = launcher.route(workers[:1], workers[1:], "--enforce-disagg")
+    assert ask_mixed(router.url) == wanted
+    whole = workers[1].metric("tandem:kv_transfer_bytes_total")
+    assert (workers[0].metric("tandem:group_split_rounds_total") > 0) == bool(prefill == DBO)
+    assert workers[1].metric("tandem:kv_transfers_total", outcome="received") == len(PROMPTS)
+    # With the prefixes that decode knows now, which are not sent again.
+    assert ask_mixed(router.url) == wanted
+    assert workers[1].metric("tandem:kv_transfer_bytes_total") - whole < whole / 2
+    assert workers[1].metric("vllm:prompt_tokens_by_source_total", source="local_compute") == 0
+    expect_nothing_pinned(workers)
+    assert pull_mixed(workers) == wanted
+    expect_nothing_pinned(workers)
+    for process in [router, *workers]:
+        process.stop()
+
+
+@pytest.mark.parametrize("prefill_size, decode_size, prefill", [(2, 1, ()), (1, 2, ()), (4, 2, ("--block-size", 64))])
+def test_heads_of_other_sizes(launcher, gqa, answers_of, prefill_size, decode_size, prefill):
+    exact = ("--dtype", "float32")
+    workers = start_pair(launcher, gqa, prefill_size, decode_size, *exact, prefill=prefill)
+    router = launcher.route(workers[:1], workers[1:], "--enforce-disagg")
+    answers = ask_mixed(router.url)
+    assert workers[1].metric("tandem:kv_transfers_total", outcome="received") == len(PROMPTS)
+    expect_near(answers, answers_of(1, *exact), "float32")
+    assert ask_mixed(router.url) == answers
+    expect_near(pull_mixed(workers), answers_of(1, *exact), "float32")
+    expect_nothing_pinned(workers)
+    for process in [router, *workers]:
+        process.stop()
+
+
+def test_heads_of_several_data_ranks(launcher, gqa, answers_of):
+    def group(role):
+        config = json.dumps({"kv_connector": "UcxConnector", "kv_role": role, "kv_port": free_port(count=2)})
+        return launcher.serve("--data-parallel-size", 2, "--tensor-parallel-size", 2, "--enable-expert-parallel",
+                              "--threads", 1, "--num-gpu-blocks-override", 600, "--kv-transfer-config", config,
+                              model=gqa, wait=False)
+    workers = [group("kv_producer"), group("kv_consumer")]
+    wait_all_ready(workers)
+    router = launcher.route(workers[:1], workers[1:], "--enforce-disagg")
+    assert ask_mixed(router.url) == answers_of(2)  # all of them with transfers, which --enforce-disagg demands
+    for process in [router, *workers]:
+        process.stop()
+
+
+def test_ranks_that_die_or_freeze_while_heads_travel(launcher, gqa, answers_of):
+    """A follower maps the same memory when it comes back; nothing stays pinned, and nothing wrong is known."""
+    wanted = answers_of(2)
+    workers = start_pair(launcher, gqa, 2, 2, "--rank-timeout", 1, prefill=("--max-num-batched-tokens", 64))
+    router = launcher.route(workers[:1], workers[1:], "--enforce-disagg")
+
+    def ask_or_fail(index):
+        status, answer = http_json(router.url + "/v1/completions", body_of(index, PROMPTS[index]))
+        assert status == 200 or answer["error"]["message"], answer
+        return status != 200 or read_answer(answer) == wanted[index]
+
+    def ask_while(fault):
+        """Everything, and the fault as soon as some answers are there."""
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(ask_or_fail, index) for index in range(len(PROMPTS))]
+            wait_until(lambda: sum(each.done() for each in asked) > 3, what="some answers")
+            fault()
+            assert all(each.result() for each in asked)
+
+    def freeze(pid):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+
+    for worker, dies in ((workers[1], True), (workers[0], True), (workers[1], False), (workers[0], False)):
+        first = follower_pid(worker)
+        epochs = worker.metric("tandem:group_epochs_total")
+        ask_while(lambda: os.kill(first, signal.SIGKILL) if dies else freeze(first))
+        wait_until(lambda: worker.metric("tandem:group_epochs_total") > epochs, what="a new epoch")
+        assert (follower_pid(worker) != first) == dies
+        wait_all_ready(workers)
+        expect_nothing_pinned(workers)
+        wait_until(lambda: http_json(router.url + "/v1/completions", body_of(0, PROMPTS[0]))[0] == 200, what="an answer")
+        assert ask_mixed(router.url) == wanted
+    # The whole decode worker, whose followers go with it.
+    ask_while(workers[1].popen.kill)
+    expect_nothing_pinned(workers[:1])
+    for process in (router, workers[0]):
+        process.stop()
+
+
+FOLLOWING = ["--tensor-parallel-size", 2, "--tensor-parallel-rank", 1, "--data-parallel-rpc-port", 9]
+
+
 def test_what_cannot_be_shared_is_refused(launcher):
     for options, words in (
             (["--tensor-parallel-size", 3], "num_attention_heads of"),
             (["--tensor-parallel-size", 2, "--tensor-parallel-rank", 2], "--tensor-parallel-size 2 has 0 … 1"),
-            (["--data-parallel-size", 2, "--tensor-parallel-size", 2], "needs --enable-expert-parallel")):
+            (["--data-parallel-size", 2, "--tensor-parallel-size", 2], "needs --enable-expert-parallel"),
+            (["--tensor-parallel-size", 2, "--tensor-parallel-kv-memory", "1:2"], "is for --tensor-parallel-rank from 1 on"),
+            (FOLLOWING + ["--tensor-parallel-kv-memory", "1-2"], "is not PROCESS:DESCRIPTOR"),
+            (FOLLOWING + ["--tensor-parallel-kv-memory", "1:2"], "is for models whose KV heads are shared")):
         refused = launcher.serve(*options, wait=False)
         assert refused.popen.wait(30) == 1
         assert words in refused.read_log()

@@ -74,9 +74,9 @@ def test_push_through_the_router(launcher, workers, expected):
         assert "over shared memory" in worker.read_log()  # what auto means within a host
 
 
-def pull(prefill, decode, index, prompt):
+def pull(prefill, decode, index, prompt, **more):
     request_id = {"X-Request-Id": str(uuid.uuid4())}
-    body = body_of(index, prompt)
+    body = {**body_of(index, prompt), **more}
     params = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
               "remote_host": None, "remote_port": None}
     status, first = http_json(prefill.url + "/v1/completions",
