@@ -8,6 +8,7 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <charconv>
+#include <limits>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <unordered_set>
@@ -47,6 +48,19 @@ struct Serving {
 struct RequestTrace {
   TraceContext span;
   TraceContext parent;
+};
+
+// A text on its way through a text thread. `stop` ends it within milliseconds; `why` says so to its client. All but
+// `stop` belongs to the I/O thread.
+struct TextJob {
+  std::atomic<bool> stop = false;
+  std::optional<Error> why;
+  int64_t deadline_us = std::numeric_limits<int64_t>::max();
+
+  void end(const Error& reason) {
+    if (!why) why = reason;
+    stop = true;
+  }
 };
 
 struct Prepared {
@@ -111,7 +125,16 @@ Result<int32_t> read_pinned_rank(const HttpRequest& request, const FrontendOptio
                                  options.first_rank, options.first_rank + options.num_ranks - 1));
 }
 
-Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& served, const OpenAiRequest& request) {
+// The ids of a text, or the error that says how far it is over the context.
+Result<std::vector<TokenId>> check_context(const ServedText& served, Result<std::vector<TokenId>> ids) {
+  if (ids.ok() || ids.error().code != "context_length_exceeded") return ids;
+  return context_error(served.model, ids.error().param,
+                       fmt::format("the prompt has {}; shorten it", ids.error().message));
+}
+
+Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& served, const OpenAiRequest& request,
+                                                         const std::atomic<bool>* stop) {
+  const text::EncodeLimits limits = {.max_tokens = served.model.max_model_len - 1, .stop = stop};
   std::vector<std::vector<TokenId>> prompts;
   if (request.kv_transfer && request.kv_transfer->do_remote_prefill && !request.kv_transfer->prompt_token_ids.empty()) {
     // The prefill side has tokenized it; its tokens are what the KV belongs to.
@@ -126,7 +149,7 @@ Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& serve
     return prompts;
   }
   if (request.endpoint == Endpoint::kChat) {
-    TANDEM_ASSIGN(std::vector<TokenId> ids, encode_chat(served, request.chat));
+    TANDEM_ASSIGN(std::vector<TokenId> ids, check_context(served, encode_chat(served, request.chat, limits)));
     prompts.push_back(std::move(ids));
     return prompts;
   }
@@ -136,21 +159,23 @@ Result<std::vector<std::vector<TokenId>>> encode_prompts(const ServedText& serve
       continue;
     }
     TANDEM_ASSIGN(std::vector<TokenId> ids,
-                  served.tokenizer->encode(std::get<std::string>(prompt), request.add_special_tokens));
+                  check_context(served, served.tokenizer->encode(std::get<std::string>(prompt),
+                                                                 request.add_special_tokens, limits)));
     prompts.push_back(std::move(ids));
   }
   return prompts;
 }
 
-// From the body's bytes to token requests; pure, so it may run on the text thread.
+// From the body's bytes to token requests; pure, so it may run on a text thread.
 Result<Prepared> prepare(const ServedText& served, const RequestPolicy& policy, Endpoint endpoint,
                          const std::string& body, const std::string& request_id, const std::string& session,
-                         const std::string& prefiller, int32_t pinned_rank, int64_t deadline_us) {
+                         const std::string& prefiller, int32_t pinned_rank, int64_t deadline_us,
+                         const std::atomic<bool>* stop) {
   TANDEM_ASSIGN(const Json json, parse_strict_json(body, "the request body"));
   Prepared out;
   TANDEM_ASSIGN(out.request, endpoint == Endpoint::kChat ? parse_chat_request(json, served.model, policy)
                                                          : parse_completion_request(json, served.model, policy));
-  TANDEM_ASSIGN(std::vector<std::vector<TokenId>> prompts, encode_prompts(served, out.request));
+  TANDEM_ASSIGN(std::vector<std::vector<TokenId>> prompts, encode_prompts(served, out.request, stop));
   TANDEM_ASSIGN(out.choices,
                 make_token_requests(out.request, std::move(prompts), served.model, request_id, deadline_us));
   for (engine::TokenRequest& choice : out.choices) {
@@ -224,21 +249,34 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
 
   // ---- Serving ----
 
-  // Runs `work` in line or, if `bytes` are many, on the text thread; then `then` with its result, here.
+  // Runs `work` in line or, if `bytes` are many, on a text thread; then `then` with its result, here. The work ends early
+  // when its client leaves, at `deadline_us`, and when nothing is served any more.
   template <typename T>
-  void run_text(size_t bytes, std::function<Result<T>()> work, std::function<void(Result<T>)> then) {
-    if (bytes <= kInlineBodyBytes) return then(work());
+  void run_text(HttpExchange& exchange, size_t bytes, int64_t deadline_us,
+                std::function<Result<T>(const std::atomic<bool>* stop)> work, std::function<void(Result<T>)> then) {
+    if (bytes <= kInlineBodyBytes) return then(work(nullptr));
+    auto text = std::make_shared<TextJob>();
+    text->deadline_us = deadline_us;
+    exchange.on_disconnect(
+        [text] { text->end(make_error(ErrorKind::kAborted, "the client left before its text was tokenized")); });
     // What `then` holds must be released on the I/O thread: it is moved along, not copied.
-    auto job = [this, weak = weak_from_this(), work = std::move(work), then]() mutable {
-      auto result = std::make_shared<Result<T>>(work());
-      asio::post(io, [weak, result, then = std::move(then)] {
-        if (weak.lock()) then(std::move(*result));
+    auto job = [this, weak = weak_from_this(), text, work = std::move(work), then]() mutable {
+      auto result = std::make_shared<Result<T>>(make_error(ErrorKind::kAborted, "the request was cancelled"));
+      if (!text->stop) *result = work(&text->stop);
+      asio::post(io, [weak, text, result, then = std::move(then)] {
+        const std::shared_ptr<Impl> self = weak.lock();
+        if (!self) return;
+        self->texts.erase(text);
+        then(text->why ? Result<T>(*text->why) : std::move(*result));
       });
     };
-    if (!text_thread->post(std::move(job))) {
-      then(make_error(ErrorKind::kResourceExhausted, "{} large requests are waiting already; retry later",
-                      TextThread::kMaxJobs));
-    }
+    texts.insert(text);
+    watch_deadlines();
+    TextThread& thread = bytes <= kLargeBodyBytes ? *text_thread : *large_text_thread;
+    if (thread.post(std::move(job))) return;
+    texts.erase(text);
+    then(make_error(ErrorKind::kResourceExhausted, "{} large requests are waiting already; retry later",
+                    TextThread::kMaxJobs));
   }
 
   // The present serving, or the error that says why there is none.
@@ -272,10 +310,12 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     auto body = std::make_shared<std::string>(std::move(request.body));
     ++num_requests;
     run_text<Prepared>(
-        body->size(),
+        *exchange, body->size(), deadline_us,
         [used = *now_serving, policy = options.policy, endpoint, body, id = *request_id,
          session = session == nullptr ? std::string() : *session, named = *prefiller, rank = *pinned_rank,
-         deadline_us] { return prepare(used->text, policy, endpoint, *body, id, session, named, rank, deadline_us); },
+         deadline_us](const std::atomic<bool>* stop) {
+          return prepare(used->text, policy, endpoint, *body, id, session, named, rank, deadline_us, stop);
+        },
         [this, used = *now_serving, exchange, id = *request_id, arrival_us, trace](Result<Prepared> prepared) {
           begin(used, exchange, id, arrival_us, trace, std::move(prepared));
         });
@@ -300,7 +340,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
                                        generations.erase(ended.shared_from_this());
                                      });
     generations.insert(generation);
-    if (generations.size() == 1) watch_deadlines();
+    watch_deadlines();
     generation->start(mailbox);
   }
 
@@ -328,7 +368,12 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     exchange.respond(std::move(response));
   }
 
+  // Looks at the deadlines of all that runs, as long as something does.
   void watch_deadlines() {
+    if (!std::exchange(is_watching_deadlines, true)) look_at_deadlines_later();
+  }
+
+  void look_at_deadlines_later() {
     deadline_timer.expires_after(kDeadlineCheck);
     deadline_timer.async_wait([weak = weak_from_this()](boost::system::error_code ec) {
       const std::shared_ptr<Impl> self = weak.lock();
@@ -338,10 +383,13 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
       for (const auto& generation : self->generations) {
         if (generation->deadline_us() < late_us) late.push_back(generation);
       }
-      for (const auto& generation : late) {
-        generation->fail(make_error(ErrorKind::kDeadlineExceeded, "the request was not finished by its deadline"));
+      const Error error = make_error(ErrorKind::kDeadlineExceeded, "the request was not finished by its deadline");
+      for (const auto& generation : late) generation->fail(error);
+      for (const std::shared_ptr<TextJob>& text : self->texts) {
+        if (text->deadline_us < self->clock.now_us()) text->end(error);
       }
-      if (!self->generations.empty()) self->watch_deadlines();
+      self->is_watching_deadlines = !self->generations.empty() || !self->texts.empty();
+      if (self->is_watching_deadlines) self->look_at_deadlines_later();
     });
   }
 
@@ -350,20 +398,24 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     closed_because = std::move(why);
     const std::vector<std::shared_ptr<Generation>> running(generations.begin(), generations.end());
     for (const auto& generation : running) generation->fail(closed_because);
+    for (const std::shared_ptr<TextJob>& text : texts) text->end(closed_because);
   }
 
   // ---- The small routes ----
 
+  using TextAnswer = Result<Json>(const Json& body, const ServedText&, const std::atomic<bool>* stop);
+
   // Answers with what `work` makes of the parsed body and of what is served.
-  void answer_json(std::shared_ptr<HttpExchange> exchange, Result<Json> (*work)(const Json& body, const ServedText&)) {
+  void answer_json(std::shared_ptr<HttpExchange> exchange, TextAnswer* work) {
     const Result<std::shared_ptr<Serving>> now_serving = find_serving();
     if (!now_serving.ok()) return exchange->respond(error_response(now_serving.error()));
     auto body = std::make_shared<std::string>(std::move(exchange->request().body));
+    const int64_t deadline_us = clock.now_us() + static_cast<int64_t>(options.request_timeout_s * 1e6);
     run_text<HttpResponse>(
-        body->size(),
-        [used = *now_serving, body, work]() -> Result<HttpResponse> {
+        *exchange, body->size(), deadline_us,
+        [used = *now_serving, body, work](const std::atomic<bool>* stop) -> Result<HttpResponse> {
           TANDEM_ASSIGN(const Json json, parse_strict_json(*body, "the request body"));
-          TANDEM_ASSIGN(const Json out, work(json, used->text));
+          TANDEM_ASSIGN(const Json out, work(json, used->text, stop));
           return json_response(out);
         },
         [exchange](Result<HttpResponse> response) {
@@ -438,7 +490,10 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
   std::optional<Error> draining_because;
   std::unordered_set<std::shared_ptr<Generation>> generations;
   std::atomic<int64_t> num_requests = 0;  // with those whose text is still worked on
+  std::unordered_set<std::shared_ptr<TextJob>> texts;
+  bool is_watching_deadlines = false;
   std::unique_ptr<TextThread> text_thread = std::make_unique<TextThread>();
+  std::unique_ptr<TextThread> large_text_thread = std::make_unique<TextThread>();
 };
 
 Frontend::Frontend(asio::io_context& io, FrontendOptions options, const Clock& clock, Registry& registry)
@@ -449,6 +504,7 @@ Frontend::~Frontend() {
   impl_->mailbox->close();
   impl_->deadline_timer.cancel();
   impl_->text_thread.reset();
+  impl_->large_text_thread.reset();
 }
 
 HttpServerOptions Frontend::http_options() const {

@@ -11,7 +11,8 @@
 // Threads: everything runs on the thread of `io`. The worker calls its sinks on a thread of its own; they only put the
 // event into a mailbox. Detokenizing a token takes about a microsecond and is done in line. Parsing, rendering and
 // tokenizing are done in line for bodies up to kInlineBodyBytes, which takes less than two thread switches are worth;
-// larger ones go to one text thread, so that a long prompt does not stop the streams of others.
+// larger ones go to a text thread, so that a long prompt does not stop the streams of others, and those above
+// kLargeBodyBytes to one of their own, so that it does not stop the prompts of others either.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +62,7 @@ struct FrontendOptions {
 class Frontend {
  public:
   static constexpr size_t kInlineBodyBytes = 16UL << 10;
+  static constexpr size_t kLargeBodyBytes = 1UL << 20;
 
   // `clock` must be the one that the worker's deadlines are on. All three references must outlive this.
   Frontend(boost::asio::io_context& io, FrontendOptions options, const Clock& clock, Registry& registry);

@@ -12,6 +12,75 @@ using std::chrono::milliseconds;
 
 class FrontendLifeTest : public FrontendTest {};
 
+// ---- Long texts ----
+
+std::string tokenize_text(size_t prompt_bytes) {
+  return post_text("/tokenize", fmt::format("{{\"prompt\":\"{}\"}}", std::string(prompt_bytes, 'a')));
+}
+
+TEST_F(FrontendLifeTest, RefusesAPromptThatCannotFitWithoutTokenizingIt) {
+  start();
+  RawSocket socket(port);
+  const std::string prompt = "\"" + std::string(30UL << 20, 'a') + "\"";
+  const RawResponse response = socket.exchange(completion_text("", prompt));
+  ASSERT_EQ(response.status, 400) << response.body.substr(0, 200);
+  const Json error = parse(response.body)["error"];
+  EXPECT_EQ(error["code"], "context_length_exceeded");
+  EXPECT_EQ(error["param"], "prompt");
+  const std::string message = error["message"];
+  EXPECT_NE(message.find("has 200 tokens"), std::string::npos) << message;
+  EXPECT_NE(message.find("at least"), std::string::npos) << message;
+  EXPECT_NE(message.find("31457280 bytes"), std::string::npos) << message;
+  EXPECT_NE(message.find("shorten"), std::string::npos) << message;
+}
+
+TEST_F(FrontendLifeTest, EndsTextsAtTheirDeadline) {
+  FrontendOptions options;
+  options.request_timeout_s = 0.01;
+  start(std::move(options));
+  const std::string request = tokenize_text(30UL << 20);
+  std::vector<std::unique_ptr<RawSocket>> sockets;
+  for (int i = 0; i < 6; ++i) {
+    sockets.push_back(std::make_unique<RawSocket>(port));
+    sockets.back()->send(request);
+  }
+  // The first may be done before anybody looks; the last waits behind all others.
+  int num_late = 0;
+  for (const auto& socket : sockets) num_late += socket->read_response().status == 504 ? 1 : 0;
+  EXPECT_GT(num_late, 0);
+}
+
+TEST_F(FrontendLifeTest, TextsDoNotWaitBehindVeryLongOnes) {
+  start();
+  const std::string request = tokenize_text(30UL << 20);
+  std::vector<std::unique_ptr<RawSocket>> large;
+  for (int i = 0; i < 4; ++i) {
+    large.push_back(std::make_unique<RawSocket>(port));
+    large.back()->send(request);
+  }
+  RawSocket small(port);
+  ASSERT_EQ(small.exchange(tokenize_text(100UL << 10)).status, 200);
+  EXPECT_FALSE(large.back()->receive(milliseconds(0)));
+}
+
+TEST_F(FrontendLifeTest, ClosingEndsLongTextsAndSaysWhy) {
+  start();
+  const std::string request = tokenize_text(30UL << 20);
+  std::vector<std::unique_ptr<RawSocket>> sockets;
+  for (int i = 0; i < 4; ++i) {
+    sockets.push_back(std::make_unique<RawSocket>(port));
+    sockets.back()->send(request);
+  }
+  // Whoever is answered came after the last was read.
+  ASSERT_EQ(RawSocket(port).exchange(get_text("/health")).status, 200);
+  loop.run([this] { frontend->close(make_error(ErrorKind::kUnavailable, "the worker left")); });
+  const int64_t closed_us = clock.now_us();
+  const RawResponse last = sockets.back()->read_response();
+  EXPECT_EQ(last.status, 503);
+  EXPECT_NE(last.body.find("the worker left"), std::string::npos) << last.body.substr(0, 200);
+  std::printf("ended %.0f ms after the close\n", static_cast<double>(clock.now_us() - closed_us) / 1000);
+}
+
 // ---- Clients that leave ----
 
 TEST_F(FrontendLifeTest, CancelsAtOnceWhenTheClientLeaves) {

@@ -324,12 +324,12 @@ Status check_is_object(const Json& body) {
   return field_error("", "invalid_type", "the body must be a JSON object");
 }
 
-Error context_error(const ServedModel& model, std::string param, std::string message) {
+}  // namespace
+
+Error context_error(const ServedModel& model, std::string param, std::string_view message) {
   return field_error(std::move(param), "context_length_exceeded",
                      fmt::format("the context of this model has {} tokens, but {}", model.max_model_len, message));
 }
-
-}  // namespace
 
 Result<GenerationDefaults> parse_generation_config(std::string_view text) {
   GenerationDefaults defaults;

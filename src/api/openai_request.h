@@ -104,6 +104,9 @@ Result<ChatPrompt> parse_chat_prompt(const Json& body);
 // Ids within the vocabulary; `param` names the field.
 Result<std::vector<TokenId>> parse_token_ids(const Json& ids, const ServedModel& model, const std::string& param);
 
+// The context's size, and after "but" how it is exceeded; kInvalidArgument with code "context_length_exceeded".
+Error context_error(const ServedModel& model, std::string param, std::string_view message);
+
 // One request per choice, prompts in order and n of each: choice i belongs to prompt i / n. Decides max_tokens, seeds
 // and external ids ("<id>", or "<id>-<i>" if there are several), and checks lengths against the context.
 // With seed s, choice k of each prompt gets s + k.

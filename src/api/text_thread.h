@@ -1,4 +1,4 @@
-// One thread for text work that would hold up the I/O thread: parsing, rendering and tokenizing large bodies.
+// A thread for text work that would hold up the I/O thread: parsing, rendering and tokenizing large bodies.
 #pragma once
 
 #include <condition_variable>

@@ -50,12 +50,13 @@ Result<std::string> ChatTemplate::render(const ChatRequest& request) const {
   return std::string(text.view());
 }
 
-Result<EncodedChat> ChatTemplate::encode(const ChatRequest& request) const {
+Result<EncodedChat> ChatTemplate::encode(const ChatRequest& request, const EncodeLimits& limits) const {
   const tc_chat_request c_request = to_c_request(request);
   Ids ids;
   Bytes text;
   Bytes error;
-  const int32_t status = tc_template_encode(handle_.get(), &c_request, ids.out(), text.out(), error.out());
+  const tc_limits bounds = internal::to_c_limits(limits);
+  const int32_t status = tc_template_encode(handle_.get(), &c_request, &bounds, ids.out(), text.out(), error.out());
   if (status != TC_OK) return internal::to_error(status, error, find_param(error.view()));
   return EncodedChat{ids.take(), std::string(text.view())};
 }

@@ -41,8 +41,9 @@ class ChatTemplate {
   // Errors: kInvalidArgument of "messages" if the template raises or does not render these messages, with its own words
   // where it gives any; also if it takes too many steps, too much memory or puts out too much.
   Result<std::string> render(const ChatRequest& request) const;
-  // The same, and the ids of it. The template writes BOS itself, so none is added.
-  Result<EncodedChat> encode(const ChatRequest& request) const;
+  // The same, and the ids of it. The template writes BOS itself, so none is added. `limits` are as Tokenizer::encode
+  // has them, and so are the errors they lead to; they hold for the rendered text.
+  Result<EncodedChat> encode(const ChatRequest& request, const EncodeLimits& limits = {}) const;
 
  private:
   struct Free {

@@ -9,12 +9,15 @@
 
 #include "src/base/ids.h"
 #include "src/base/result.h"
+#include "src/text/tokenizer.h"
 
 namespace tandem::text::internal {
 
 inline tc_slice to_slice(std::string_view text) { return {reinterpret_cast<const uint8_t*>(text.data()), text.size()}; }
 
 inline std::string_view to_view(tc_slice slice) { return {reinterpret_cast<const char*>(slice.data), slice.len}; }
+
+tc_limits to_c_limits(const EncodeLimits& limits);
 
 // An owned buffer of the library for the length of a call.
 class Bytes {

@@ -45,10 +45,13 @@ Result<Tokenizer> Tokenizer::create(const TextBundle& bundle) {
   return tokenizer;
 }
 
-Result<std::vector<TokenId>> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
+Result<std::vector<TokenId>> Tokenizer::encode(std::string_view text, bool add_special_tokens,
+                                               const EncodeLimits& limits) const {
   Ids ids;
   Bytes error;
-  const int32_t status = tc_encode(handle_.get(), internal::to_slice(text), add_special_tokens, ids.out(), error.out());
+  const tc_limits bounds = internal::to_c_limits(limits);
+  const int32_t status =
+      tc_encode(handle_.get(), internal::to_slice(text), add_special_tokens, &bounds, ids.out(), error.out());
   if (status != TC_OK) return internal::to_error(status, error, "prompt");
   return ids.take();
 }

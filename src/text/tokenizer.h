@@ -2,6 +2,8 @@
 // difference on purpose: encode() takes text that a user wrote, and no control token ever comes out of it.
 #pragma once
 
+#include <atomic>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -17,6 +19,13 @@ struct tc_tokenizer;
 
 namespace tandem::text {
 
+// Bounds of one encoding.
+struct EncodeLimits {
+  // Text that certainly has more is refused before it is encoded: no token stands for more than a known number of bytes.
+  int64_t max_tokens = std::numeric_limits<int64_t>::max();
+  const std::atomic<bool>* stop = nullptr;  // another thread may set it during the call; it ends within milliseconds
+};
+
 // Any number of threads may use one tokenizer at once. It may be moved, not copied.
 class Tokenizer {
  public:
@@ -26,8 +35,11 @@ class Tokenizer {
 
   // Ids of `text` (UTF-8, of any content). A control token's text, such as "<|im_start|>", becomes ordinary tokens;
   // other added tokens, such as "<think>", are recognised. `add_special_tokens` adds BOS and the like as the model's
-  // files say. Errors: kInvalidArgument of "prompt".
-  Result<std::vector<TokenId>> encode(std::string_view text, bool add_special_tokens) const;
+  // files say. Takes time linear in the text; the tokenizers of other makes than byte-level BPE take at most 4 MiB.
+  // Errors: kInvalidArgument of "prompt", with code "context_length_exceeded" and a message that goes on after "the
+  // prompt has" if it is over max_tokens; kAborted if it was stopped.
+  Result<std::vector<TokenId>> encode(std::string_view text, bool add_special_tokens,
+                                      const EncodeLimits& limits = {}) const;
 
   // Text of `ids`; ids without a token stand for nothing, invalid UTF-8 becomes U+FFFD.
   std::string decode(std::span<const TokenId> ids, bool skip_special_tokens) const;

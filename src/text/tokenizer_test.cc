@@ -125,6 +125,49 @@ TEST(Tokenizer, ManyThreadsGetTheSameIds) {
   for (std::thread& thread : threads) thread.join();
 }
 
+TEST(Tokenizer, RefusesWhatCannotFitBeforeItIsEncoded) {
+  const Tokenizer tokenizer = make_tokenizer("qwen_like");
+  const std::string text(30UL << 20, 'a');
+  const Result<std::vector<TokenId>> ids = tokenizer.encode(text, false, {.max_tokens = 4096});
+  ASSERT_FALSE(ids.ok());
+  EXPECT_EQ(ids.error().kind, ErrorKind::kInvalidArgument);
+  EXPECT_EQ(ids.error().param, "prompt");
+  EXPECT_EQ(ids.error().code, "context_length_exceeded");
+  EXPECT_TRUE(ids.error().message.starts_with("at least ")) << ids.error().message;
+}
+
+TEST(Tokenizer, StopsWhenTheFlagIsSet) {
+  const Tokenizer tokenizer = make_tokenizer("qwen_like");
+  const std::string text(30UL << 20, 'a');
+  std::atomic<bool> stop = false;
+  std::thread setter([&stop] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    stop = true;
+  });
+  const Result<std::vector<TokenId>> ids = tokenizer.encode(text, false, {.stop = &stop});
+  setter.join();
+  ASSERT_FALSE(ids.ok());
+  EXPECT_EQ(ids.error().kind, ErrorKind::kAborted);
+}
+
+// One word of many megabytes costs what as many bytes of short words do, about.
+TEST(Tokenizer, TakesLongWordsInLinearTime) {
+  const Tokenizer tokenizer = make_tokenizer("qwen_like");
+  const auto time_us = [&](size_t bytes) {
+    const std::string text(bytes, 'a');
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_FALSE(tokenizer.encode(text, false).value().empty());
+    const auto elapsed = std::chrono::steady_clock::now() - start;
+    return static_cast<double>(std::chrono::duration_cast<std::chrono::microseconds>(elapsed).count());
+  };
+  time_us(1UL << 20);
+  const double small_us = std::min(time_us(1UL << 20), time_us(1UL << 20));
+  const double large_us = time_us(16UL << 20);
+  std::printf("one word: %.1f MB/s\n", static_cast<double>(16UL << 20) / large_us);
+  EXPECT_LT(large_us / small_us, 16 * 4);
+  EXPECT_LT(large_us, 5e6);
+}
+
 // Not a test of speed: prints it, and fails only if time is not about linear in the length.
 TEST(Tokenizer, PrintsItsSpeed) {
   const Tokenizer tokenizer = make_tokenizer("qwen_like");

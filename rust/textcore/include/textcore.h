@@ -27,7 +27,9 @@ enum tc_status {
   TC_INVALID = 1,      /* the text, the messages or an option is at fault */
   TC_BAD_FILE = 2,     /* a model file is damaged or contradicts itself */
   TC_UNSUPPORTED = 3,  /* the file is sound, but cannot be handled exactly */
-  TC_INTERNAL = 4      /* a fault of this library */
+  TC_INTERNAL = 4,     /* a fault of this library */
+  TC_TOO_LONG = 5,     /* the text has more tokens than tc_limits allows; `error` goes on after "the prompt has" */
+  TC_STOPPED = 6       /* tc_limits.stop was set */
 };
 
 typedef struct tc_slice {
@@ -76,8 +78,15 @@ uint32_t tc_token_flags(const tc_tokenizer* tokenizer, uint32_t id);
 tc_slice tc_token_bytes(const tc_tokenizer* tokenizer, uint32_t id);
 /* The same as text, with U+FFFD for what is not UTF-8. */
 int32_t tc_token_text(const tc_tokenizer* tokenizer, uint32_t id, tc_bytes* out, tc_bytes* error);
-/* Ids of text that a user wrote: no control token comes out of it, whatever it says. */
-int32_t tc_encode(const tc_tokenizer* tokenizer, tc_slice text, bool add_special_tokens, tc_ids* out, tc_bytes* error);
+/* Bounds of one encoding. */
+typedef struct tc_limits {
+  size_t max_tokens; /* text that certainly has more is refused before it is encoded (TC_TOO_LONG) */
+  const bool* stop;  /* may be NULL; another thread may set it, atomically, during the call */
+} tc_limits;
+
+/* Ids of text that a user wrote: no control token comes out of it, whatever it says. `limits` may be NULL. */
+int32_t tc_encode(const tc_tokenizer* tokenizer, tc_slice text, bool add_special_tokens, const tc_limits* limits,
+                  tc_ids* out, tc_bytes* error);
 /* Text of `count` ids; ids without a token stand for nothing, invalid UTF-8 becomes U+FFFD. */
 int32_t tc_decode(const tc_tokenizer* tokenizer, const uint32_t* ids, size_t count, bool skip_special_tokens,
                   tc_bytes* out, tc_bytes* error);
@@ -114,9 +123,9 @@ int32_t tc_template_new(const tc_tokenizer* tokenizer, tc_slice tokenizer_config
 void tc_template_free(tc_template* chat);
 /* The prompt as text. */
 int32_t tc_template_render(const tc_template* chat, const tc_chat_request* request, tc_bytes* text, tc_bytes* error);
-/* The prompt as ids, and as the text they stand for. Control tokens in it come from the template only. */
-int32_t tc_template_encode(const tc_template* chat, const tc_chat_request* request, tc_ids* ids, tc_bytes* text,
-                           tc_bytes* error);
+/* The prompt as ids, and as the text they stand for; `limits` may be NULL and hold for the ids. Control tokens in it come from the template only. */
+int32_t tc_template_encode(const tc_template* chat, const tc_chat_request* request, const tc_limits* limits, tc_ids* ids,
+                           tc_bytes* text, tc_bytes* error);
 
 #ifdef __cplusplus
 } /* extern "C" */

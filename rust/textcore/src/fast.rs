@@ -14,6 +14,7 @@ use tokenizers::{ModelWrapper, Tokenizer as Library};
 use unicode_normalization_alignments::{is_nfc_quick, IsNormalized, UnicodeNormalization};
 
 use crate::fault::{Fallible, Fault};
+use crate::merge::{Limits, Merger};
 use crate::pieces::BYTE_CHARS;
 
 const WHITESPACE_TAIL: &str = r"|\s+(?!\S)|\s+";
@@ -25,6 +26,12 @@ const MAX_BACKTRACKS: usize = 1 << 26;
 /// Words are remembered with their ids. English has about 50,000 distinct words in a megabyte.
 const MAX_CACHED_WORDS: usize = 1 << 16;
 const MAX_CACHED_WORD_BYTES: usize = 64;
+/// Longer words are merged here and not by the library, which needs a microsecond per byte and cannot be stopped.
+const LONG_WORD_BYTES: usize = 4096;
+/// The longest text that the library is given where only it can take it: a second's work.
+pub const MAX_LIBRARY_BYTES: usize = 4 << 20;
+/// Words between two looks at the stop flag; with the library's longest usual word, some milliseconds.
+const WORDS_PER_LOOK: usize = 1 << 10;
 
 enum Splitter {
     Automaton(meta::Regex),
@@ -34,6 +41,7 @@ enum Splitter {
 pub struct FastPath {
     nfc: bool,
     splitters: Vec<Splitter>,
+    merger: Option<Merger>,
     cache: RwLock<AHashMap<Box<str>, Box<[u32]>>>,
 }
 
@@ -144,16 +152,33 @@ fn split_by_automaton(regex: &meta::Regex, text: &str, visit: &mut dyn FnMut(&st
     visit(&text[done..])
 }
 
+/// Refuses what would keep the library busy for longer than a moment.
+pub fn check_library_bytes(bytes: usize) -> Fallible<()> {
+    if bytes <= MAX_LIBRARY_BYTES {
+        return Ok(());
+    }
+    Err(Fault::invalid(format!(
+        "the text has {bytes} bytes that this model's tokenizer must take as one piece, the limit is \
+         {MAX_LIBRARY_BYTES}; shorten it"
+    )))
+}
+
 impl FastPath {
     /// `None` if the tokenizer is of another make; the library encodes then.
-    pub fn detect(library: &Library) -> Fallible<Option<FastPath>> {
+    pub fn detect(library: &Library, is_control: impl Fn(u32) -> bool) -> Fallible<Option<FastPath>> {
         if !matches!(library.get_model(), ModelWrapper::BPE(_)) {
             return Ok(None);
         }
         let Some(nfc) = normalizer_is_nfc(&as_json(library.get_normalizer())) else { return Ok(None) };
         let Some(patterns) = split_patterns(&as_json(library.get_pre_tokenizer())) else { return Ok(None) };
         let splitters = patterns.iter().map(|pattern| Splitter::new(pattern)).collect::<Fallible<Vec<_>>>()?;
-        Ok(Some(FastPath { nfc, splitters, cache: RwLock::new(AHashMap::new()) }))
+        let merger = Merger::detect(library, is_control)?;
+        Ok(Some(FastPath { nfc, splitters, merger, cache: RwLock::new(AHashMap::new()) }))
+    }
+
+    /// No token stands for more bytes of normalised text than this, if that is certain.
+    pub fn longest_token_bytes(&self) -> Option<usize> {
+        self.merger.as_ref().map(|merger| merger.longest_token_bytes)
     }
 
     /// The text as the normaliser leaves it.
@@ -165,18 +190,31 @@ impl FastPath {
     }
 
     /// Encodes normalised text without added tokens.
-    pub fn encode(&self, text: &str, encode_word: WordEncoder, ids: &mut Vec<u32>) -> Fallible<()> {
+    pub fn encode(&self, text: &str, encode_word: WordEncoder, limits: &Limits, ids: &mut Vec<u32>) -> Fallible<()> {
         let mut learned: AHashMap<Box<str>, Box<[u32]>> = AHashMap::new();
         {
             // Contended or poisoned: go on without the cache, the result is the same.
             let cache = self.cache.try_read().ok();
             let mut spelled = String::new();
+            let mut words = 0;
             self.split(0, text, &mut |word| {
+                words += 1;
+                if words % WORDS_PER_LOOK == 0 {
+                    limits.check_stop()?;
+                }
                 let cached = cache.as_ref().and_then(|cache| cache.get(word)).or_else(|| learned.get(word));
                 if let Some(cached) = cached {
                     ids.extend_from_slice(cached);
                     return Ok(());
                 }
+                if let Some(merger) = self
+                    .merger
+                    .as_ref()
+                    .filter(|merger| word.len() >= LONG_WORD_BYTES && word.len() > merger.longest_token_bytes)
+                {
+                    return merger.encode(word.as_bytes(), limits, ids);
+                }
+                check_library_bytes(word.len())?;
                 spelled.clear();
                 spelled.extend(word.bytes().map(|byte| BYTE_CHARS[usize::from(byte)]));
                 let start = ids.len();

@@ -13,6 +13,10 @@ pub enum Status {
     Unsupported = 3,
     /// A fault of this library (a caught panic).
     Internal = 4,
+    /// The text has more tokens than the caller has room for.
+    TooLong = 5,
+    /// The caller's stop flag ended the work.
+    Stopped = 6,
 }
 
 #[derive(Debug)]
@@ -32,6 +36,12 @@ impl Fault {
     }
     pub fn unsupported(message: impl Into<String>) -> Fault {
         Fault { status: Status::Unsupported, message: message.into() }
+    }
+    pub fn too_long(message: impl Into<String>) -> Fault {
+        Fault { status: Status::TooLong, message: message.into() }
+    }
+    pub fn stopped() -> Fault {
+        Fault { status: Status::Stopped, message: "tokenizing was stopped".to_string() }
     }
     pub fn internal(message: impl Into<String>) -> Fault {
         Fault { status: Status::Internal, message: message.into() }

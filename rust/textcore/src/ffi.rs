@@ -4,9 +4,11 @@
 use std::any::Any;
 use std::cell::RefCell;
 use std::panic::{catch_unwind, AssertUnwindSafe, PanicHookInfo};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Once};
 
 use crate::fault::{excerpt, Fallible, Fault, Status};
+use crate::merge::Limits;
 use crate::stream::Stream;
 use crate::template::{ChatRequest, ChatTemplate};
 use crate::tokenizer::Tokenizer;
@@ -49,6 +51,12 @@ pub struct TcChatRequest {
     kwargs: TcSlice,
     add_generation_prompt: bool,
     continue_final_message: bool,
+}
+
+#[repr(C)]
+pub struct TcLimits {
+    max_tokens: usize,
+    stop: *const AtomicBool,
 }
 
 pub struct TcTokenizer(Arc<Tokenizer>);
@@ -129,6 +137,14 @@ unsafe fn bytes_of<'a>(slice: TcSlice) -> &'a [u8] {
 unsafe fn text_of<'a>(slice: TcSlice, name: &str, status: fn(String) -> Fault) -> Fallible<&'a str> {
     std::str::from_utf8(bytes_of(slice))
         .map_err(|error| status(format!("{name}: not valid UTF-8 at byte {}", error.valid_up_to())))
+}
+
+/// # Safety
+/// `limits` is null or readable, and so is its `stop` for `'a`.
+unsafe fn limits_of<'a>(limits: *const TcLimits) -> Limits<'a> {
+    limits
+        .as_ref()
+        .map_or(Limits::default(), |given| Limits { max_tokens: Some(given.max_tokens), stop: given.stop.as_ref() })
 }
 
 /// # Safety
@@ -215,18 +231,19 @@ pub unsafe extern "C" fn tc_token_text(
 }
 
 /// # Safety
-/// `tokenizer` is a live tokenizer, `text` readable, `out` writable.
+/// `tokenizer` is a live tokenizer, `text` and `limits` readable (`limits` may be null), `out` writable.
 #[no_mangle]
 pub unsafe extern "C" fn tc_encode(
     tokenizer: *const TcTokenizer,
     text: TcSlice,
     add_special_tokens: bool,
+    limits: *const TcLimits,
     out: *mut TcIds,
     error: *mut TcBytes,
 ) -> i32 {
     guarded(error, || {
         let text = text_of(text, "prompt", Fault::invalid)?;
-        let ids = (*tokenizer).0.encode(text, add_special_tokens)?;
+        let ids = (*tokenizer).0.encode(text, add_special_tokens, &limits_of(limits))?;
         out.write(TcIds::new(ids));
         Ok(())
     })
@@ -362,17 +379,18 @@ pub unsafe extern "C" fn tc_template_render(
 }
 
 /// # Safety
-/// `template` is a live template, `request` readable, `ids` and `text` writable.
+/// `template` is a live template, `request` and `limits` readable (`limits` may be null), `ids` and `text` writable.
 #[no_mangle]
 pub unsafe extern "C" fn tc_template_encode(
     template: *const TcTemplate,
     request: *const TcChatRequest,
+    limits: *const TcLimits,
     ids: *mut TcIds,
     text: *mut TcBytes,
     error: *mut TcBytes,
 ) -> i32 {
     guarded(error, || {
-        let (encoded, rendered) = (*template).0.encode(&request_of(request)?)?;
+        let (encoded, rendered) = (*template).0.encode(&request_of(request)?, &limits_of(limits))?;
         ids.write(TcIds::new(encoded));
         text.write(TcBytes::new(rendered.into_bytes()));
         Ok(())

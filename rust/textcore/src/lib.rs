@@ -7,6 +7,7 @@ mod fast;
 mod fault;
 mod ffi;
 mod guard;
+mod merge;
 mod meter;
 mod pieces;
 mod pyjson;

@@ -14,6 +14,7 @@ use crate::config::TokenizerConfig;
 use crate::engine;
 use crate::fault::{excerpt, Fallible, Fault};
 use crate::guard::{Guard, Watch};
+use crate::merge::Limits;
 use crate::tokenizer::Tokenizer;
 
 /// A model has one to five named templates.
@@ -232,9 +233,9 @@ impl ChatTemplate {
     }
 
     /// The prompt as token ids and as text. Control tokens in it come from the template only.
-    pub fn encode(&self, request: &ChatRequest) -> Fallible<(Vec<u32>, String)> {
+    pub fn encode(&self, request: &ChatRequest, limits: &Limits) -> Fallible<(Vec<u32>, String)> {
         let (text, spans) = self.render_guarded(request)?;
-        let ids = self.tokenizer.encode_spans(&text, &UserSpans::Ranges(spans))?;
+        let ids = self.tokenizer.encode_spans(&text, &UserSpans::Ranges(spans), limits)?;
         Ok((ids, text))
     }
 

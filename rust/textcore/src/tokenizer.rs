@@ -12,8 +12,9 @@ use tokenizers::{
 
 use crate::added::{AddedTokens, Piece, UserSpans};
 use crate::config::TokenizerConfig;
-use crate::fast::FastPath;
+use crate::fast::{check_library_bytes, FastPath};
 use crate::fault::{excerpt, Fallible, Fault};
+use crate::merge::Limits;
 use crate::pieces::{Entry, Pieces, Plan, Rules};
 use crate::stream::Decoding;
 
@@ -184,7 +185,7 @@ impl Tokenizer {
         if let Some(stranger) = prefix.iter().chain(&suffix).find(|id| !pieces.is_known(**id)) {
             return Err(Fault::bad_file(format!("tokenizer.json: the post_processor adds the unknown id {stranger}")));
         }
-        let fast = FastPath::detect(&library)?;
+        let fast = FastPath::detect(&library, |id| pieces.is_control(id) && Some(id) != unk)?;
         Ok(Tokenizer { library, added, fast, pieces, rules: plan.rules, prefix, suffix, bos, eos, unk })
     }
 
@@ -199,8 +200,8 @@ impl Tokenizer {
     }
 
     /// Encodes text that a user wrote.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Fallible<Vec<u32>> {
-        let ids = self.encode_spans(text, &UserSpans::All)?;
+    pub fn encode(&self, text: &str, add_special_tokens: bool, limits: &Limits) -> Fallible<Vec<u32>> {
+        let ids = self.encode_spans(text, &UserSpans::All, limits)?;
         if !add_special_tokens || (self.prefix.is_empty() && self.suffix.is_empty()) {
             return Ok(ids);
         }
@@ -208,19 +209,35 @@ impl Tokenizer {
     }
 
     /// Encodes text of which only `user` was written by a user; adds nothing around it.
-    pub fn encode_spans(&self, text: &str, user: &UserSpans) -> Fallible<Vec<u32>> {
+    pub fn encode_spans(&self, text: &str, user: &UserSpans, limits: &Limits) -> Fallible<Vec<u32>> {
         let mut ids = Vec::new();
         let Some(fast) = &self.fast else {
+            check_library_bytes(text.len())?;
             self.encode_by_library(text, user, &mut ids)?;
             return Ok(ids);
         };
         for (id, span) in self.added.split_raw(text, |start, end, _| !user.touches(start, end)) {
+            limits.check_stop()?;
             match id {
                 Some(id) => ids.push(id),
-                None => self.encode_fast(fast, text, span, user, &mut ids)?,
+                None => self.encode_fast(fast, text, span, user, limits, &mut ids)?,
             }
         }
         Ok(ids)
+    }
+
+    /// Refuses text that has too many tokens however it is cut: a token stands for a bounded number of bytes.
+    fn check_fits(&self, fast: &FastPath, text: &str, pieces: &[Piece], known: usize, limits: &Limits) -> Fallible<()> {
+        let (Some(longest), Some(most)) = (fast.longest_token_bytes(), limits.max_tokens) else { return Ok(()) };
+        let tokens_of = |piece: &Piece| if piece.0.is_some() { 1 } else { piece.1.len().div_ceil(longest) };
+        let least = known + pieces.iter().map(tokens_of).sum::<usize>();
+        if least <= most {
+            return Ok(());
+        }
+        Err(Fault::too_long(format!(
+            "at least {least}: it has {} bytes, and no token stands for more than {longest}",
+            text.len()
+        )))
     }
 
     fn encode_fast(
@@ -229,6 +246,7 @@ impl Tokenizer {
         text: &str,
         span: Range<usize>,
         user: &UserSpans,
+        limits: &Limits,
         ids: &mut Vec<u32>,
     ) -> Fallible<()> {
         let base = span.start;
@@ -237,15 +255,18 @@ impl Tokenizer {
         let unchanged = matches!(normalized, Cow::Borrowed(_));
         if !unchanged && self.added.has_normalized_control() && !matches!(user, UserSpans::All) {
             // Whose text a control token is in can only be told by the library's map between the two texts.
+            check_library_bytes(written.len())?;
             return self.encode_by_library(written, &user.within(base..base + written.len()), ids);
         }
         let allow = |start: usize, end: usize, content: &str| {
             unchanged && !user.touches(base + start, base + end) && &written[start..end] == content
         };
-        for (id, inner) in self.added.split_normalized(&normalized, allow) {
+        let pieces = self.added.split_normalized(&normalized, allow);
+        self.check_fits(fast, &normalized, &pieces, ids.len(), limits)?;
+        for (id, inner) in pieces {
             match id {
                 Some(id) => ids.push(id),
-                None => fast.encode(&normalized[inner], &|word, out| self.encode_word(word, out), ids)?,
+                None => fast.encode(&normalized[inner], &|word, out| self.encode_word(word, out), limits, ids)?,
             }
         }
         Ok(())

@@ -20,13 +20,14 @@ fn run(template: &ChatTemplate, arguments: &Value) -> Result<(Vec<u32>, String),
     let tools = take("tools").map_or(String::new(), |tools| tools.to_string());
     let add = take("add_generation_prompt") == Some(true.into());
     let go_on = take("continue_final_message") == Some(true.into());
-    template.encode(&ChatRequest {
+    let request = ChatRequest {
         messages: &messages,
         tools: &tools,
         kwargs: &Value::from(kwargs).to_string(),
         add_generation_prompt: add,
         continue_final_message: go_on,
-    })
+    };
+    template.encode(&request, &Limits::default())
 }
 
 fn user(content: &str) -> Value {
@@ -273,7 +274,10 @@ fn wrong_requests_are_the_callers_fault() {
         add_generation_prompt: false,
         continue_final_message: false,
     };
-    assert_eq!(template.encode(&request).map(|_| ()).expect_err("too deep").status, Status::Invalid);
+    assert_eq!(
+        template.encode(&request, &Limits::default()).map(|_| ()).expect_err("too deep").status,
+        Status::Invalid
+    );
 }
 
 #[test]

@@ -47,7 +47,7 @@ fn streaming_equals_batch_and_the_library() {
 #[test]
 fn half_a_character_is_held_back() {
     let tokenizer = load("qwen_like");
-    let ids = tokenizer.encode("𝄞", false).expect("encodes");
+    let ids = tokenizer.encode("𝄞", false, &Limits::default()).expect("encodes");
     assert!(ids.len() > 1);
     let mut stream = Stream::new(tokenizer.clone(), true, false);
     let (last, head) = ids.split_last().expect("ids");
@@ -62,7 +62,7 @@ fn half_a_character_is_held_back() {
 #[test]
 fn replacement_characters_of_the_model_itself_do_not_stall() {
     let tokenizer = load("qwen_like");
-    let ids = tokenizer.encode("\u{FFFD}", false).expect("encodes");
+    let ids = tokenizer.encode("\u{FFFD}", false, &Limits::default()).expect("encodes");
     let mut stream = Stream::new(tokenizer.clone(), true, false);
     let text: String = ids.iter().map(|id| stream.push(*id).to_string()).collect();
     assert_eq!(text, "\u{FFFD}");
@@ -87,7 +87,7 @@ fn byte_run_is_bounded() {
 #[test]
 fn text_after_a_prompt_keeps_its_leading_space() {
     let tokenizer = load("llama_like");
-    let ids = tokenizer.encode("river", false).expect("encodes");
+    let ids = tokenizer.encode("river", false, &Limits::default()).expect("encodes");
     let run = |continues| {
         let mut stream = Stream::new(tokenizer.clone(), false, continues);
         let mut text: String = ids.iter().map(|id| stream.push(*id).to_string()).collect();

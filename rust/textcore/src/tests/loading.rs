@@ -77,7 +77,7 @@ fn config_decides_special_tokens_and_bos() {
         "add_eos_token": true, "added_tokens_decoder": {"601": {"content": "<new>", "special": true}}}"#;
     let both = Tokenizer::new(&tokenizer, config).expect("loads");
     assert_eq!((both.bos, both.eos), (Some(600), Some(600)));
-    let ids = both.encode("a<new>", true).expect("encodes");
+    let ids = both.encode("a<new>", true, &Limits::default()).expect("encodes");
     assert_eq!((ids[0], *ids.last().expect("eos")), (600, 600));
     assert!(!ids.contains(&601) && both.pieces().is_special(601));
     let wrong = r#"{"added_tokens_decoder": {"777": {"content": "<new>", "special": true}}}"#;
@@ -91,7 +91,7 @@ fn catastrophic_split_pattern_ends_in_an_error() {
     });
     let tokenizer = Tokenizer::new(&json, "").expect("loads");
     let start = std::time::Instant::now();
-    let result = tokenizer.encode(&"a".repeat(4000), false);
+    let result = tokenizer.encode(&"a".repeat(4000), false, &Limits::default());
     assert!(result.is_err());
     assert!(start.elapsed().as_secs() < 60);
 }

@@ -5,6 +5,7 @@ mod decoding;
 mod encoding;
 mod loading;
 
+use crate::merge::Limits;
 use crate::tokenizer::Tokenizer;
 use serde_json::Value;
 use std::sync::Arc;
