@@ -170,6 +170,12 @@ api::FrontendOptions make_front(const Options& options, const router::RoutedWork
 int run_route(const Options& options) {
   start_log(options);
   log_info("route", "tandem {} {}", kVersion, options.changed_json());
+  // A request that runs has a client and up to two workers, one that waits only a client.
+  const int64_t max_running = options.integer("max-concurrent-requests");
+  const int64_t max_waiting = options.integer("queue-size");
+  raise_descriptors("route", 3 * max_running + max_waiting,
+                    fmt::format("{} requests (--max-concurrent-requests) and {} that wait (--queue-size)", max_running,
+                                max_waiting));
   asio::io_context io(1);
   Registry metrics;
   const SteadyClock clock;

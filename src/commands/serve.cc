@@ -270,8 +270,12 @@ int run_serve(const Options& options) {
     std::fprintf(stderr, "%s\n", ranks.error().message.c_str());
     return 1;
   }
-  if (ranks->node) return run_node(options, *ranks->node);
   if (ranks->group && ranks->group->is_follower()) return run_follower(options);
+  // Those of a node's front end go on to its ranks.
+  const int64_t max_requests = api::FrontendOptions().max_concurrent_requests;
+  raise_descriptors("serve", ranks->node ? 2 * max_requests : max_requests,
+                    fmt::format("{} requests, as many as are served at once,", max_requests));
+  if (ranks->node) return run_node(options, *ranks->node);
   Server server(options);
   const Status status = server.run();
   if (!status.ok()) {

@@ -2,6 +2,7 @@
 
 #include <filesystem>
 
+#include "src/base/descriptor_limit.h"
 #include "src/base/log.h"
 #include "src/base/version.h"
 
@@ -14,6 +15,14 @@ void start_log(const Options& options) {
            : level == "error"   ? LogLevel::kError
                                 : LogLevel::kInfo,
            options.text("log-name"));
+}
+
+void raise_descriptors(const char* log_tag, int64_t needed, const std::string& reason) {
+  // Listeners, event queues, files of the model, transfers with other workers, clients of /metrics.
+  constexpr int64_t kOtherDescriptors = 256;
+  const int64_t limit = raise_descriptor_limit();
+  const std::string shortage = describe_descriptor_shortage(limit, needed + kOtherDescriptors, reason);
+  if (!shortage.empty()) log_warning(log_tag, "{}", shortage);
 }
 
 std::string default_model_name(const std::string& path) {

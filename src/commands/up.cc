@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "src/base/descriptor_limit.h"
 #include "src/cluster/launcher.h"
 #include "src/cluster/process.h"
 #include "src/commands/commands.h"
@@ -59,6 +60,7 @@ int run_up(const Options& options) {
     return 0;
   }
   std::fflush(stdout);
+  raise_descriptor_limit();  // each process says itself if that is not enough for it
   const cluster::LauncherOptions launcher{.program = cluster::kOwnProgram,
                                           .run_dir = options.text("run-dir"),
                                           .shutdown_timeout_s = shutdown_timeout_s,

@@ -64,11 +64,12 @@ def http_json(url, body=None, headers=None, timeout=60):
 class Process:
     """One tandem process; its log is kept and shown when a test fails."""
 
-    def __init__(self, arguments, log_path, url):
+    def __init__(self, arguments, log_path, url, before_exec=None):
         self.url = url
         self.log_path = log_path
         self.log = open(log_path, "w")
-        self.popen = subprocess.Popen([str(TANDEM), *map(str, arguments)], stdout=self.log, stderr=self.log)
+        self.popen = subprocess.Popen([str(TANDEM), *map(str, arguments)], stdout=self.log, stderr=self.log,
+                                      preexec_fn=before_exec)
 
     def is_ready(self):
         with contextlib.suppress(OSError):
@@ -136,8 +137,8 @@ class Launcher:
         self.folder = folder
         self.processes = []
 
-    def start(self, arguments, url):
-        process = Process(arguments, self.folder / f"process-{len(self.processes)}.log", url)
+    def start(self, arguments, url, before_exec=None):
+        process = Process(arguments, self.folder / f"process-{len(self.processes)}.log", url, before_exec)
         self.processes.append(process)
         return process
 
