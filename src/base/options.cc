@@ -208,6 +208,13 @@ const std::vector<std::string>& Options::list(std::string_view name) const {
   return std::get<std::vector<std::string>>(entry(name).value);
 }
 
+std::string Options::as_text(std::string_view name) const {
+  const Entry& found = entry(name);
+  if (found.spec->secret) return "***";
+  if (const std::string* text = std::get_if<std::string>(&found.value)) return *text;
+  return value_as_json(*found.spec, found.value).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
 void Options::set(const OptionSpec& spec, OptionValue value) {
   Entry& target = const_cast<Entry&>(entry(spec.name));
   CHECK_EQ(target.value.index(), value.index());

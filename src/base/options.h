@@ -91,6 +91,9 @@ class Options {
   bool flag(std::string_view name) const;
   const std::vector<std::string>& list(std::string_view name) const;
 
+  // Of any type, as a user would write it; a secret is "***".
+  std::string as_text(std::string_view name) const;
+
   bool is_set(std::string_view name) const;  // by command line or file, even if equal to the default
   void set(const OptionSpec& spec, OptionValue value);
 

@@ -351,6 +351,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
   options.node = group::this_node();
   options.http_address = http_address;
   options.facts = group_facts();
+  options.options = config.options;
   if (tensor_ != nullptr) options.facts.push_back({"--max-num-seqs", std::to_string(config_.limits.max_num_seqs)});
   options.window_bytes = exchange_->window_end();
   if (balancing_) {
@@ -360,7 +361,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
                               ops_->name());
     }
     options.facts.push_back({"layout of the experts", Sha256().add(store.layout()).finish().hex()});
-    options.facts.push_back({"--eplb-config", config.eplb_text});
+    options.facts.push_back({"--eplb-config", fact_value(config.eplb_text)});
     balancing_->layers = info().moe_layers;
     balancing_->window_offset = (options.window_bytes + 63) / 64 * 64;
     options.window_bytes = balancing_->window_offset + ep::Balancer::window_bytes(*balancing_);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <charconv>
 
+#include "src/base/hash.h"
+
 namespace tandem::commands {
 namespace {
 
@@ -35,6 +37,20 @@ Result<std::optional<SharedMemory>> read_kv_memory(const Options& options) {
                             text);
   }
   return std::optional<SharedMemory>(memory);
+}
+
+// The values of the options that what a group agrees on can follow from.
+std::vector<group::Fact> describe_options(const Options& options) {
+  std::vector<group::Fact> out;
+  for (const char* const name :
+       {"dtype", "quantization", "quantization-group-size", "lm-head-quantization", "load-format", "seed",
+        "moe-routing-simulation", "kv-cache-dtype", "block-size", "max-model-len", "max-num-batched-tokens",
+        "max-num-seqs", "all2all-backend", "dispatch-format", "enable-eplb", "eplb-config", "enable-dbo", "device",
+        "cpu-isa", "rank-timeout"}) {
+    out.push_back({fmt::format("--{}", name), fact_value(options.as_text(name))});
+  }
+  out.push_back({"the path of the model", fact_value(options.text("model"))});
+  return out;
 }
 
 Result<RankOptions> read_group(const Options& options, const group::GroupShape& shape, int64_t rank) {
@@ -75,6 +91,7 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
     config.eplb_text = options.text("eplb-config");
     TANDEM_ASSIGN(config.eplb, read_eplb(config.eplb_text));
   }
+  config.options = describe_options(options);
   RankOptions out;
   out.group = std::move(config);
   return out;
@@ -128,6 +145,10 @@ Result<RankOptions> read_node(const Options& options, const group::GroupShape& s
 }
 
 }  // namespace
+
+std::string fact_value(const std::string& text) {
+  return std::ssize(text) <= group::kMaxFactBytes ? text : "SHA-256 " + Sha256().add(text).finish().hex();
+}
 
 Result<RankOptions> read_rank_options(const Options& options) {
   const int64_t rank = options.integer("data-parallel-rank");

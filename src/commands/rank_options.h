@@ -41,6 +41,7 @@ struct GroupConfig {
   engine::DualBatchLimits dual_batch;  // --enable-dbo
   int64_t rank_timeout_us = 0;
   std::optional<SharedMemory> kv_memory;  // --tensor-parallel-kv-memory
+  std::vector<group::Fact> options;  // all that ranks could differ by to their harm, as they were given
 
   int32_t data_rank() const { return rank.value / shape.tensor; }
   int32_t tensor_rank() const { return rank.value % shape.tensor; }
@@ -73,6 +74,9 @@ Result<RankOptions> read_rank_options(const Options& options);
 // What a child that is a rank of the group is told about it.
 std::vector<std::string> rank_arguments(const Options& options, const group::GroupShape& shape, int32_t data_rank,
                                         const std::string& coordinator_host, int64_t coordinator_port);
+
+// `text` as the value of a fact: longer ones by their hash.
+std::string fact_value(const std::string& text);
 
 // The group of options in the table that all this stands in.
 inline constexpr const char* kRankOptionGroup = "Ranks";

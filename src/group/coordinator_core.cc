@@ -20,6 +20,18 @@ std::string list_ranks(const std::vector<int32_t>& ranks) {
   return text;
 }
 
+// The options of two ranks that differ: `--dtype ("float32" and "auto"), --seed ("5" and "0")`; "" if none does.
+std::string describe_options(const JoinMessage& one, const JoinMessage& other) {
+  std::string text;
+  for (const Fact& option : one.options) {
+    const auto same = std::find_if(other.options.begin(), other.options.end(),
+                                   [&](const Fact& o) { return o.name == option.name; });
+    if (same == other.options.end() || same->value == option.value) continue;
+    text += fmt::format("{}{} (\"{}\" and \"{}\")", text.empty() ? "" : ", ", option.name, option.value, same->value);
+  }
+  return text;
+}
+
 }  // namespace
 
 CoordinatorCore::CoordinatorCore(GroupShape shape, int64_t rank_timeout_us, int64_t now_us)
@@ -150,6 +162,12 @@ std::optional<std::string> CoordinatorCore::find_difference(const JoinMessage& j
       const std::string expected = find(theirs, fact.name);
       const std::string got = find(join.facts, fact.name);
       if (got == expected) continue;
+      const std::string options = describe_options(join, other->second.join);
+      if (fact.name.find("--") == std::string::npos && !options.empty()) {
+        return fmt::format("rank {} and rank {} differ in {}, and so in \"{}\"; start all ranks with the same program, "
+                           "model and options",
+                           join.rank, other->first, options, fact.name);
+      }
       return fmt::format("rank {} has {} as \"{}\", rank {} has {}; start all ranks with the same program, model and "
                          "options",
                          join.rank, got, fact.name, other->first, expected);

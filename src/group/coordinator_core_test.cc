@@ -23,7 +23,8 @@ JoinMessage make_join(int32_t rank, int32_t size, uint64_t incarnation, uint64_t
           .node = "here",
           .http_address = "",
           .rank_timeout_us = kTimeoutUs,
-          .facts = {{"model", "m"}}};
+          .facts = {{"model", "m"}},
+          .options = {}};
 }
 
 // The actions of a core, sorted by session.
@@ -157,7 +158,9 @@ TEST(CoordinatorCore, TheSameProcessReplacesItselfByALaterConnectionOnly) {
 
 TEST(CoordinatorCore, RefusesWhatDoesNotBelong) {
   Driven group(2);
-  group.join(1, make_join(0, 2, 11));
+  JoinMessage first = make_join(0, 2, 11);
+  first.options = {{"--seed", "0"}, {"--dtype", "auto"}, {"--block-size", "16"}};
+  group.join(1, first);
   uint64_t session = 2;
   const auto refusal = [&](JoinMessage join) {
     group.join(++session, join);
@@ -168,7 +171,7 @@ TEST(CoordinatorCore, RefusesWhatDoesNotBelong) {
   };
   JoinMessage join = make_join(1, 2, 12);
   join.protocol = 9;
-  EXPECT_THAT(refusal(join), HasSubstr("version 1 of the group protocol, this rank version 9"));
+  EXPECT_THAT(refusal(join), HasSubstr("version 2 of the group protocol, this rank version 9"));
   EXPECT_THAT(refusal(make_join(2, 2, 12)), HasSubstr("rank 2 is not in 0 … 1"));
   EXPECT_THAT(refusal(make_join(-1, 2, 12)), HasSubstr("rank -1 is not in 0 … 1"));
   join = make_join(1, 2, 12);
@@ -179,6 +182,13 @@ TEST(CoordinatorCore, RefusesWhatDoesNotBelong) {
   EXPECT_THAT(refusal(join), HasSubstr("rank 1 has nothing as \"model\", rank 0 has \"m\""));
   join.facts = {{"model", "m"}, {"more", "x"}};
   EXPECT_THAT(refusal(join), HasSubstr("rank 1 has \"x\" as \"more\", rank 0 has nothing"));
+  // A fact that is no option is explained by those that differ.
+  join.facts = {{"model", "n"}};
+  join.options = {{"--dtype", "float32"}, {"--seed", "5"}, {"--block-size", "16"}};
+  EXPECT_THAT(refusal(join), HasSubstr("rank 1 and rank 0 differ in --dtype (\"float32\" and \"auto\"), --seed (\"5\" and "
+                                       "\"0\"), and so in \"model\"; start all"));
+  join.facts = {{"model", "m"}, {"--more", "x"}};
+  EXPECT_THAT(refusal(join), HasSubstr("rank 1 has \"x\" as \"--more\", rank 0 has nothing"));
   for (int i = 0; i < 100; ++i) refusal(make_join(2, 2, 12));
   EXPECT_EQ(std::ssize(group.core.status(0).refusals), GroupStatus::kMaxRefusals);
 }

@@ -281,7 +281,8 @@ void RankMembership::finish_connecting() {
                             .http_address = options_.http_address,
                             .rank_timeout_us = options_.rank_timeout_us,
                             .last_epoch = last_epoch_,
-                            .facts = options_.facts});
+                            .facts = options_.facts,
+                            .options = options_.options});
 }
 
 void RankMembership::lose_link(const std::string& why) {
@@ -559,9 +560,12 @@ Result<std::unique_ptr<Membership>> Membership::start(const MembershipOptions& o
   CHECK_LE(std::ssize(options.node), kMaxNodeBytes);
   CHECK_LE(std::ssize(options.http_address), kMaxTextBytes);
   CHECK_LT(std::ssize(options.facts), kMaxFacts);  // one is added
-  for (const Fact& fact : options.facts) {
-    CHECK_LE(std::ssize(fact.name), kMaxFactBytes);
-    CHECK_LE(std::ssize(fact.value), kMaxFactBytes);
+  CHECK_LE(std::ssize(options.options), kMaxFacts);
+  for (const std::vector<Fact>* const list : {&options.facts, &options.options}) {
+    for (const Fact& fact : *list) {
+      CHECK_LE(std::ssize(fact.name), kMaxFactBytes);
+      CHECK_LE(std::ssize(fact.value), kMaxFactBytes);
+    }
   }
   std::unique_ptr<RankMembership> membership = std::make_unique<RankMembership>(options, std::move(on_change));
   TANDEM_TRY(membership->start());

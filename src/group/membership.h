@@ -33,6 +33,7 @@ struct MembershipOptions {
   std::string network_host;
   std::string http_address;  // of this rank's endpoint, for the front end; may be empty
   std::vector<Fact> facts;
+  std::vector<Fact> options;  // those of the user that facts may follow from
   int64_t window_bytes = 0;              // the same on all ranks; StepAgreement's part included
   int64_t rank_timeout_us = 10'000'000;  // --rank-timeout; the same on all ranks and at the coordinator
 };

@@ -236,7 +236,7 @@ TEST_F(GroupOfProcesses, FormsAgainAfterTheCoordinatorRestarts) {
 TEST_F(GroupOfProcesses, GarbageOnThePortHarmsNobody) {
   start_group(2);
   const std::string wrong_type = "{\"type\":\"beat\",\"text\":\"\"}";
-  const std::string wrong_fields = "{\"type\":\"join\",\"protocol\":1}";
+  const std::string wrong_fields = "{\"type\":\"join\",\"protocol\":2}";
   const auto framed = [](const std::string& text) {
     return std::string("\0\0\0", 3) + static_cast<char>(text.size()) + text;
   };

@@ -134,6 +134,26 @@ WindowAddress read_window(Fields& fields, const Json& value) {
 
 // --- one overload of put_fields and one of get_fields per message ---
 
+Json facts_json(const std::vector<Fact>& facts) {
+  Json json = Json::array();
+  for (const Fact& fact : facts) json.push_back({fact.name, fact.value});
+  return json;
+}
+
+std::vector<Fact> read_facts(Fields& fields, const char* name) {
+  std::vector<Fact> out;
+  const Json* const facts = fields.list(name, kMaxFacts);
+  for (const Json& fact : facts == nullptr ? Json::array() : *facts) {
+    if (!fact.is_array() || fact.size() != 2) {
+      fields.fail("a fact is no pair");
+      break;
+    }
+    out.push_back({fields.text_of(fact[0], "the name of a fact", kMaxFactBytes),
+                   fields.text_of(fact[1], "the value of a fact", kMaxFactBytes)});
+  }
+  return out;
+}
+
 void put_fields(Json& json, const JoinMessage& m) {
   json.update({{"protocol", m.protocol},
                {"rank", m.rank},
@@ -146,9 +166,8 @@ void put_fields(Json& json, const JoinMessage& m) {
                {"http_address", m.http_address},
                {"rank_timeout_us", m.rank_timeout_us},
                {"last_epoch", m.last_epoch}});
-  Json facts = Json::array();
-  for (const Fact& fact : m.facts) facts.push_back({fact.name, fact.value});
-  json["facts"] = std::move(facts);
+  json["facts"] = facts_json(m.facts);
+  json["options"] = facts_json(m.options);
 }
 
 void get_fields(Fields& fields, JoinMessage& m) {
@@ -164,12 +183,8 @@ void get_fields(Fields& fields, JoinMessage& m) {
   m.http_address = fields.text("http_address", kMaxTextBytes);
   m.rank_timeout_us = fields.integer("rank_timeout_us", 1, kMaxInt);
   m.last_epoch = static_cast<uint64_t>(fields.integer("last_epoch", 0, kMaxInt / 2));
-  const Json* const facts = fields.list("facts", kMaxFacts);
-  for (const Json& fact : facts == nullptr ? Json::array() : *facts) {
-    if (!fact.is_array() || fact.size() != 2) return fields.fail("a fact is no pair");
-    m.facts.push_back({fields.text_of(fact[0], "the name of a fact", kMaxFactBytes),
-                       fields.text_of(fact[1], "the value of a fact", kMaxFactBytes)});
-  }
+  m.facts = read_facts(fields, "facts");
+  m.options = read_facts(fields, "options");
 }
 
 void put_fields(Json& json, const RefusedMessage& m) { json.update({{"lasting", m.lasting}, {"why", m.why}}); }

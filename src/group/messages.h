@@ -20,7 +20,7 @@
 namespace tandem::group {
 
 // Changes whenever a message does.
-inline constexpr int64_t kProtocolVersion = 1;
+inline constexpr int64_t kProtocolVersion = 2;
 inline constexpr int64_t kMaxTextBytes = 1024;     // of reasons and addresses
 inline constexpr int64_t kMaxNodeBytes = 256;      // of a node id
 inline constexpr int64_t kMaxNetworkBytes = 3072;  // of what a rank says about how the network reaches its window
@@ -37,6 +37,7 @@ struct JoinMessage {
   int64_t rank_timeout_us = 0;
   uint64_t last_epoch = 0;  // the latest one that this rank has heard of, so that a new coordinator counts on
   std::vector<Fact> facts;
+  std::vector<Fact> options;  // as this rank was given them: they may differ, and are named where a fact does
 };
 
 struct RefusedMessage {

@@ -21,7 +21,8 @@ std::vector<Message> all_messages() {
                       .http_address = "[::1]:8000",
                       .rank_timeout_us = 5,
                       .last_epoch = 9,
-                      .facts = {{"model", "m\n"}, {"", ""}}},
+                      .facts = {{"model", "m\n"}, {"", ""}},
+                      .options = {{"--seed", "5"}}},
           RefusedMessage{true, "no"},
           FormMessage{Epoch(3), {"a", "b"}},
           WindowMessage{Epoch(3), window},
@@ -48,6 +49,8 @@ TEST(Messages, ComeBackAsTheyWere) {
   EXPECT_EQ(join.rank, -3);
   EXPECT_EQ(join.incarnation, 0xFFFFFFFFFFFFFFFF);
   EXPECT_EQ(join.facts[0].value, "m\n");
+  ASSERT_EQ(join.options.size(), 1U);
+  EXPECT_EQ(join.options[0].name, "--seed");
 }
 
 TEST(Messages, RefusesWhatIsNotExactlyOne) {
@@ -69,9 +72,9 @@ TEST(Messages, RefusesWhatIsNotExactlyOne) {
   EXPECT_THAT(fault(R"({"type":"beat","text":")" + std::string(2000, 'x') + "\"}"), HasSubstr("at most 1024 bytes"));
   EXPECT_THAT(fault(R"({"type":"map","epoch":1,"windows":[{}]})"), HasSubstr("region is missing"));
   // Another version is understood as far as that.
-  const Result<Message> other = decode_message(R"({"type":"join","protocol":2,"unheard":[]})");
+  const Result<Message> other = decode_message(R"({"type":"join","protocol":3,"unheard":[]})");
   ASSERT_TRUE(other.ok());
-  EXPECT_EQ(std::get<JoinMessage>(*other).protocol, 2);
+  EXPECT_EQ(std::get<JoinMessage>(*other).protocol, 3);
 }
 
 TEST(Messages, NoByteThatChangesBreaksTheDecoder) {

@@ -320,6 +320,22 @@ def test_ranks_that_would_answer_differently_are_refused(launcher, options):
         rank.stop()
 
 
+@pytest.mark.parametrize("common, options, words", [
+    ([], ["--dtype", "float32"], r'differ in --dtype \("[a-z0-9]+" and "[a-z0-9]+"\)'),
+    (["--load-format", "dummy"], ["--seed", 5], r'differ in --seed \("[05]" and "[05]"\)'),
+    ([], ["--quantization", "wint8"], r'--quantization \("[a-z0-9]+" and "[a-z0-9]+"\)'),
+    ([], ["--enable-eplb"], r'differ in --enable-eplb \("[a-z]+" and "[a-z]+"\)'),
+    (["--enable-eplb"], ["--eplb-config", '{"num_redundant_experts": 2}'], r'as "--eplb-config", rank \d has'),
+    ([], ["--all2all-backend", "naive"], 'as "--all2all-backend"'),
+], ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value else "")
+def test_a_refusal_names_the_option(launcher, common, options, words):
+    meeting = free_port()
+    ranks = [external_rank(launcher, 2, 0, meeting, *common), external_rank(launcher, 2, 1, meeting, *common, *options)]
+    wait_until(lambda: any(re.search(words, rank.read_log()) for rank in ranks), what=f"the refusal with {words}")
+    for rank in ranks:
+        rank.stop()
+
+
 @pytest.mark.parametrize("options, words", [
     (["--data-parallel-size", 4], "--enable-expert-parallel"),
     (["--headless"], "--headless is for several ranks"),
