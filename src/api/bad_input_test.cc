@@ -341,6 +341,23 @@ TEST_F(BadInputTest, PublicEdgeRefusesFieldsOfTheInside) {
   EXPECT_EQ(worker->num_requests(), 0U);
 }
 
+TEST_F(BadInputTest, SteeringHeadersAreGivenOnce) {
+  FrontendOptions options;
+  options.num_ranks = 2;
+  options.check_prefiller = [](const std::string&) { return Status(); };
+  start(std::move(options));
+  RawSocket socket(port);
+  for (const std::string header : {"x-prefiller-host-port", "x-data-parallel-rank"}) {
+    const std::string twice = header + ": 1\r\n" + header + ": 1\r\n";
+    const RawResponse response =
+        socket.exchange(post_text("/v1/completions", "{\"model\":\"demo\",\"prompt\":\"a\"}", twice));
+    EXPECT_EQ(response.status, 400);
+    EXPECT_EQ(parse(response.body)["error"]["param"], header);
+    EXPECT_NE(response.body.find("2 times"), std::string::npos) << response.body;
+  }
+  EXPECT_EQ(worker->num_requests(), 0U);
+}
+
 TEST_F(BadInputTest, RequestIds) {
   start();
   RawSocket socket(port);

@@ -93,9 +93,17 @@ Result<int64_t> read_timeout_us(const HttpRequest& request, int64_t longest_us) 
   return milliseconds < longest_us / 1000 ? milliseconds * 1000 : longest_us;
 }
 
+// A header that steers a request; null if it is not there. Two would leave the choice to whoever reads them first.
+Result<const std::string*> read_steering(const HttpRequest& request, const char* name) {
+  const auto is_it = [name](const auto& header) { return equal_ignoring_case(header.first, name); };
+  const int64_t count = std::count_if(request.headers.begin(), request.headers.end(), is_it);
+  if (count <= 1) return find_header(request.headers, name);
+  return field_error(name, "invalid_value", fmt::format("the header {} is given {} times; give it once", name, count));
+}
+
 // The prefill worker that the client names, "" if it leaves the choice to this server.
 Result<std::string> read_prefiller(const HttpRequest& request, const FrontendOptions& options) {
-  const std::string* given = find_header(request.headers, kPrefillerHeader);
+  TANDEM_ASSIGN(const std::string* const given, read_steering(request, kPrefillerHeader));
   if (given == nullptr) return std::string();
   if (!options.check_prefiller) {
     return field_error(kPrefillerHeader, "unsupported_parameter",
@@ -111,7 +119,7 @@ Result<std::string> read_prefiller(const HttpRequest& request, const FrontendOpt
 
 // The rank that the request is for; -1: any.
 Result<int32_t> read_pinned_rank(const HttpRequest& request, const FrontendOptions& options) {
-  const std::string* text = find_header(request.headers, kRankHeader);
+  TANDEM_ASSIGN(const std::string* const text, read_steering(request, kRankHeader));
   if (text == nullptr) return -1;
   if (options.num_ranks == 0) {
     return field_error(kRankHeader, "unsupported_parameter", "the header x-data-parallel-rank is for servers with ranks");

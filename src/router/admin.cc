@@ -38,6 +38,7 @@ json describe(const RegisteredWorker& worker) {
           {"url", worker.url},
           {"role", role_name(worker.role)},
           {"weight", worker.weight},
+          {"only_named", worker.only_named},
           {"state", state_name(worker.membership)},
           {"health", health == Health::kUp     ? "up"
                      : health == Health::kDown ? "down"

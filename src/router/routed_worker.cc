@@ -29,6 +29,8 @@ Result<WorkerAddress> parse_worker_address(const std::string& text) {
   const size_t hash = text.find('#');
   address.url = text.substr(0, hash);
   TANDEM_TRY(api::parse_http_url(address.url));
+  // One spelling: a client names a worker by host:port, and an address that comes again is known as such.
+  while (address.url.ends_with('/')) address.url.pop_back();
   if (hash == std::string::npos) return address;
   const char* const end = text.data() + text.size();
   const std::from_chars_result parsed = std::from_chars(text.data() + hash + 1, end, address.weight);

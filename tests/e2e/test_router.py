@@ -158,7 +158,8 @@ def test_decode_alone_with_made_up_kv(launcher):
 def test_the_client_may_name_a_known_prefill_worker(launcher):
     first, second, third = (launcher.worker("kv_producer") for _ in range(3))
     decode = launcher.worker("kv_consumer")
-    router = launcher.route([first, second], [decode], "--allowed-prefillers", third.url)
+    router = launcher.route([first, second], [decode], "--allowed-prefillers", third.url + "/",
+                            "--admin-api-key", "secret")
 
     def computed(worker):
         return worker.metric("vllm:prompt_tokens_by_source_total", source="local_compute")
@@ -173,6 +174,8 @@ def test_the_client_may_name_a_known_prefill_worker(launcher):
         assert status == 200, answer
         changed = [worker for worker in before if computed(worker) > before[worker]]
         assert changed == [chosen]
+    only_named = {worker["url"]: worker["only_named"] for worker in admin(router, "GET")[1]["workers"]}
+    assert only_named == {first.url: False, second.url: False, third.url: True, decode.url: False}
     status, answer = ask(router.url, {"x-prefiller-host-port": decode.url.removeprefix("http://")})
     assert status == 400 and answer["error"]["param"] == "x-prefiller-host-port"
     assert decode.url.removeprefix("http://") in answer["error"]["message"]
