@@ -116,6 +116,12 @@ class Fields {
   std::optional<Error> error_;
 };
 
+// "[::1]" is how addresses with ports spell "::1", which is what is resolved.
+void drop_brackets(std::string& host) {
+  const bool is_bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  if (is_bracketed && host.find(':') != std::string::npos) host = host.substr(1, host.size() - 2);
+}
+
 }  // namespace
 
 Result<KvTransferParams> parse_kv_transfer_params(const Json& json) {
@@ -136,6 +142,7 @@ Result<KvTransferParams> parse_kv_transfer_params(const Json& json) {
   fields.read_time("remote_blocks_expiry_time", params.remote_blocks_expiry_time);
   fields.read_tokens("prompt_token_ids", params.prompt_token_ids);
   if (fields.error()) return *fields.error();
+  drop_brackets(params.remote_host);
   return params;
 }
 

@@ -26,7 +26,7 @@ struct KvTransferParams {
   TransferMode mode = TransferMode::kPull;
   std::string remote_engine_id;    // "<engine_id>:<incarnation>" of the peer; changes when the peer restarts
   std::string remote_request_id;   // the peer's handle "<request>-<nonce>", used once
-  std::string remote_host;
+  std::string remote_host;  // an IPv6 address without brackets, which JSON may have
   int64_t remote_port = 0;
   int64_t remote_num_tokens = 0;   // prompt tokens the peer holds (pull) or expects (push)
   int64_t remote_cached_tokens = 0;  // push: leading tokens the decode side already has in its prefix cache

@@ -69,6 +69,14 @@ TEST(Params, BlockIdsAreFlatOrGrouped) {
   EXPECT_EQ(parse_error(R"({"remote_block_ids":[-1]})").param, "kv_transfer_params.remote_block_ids");
 }
 
+TEST(Params, HostsOfIpv6MayHaveBrackets) {
+  EXPECT_EQ(parse(R"({"remote_host":"[::1]"})").remote_host, "::1");
+  EXPECT_EQ(parse(R"({"remote_host":"[fe80::1%eth0]"})").remote_host, "fe80::1%eth0");
+  for (const std::string host : {"::1", "10.0.0.1", "[name]", "[]", "[::1", "::1]"}) {
+    EXPECT_EQ(parse(Json{{"remote_host", host}}.dump().c_str()).remote_host, host);
+  }
+}
+
 TEST(Params, UnknownFieldsAreIgnored) {
   EXPECT_TRUE(parse(R"({"do_remote_decode":true,"remote_pcp_size":2,"metaserver":{"x":[1]}})").do_remote_decode);
 }
