@@ -208,6 +208,11 @@ const std::vector<std::string>& Options::list(std::string_view name) const {
   return std::get<std::vector<std::string>>(entry(name).value);
 }
 
+bool Options::is_changed(std::string_view name) const {
+  const Entry& found = entry(name);
+  return found.value != default_of(*found.spec);
+}
+
 std::string Options::as_text(std::string_view name) const {
   const Entry& found = entry(name);
   if (found.spec->secret) return "***";
@@ -240,7 +245,7 @@ std::vector<std::string> Options::set_arguments(std::string_view group,
 std::string Options::changed_json() const {
   nlohmann::ordered_json changed = nlohmann::ordered_json::object();
   for (const auto& [name, entry] : entries_) {
-    if (entry.value == default_of(*entry.spec)) continue;
+    if (!is_changed(name)) continue;
     changed[name] = entry.spec->secret ? nlohmann::json("***") : value_as_json(*entry.spec, entry.value);
   }
   return changed.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);

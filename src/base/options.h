@@ -95,6 +95,7 @@ class Options {
   std::string as_text(std::string_view name) const;
 
   bool is_set(std::string_view name) const;  // by command line or file, even if equal to the default
+  bool is_changed(std::string_view name) const;  // has another value than the default
   void set(const OptionSpec& spec, OptionValue value);
 
   // Those that are set, as command-line arguments, without the options of `group` and those named in `others`.

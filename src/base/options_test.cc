@@ -57,6 +57,13 @@ TEST(CommandLine, ReadsTypedValues) {
   EXPECT_EQ(options.number("request-timeout-s"), 2.5);
   EXPECT_EQ(options.text("host"), "127.0.0.1");
   EXPECT_FALSE(options.is_set("host"));
+  EXPECT_FALSE(options.is_changed("host"));
+  EXPECT_TRUE(options.is_changed("port"));
+  EXPECT_FALSE(options_of({"serve", "m", "--port", "8000"}).is_changed("port"));  // set, but to the default
+  EXPECT_EQ(options.as_text("port"), "8001");
+  EXPECT_EQ(options.as_text("host"), "127.0.0.1");
+  EXPECT_EQ(options.as_text("enable-prefix-caching"), "false");
+  EXPECT_EQ(options_of({"serve", "m", "--api-key", "k"}).as_text("api-key"), "***");
   EXPECT_TRUE(std::isinf(options_of({"bench", "serve", "--request-rate", "inf"}).number("request-rate")));
 }
 

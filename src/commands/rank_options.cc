@@ -97,13 +97,6 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   return out;
 }
 
-// A flag that is on, or a number that is not 0.
-bool says_something(const Options& options, const char* name) {
-  const std::string_view text(name);
-  const bool is_flag = text == "headless" || text == "data-parallel-hybrid-lb";
-  return is_flag ? options.flag(name) : options.integer(name) != 0;
-}
-
 Result<RankOptions> read_node(const Options& options, const group::GroupShape& shape) {
   NodeConfig config;
   config.shape = shape;
@@ -184,9 +177,8 @@ Result<RankOptions> read_rank_options(const Options& options) {
   if (shape.size() == 1) {
     for (const char* const name : {"headless", "data-parallel-size-local", "data-parallel-start-rank",
                                    "tensor-parallel-rank", "data-parallel-hybrid-lb"}) {
-      const bool is_given = options.is_set(name);
       const bool is_one = std::string_view(name) == "data-parallel-size-local" && options.integer(name) <= 1;
-      if (!is_given || is_one || !says_something(options, name)) continue;
+      if (is_one || !options.is_changed(name)) continue;
       return invalid_argument(name, "--{} is for several ranks; give --data-parallel-size or --tensor-parallel-size, or "
                                     "leave it out",
                               name);
