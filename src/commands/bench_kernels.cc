@@ -1,5 +1,6 @@
 // tandem bench kernels: every kernel beside the limits of this machine.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <random>
 
@@ -21,7 +22,7 @@ constexpr SamplingLine kSamplingLines[] = {
     {"greedy", 0, 0, 1}, {"temperature", 1, 0, 1}, {"top_k=50", 1, 50, 1}, {"top_k=20,top_p=0.95", 1, 20, 0.95}};
 
 // The sampler is no kernel of a device and uses one thread, so the limit of its lines is that of one.
-void bench_sampling(const std::string& filter) {
+void bench_sampling(const std::string& filter, kernels::KernelsBenchNames& names) {
   constexpr int64_t kCalls = 20;
   std::unique_ptr<kernels::LimitMeter> meter;
   for (const size_t vocabulary : {32'000U, 152'000U}) {
@@ -39,7 +40,9 @@ void bench_sampling(const std::string& filter) {
           .name = fmt::format("sample {} V={}", line.name, vocabulary),
           .calls = kCalls,
           .bytes = static_cast<double>(kCalls) * static_cast<double>(vocabulary) * sizeof(float)};
+      names.all.push_back(work.name);
       if (work.name.find(filter) == std::string::npos) continue;
+      names.has_selected = true;
       if (meter == nullptr) meter = std::make_unique<kernels::LimitMeter>("auto", 1);
       const kernels::Rates rates = measure_beside_limits(
           *meter,
@@ -61,10 +64,12 @@ int run_bench_kernels(const Options& options) {
   const kernels::KernelsBenchOptions bench{.isa = isa == "all" || isa == "auto" ? isa : "cpu-" + isa,
                                            .threads = static_cast<int>(options.integer("threads")),
                                            .filter = options.text("filter")};
-  const Status status = kernels::run_kernels_bench(bench);
-  if (!status.ok()) return fail_with(status.error());
-  bench_sampling(bench.filter);
-  return 0;
+  Result<kernels::KernelsBenchNames> names = kernels::run_kernels_bench(bench);
+  if (!names.ok()) return fail_with(names.error());
+  bench_sampling(bench.filter, *names);
+  if (names->has_selected) return 0;
+  return fail_with(invalid_argument("filter", "--filter '{}' is in no line's name; the lines are:\n  {}", bench.filter,
+                                    fmt::join(names->all, "\n  ")));
 }
 
 }  // namespace tandem::commands

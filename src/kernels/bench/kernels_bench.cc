@@ -45,13 +45,19 @@ class Bench {
 
   // Every line is one kernel with one shape: add lines here.
   void run_all(const ReferenceRates& reference);
+  KernelsBenchNames take_names() { return std::move(names_); }
   // One small shape of every kernel and format, for the plain backend, which would take minutes for the others. Prints
   // nothing.
   ReferenceRates run_small();
 
  private:
   // Whether the line of that name is asked for; a line asks before it prepares anything.
-  bool is_selected(const std::string& name) const { return name.find(filter_) != std::string::npos; }
+  bool is_selected(const std::string& name) {
+    const bool is_one = name.find(filter_) != std::string::npos;
+    names_.all.push_back(name);
+    names_.has_selected |= is_one;
+    return is_one;
+  }
   // Measures and prints a line; frees what make() made.
   void report(const BenchWork& work, const std::function<void()>& run);
   // How often a working set must be repeated, so that its copies together do not fit in the caches.
@@ -74,6 +80,7 @@ class Bench {
 
   std::unique_ptr<Ops> ops_;
   const std::string filter_;
+  KernelsBenchNames names_;
   bool is_small_ = false;
   ReferenceRates rates_;  // filled by run_small, compared with by run_all
   std::unique_ptr<Stream> stream_;
@@ -421,7 +428,7 @@ void Bench::run_all(const ReferenceRates& reference) {
   }
 }
 
-Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) {
+Result<KernelsBenchNames> run_one_isa(const std::string& name, const KernelsBenchOptions& options) {
   TANDEM_ASSIGN(std::unique_ptr<Ops> ops, make_ops(name, options.threads));
   const cpu::Isa* isa = cpu::find_isa(ops->name());
   if (isa == nullptr) {
@@ -430,8 +437,9 @@ Status run_one_isa(const std::string& name, const KernelsBenchOptions& options) 
   }
   TANDEM_ASSIGN(std::unique_ptr<Ops> ref_ops, make_ops("ref", 1));
   const ReferenceRates reference = Bench(*isa, std::move(ref_ops), options.filter).run_small();
-  Bench(*isa, std::move(ops), options.filter).run_all(reference);
-  return {};
+  Bench bench(*isa, std::move(ops), options.filter);
+  bench.run_all(reference);
+  return bench.take_names();
 }
 
 }  // namespace
@@ -450,10 +458,13 @@ void print_bench_line(const BenchWork& work, const Rates& rates, const std::stri
   std::fflush(stdout);
 }
 
-Status run_kernels_bench(const KernelsBenchOptions& options) {
+Result<KernelsBenchNames> run_kernels_bench(const KernelsBenchOptions& options) {
   if (options.isa != "all") return run_one_isa(options.isa, options);
-  for (const cpu::Isa* isa : cpu::possible_isas()) TANDEM_TRY(run_one_isa(isa->name, options));
-  return {};
+  KernelsBenchNames names;  // the same for each
+  for (const cpu::Isa* isa : cpu::possible_isas()) {
+    TANDEM_ASSIGN(names, run_one_isa(isa->name, options));
+  }
+  return names;
 }
 
 }  // namespace tandem::kernels

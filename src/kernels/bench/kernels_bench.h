@@ -27,7 +27,13 @@ struct KernelsBenchOptions {
   std::string filter;       // only lines whose name contains it
 };
 
+// The lines there are, whether they were asked for or not.
+struct KernelsBenchNames {
+  std::vector<std::string> all;
+  bool has_selected = false;  // any of them was
+};
+
 // Prints to stdout. An error names an instruction set that this machine cannot run.
-Status run_kernels_bench(const KernelsBenchOptions& options);
+Result<KernelsBenchNames> run_kernels_bench(const KernelsBenchOptions& options);
 
 }  // namespace tandem::kernels
