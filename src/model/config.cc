@@ -125,6 +125,11 @@ RopeConfig read_rope(JsonFields& json) {
 
 Result<ModelConfig> load_config(const std::string& path) {
   ModelConfig config;
+  if (is_file(path) && !path.ends_with(".json")) {
+    return invalid_argument("model", "{}: is a file, and a model is a folder with config.json, *.safetensors and "
+                                     "tokenizer.json; give the folder",
+                            printable(path));
+  }
   config.path = is_file(path) ? path : path + "/config.json";
   TANDEM_ASSIGN(JsonFields json, JsonFields::read(config.path, kMaxConfigBytes));
   const Family* family = read_architecture(json);

@@ -210,6 +210,13 @@ TEST(Config, SurvivesDamagedFiles) {
   EXPECT_LT(refused, kIterations);
 }
 
+TEST(Config, RefusesAFileOfWeights) {
+  const TempDir folder;
+  folder.write("model.safetensors", "");
+  const std::string path = folder.path() + "/model.safetensors";
+  EXPECT_THAT(load_config(path).error().message, testing::HasSubstr(path + ": is a file, and a model is a folder"));
+}
+
 TEST(Config, RefusesMissingAndMonstrousFiles) {
   const TempDir folder;
   EXPECT_THAT(load_config(folder.path()).error().message, testing::HasSubstr("config.json: cannot be read"));

@@ -118,6 +118,11 @@ Status Quantizer::check_target() const {
   if (fs::equivalent(target, options_.source, ignored)) {
     return make_error(ErrorKind::kInvalidArgument, "{}: is the source itself; give another folder", target);
   }
+  if (!fs::is_directory(target, ignored)) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      "{}: is a file, and a model is a folder; --force replaces folders of models only. Give another name",
+                      target);
+  }
   if (!options_.may_replace) {
     return make_error(ErrorKind::kInvalidArgument, "{}: exists; give another folder, or --force to replace it", target);
   }

@@ -93,6 +93,17 @@ class QuantizeFilesTest : public testing::Test {
   QuantizeOptions options_;
 };
 
+TEST_F(QuantizeFilesTest, ReplacesNoFile) {
+  for (const std::string content : {"", "anything"}) {
+    std::ofstream(options_.target) << content;
+    for (const bool may_replace : {false, true}) {
+      options_.may_replace = may_replace;
+      EXPECT_THAT(error(), testing::HasSubstr("/target: is a file, and a model is a folder"));
+    }
+    EXPECT_EQ(read_text(options_.target), content);
+  }
+}
+
 TEST_F(QuantizeFilesTest, WritesTheLayoutAndTheOtherFiles) {
   std::ofstream(options_.source + "/tokenizer.json") << "{}";
   std::ofstream(options_.source + "/pytorch_model.bin") << "old";

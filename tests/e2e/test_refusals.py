@@ -44,6 +44,19 @@ def test_missing_model():
     assert "config.json" in last_line(run_serve("/nonexistent/model"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_is_no_model(name):
+    line = last_line(run_serve(DEMO / name))
+    assert f"{DEMO / name}: is a file" in line and "give the folder" in line
+
+
+def test_a_filter_that_fits_no_kernel_lists_them():
+    done = subprocess.run([str(TANDEM), "bench", "kernels", "--filter", "nosuch", "--cpu-isa", "auto"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "--filter 'nosuch'" in done.stderr and "\n  linear bf16" in done.stderr and "\n  sample greedy" in done.stderr
+
+
 def test_unknown_architecture(copy):
     edit_config(copy, architectures=["LlamaForCausalLM"])
     line = last_line(run_serve(copy))
