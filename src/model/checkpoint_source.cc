@@ -45,6 +45,18 @@ Status check_plain(const StoredTensor& tensor) {
                       tensor.dtype);
 }
 
+// Whether all weights that share scale [row, column] are zero, as where a quantiser has met a block of zeros.
+bool is_zero_block(const HostMatrix& matrix, int64_t row, int64_t column) {
+  const auto is_zero = [](std::byte code) { return (code & std::byte{0x7F}) == std::byte{0}; };
+  const int64_t first = column * matrix.block_k;
+  const int64_t count = std::min(matrix.block_k, matrix.k - first);
+  for (int64_t n = row * matrix.block_n; n < std::min(matrix.n, (row + 1) * matrix.block_n); ++n) {
+    const std::byte* const codes = matrix.data + n * matrix.k + first;
+    if (!std::all_of(codes, codes + count, is_zero)) return false;
+  }
+  return true;
+}
+
 class CheckpointSource final : public WeightSource {
  public:
   CheckpointSource(std::unique_ptr<Checkpoint> checkpoint, const QuantConfig& quant)
@@ -80,6 +92,11 @@ class CheckpointSource final : public WeightSource {
     const int64_t count = ceil_div(matrix.n, matrix.block_n) * columns;
     for (int64_t i = 0; i < count; ++i) {
       const float scale = kernels::load_scale(matrix, i);
+      if (scale < 0 || (scale == 0 && !is_zero_block(matrix, i / columns, i % columns))) {
+        return tensor_fault(*checkpoint_->find(scales_name(ref)),
+                            "holds {} at [{}, {}], must be positive; fetch the file again", scale, i / columns,
+                            i % columns);
+      }
       if (std::isfinite(scale)) continue;
       return tensor_fault(*checkpoint_->find(scales_name(ref)),
                           "holds {} at [{}, {}], must be finite; fetch the file again", scale, i / columns,

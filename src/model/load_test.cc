@@ -423,6 +423,18 @@ TEST_F(LoadTest, RefusesFoldersWhoseConfigAndTensorsDisagree) {
        "weight_scale_inv\" holds nan at [1, 0], must be finite"},
       {"ds_fp8",
        [&](Folder& f) {
+         const float bad = -0.5F;
+         std::memcpy(f.tensor(layer + "self_attn.o_proj.weight_scale_inv").data.data() + 4, &bad, 4);
+       },
+       "weight_scale_inv\" holds -0.5 at [1, 0], must be positive"},
+      {"ds_fp8",
+       [&](Folder& f) {
+         const float bad = 0;
+         std::memcpy(f.tensor(layer + "self_attn.o_proj.weight_scale_inv").data.data() + 4, &bad, 4);
+       },
+       "weight_scale_inv\" holds 0 at [1, 0], must be positive"},
+      {"ds_fp8",
+       [&](Folder& f) {
          const float bad = std::numeric_limits<float>::infinity();
          std::memcpy(f.tensor(layer + "self_attn.kv_b_proj.weight_scale_inv").data.data(), &bad, 4);
        },

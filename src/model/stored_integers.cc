@@ -149,6 +149,10 @@ Status StoredIntegers::check_values() const {
     if (!std::isfinite(scale)) {
       return tensor_fault(*scales_, "holds {} at element {}, must be finite; fetch the file again", scale, i);
     }
+    // Zero belongs to a group of zeros; our own quantiser writes it.
+    if (scale < 0) {
+      return tensor_fault(*scales_, "holds {} at element {}, a scale is not negative; fetch the file again", scale, i);
+    }
   }
   if (offsets_ != nullptr) {
     for (int64_t i = 0; i < offsets_->elements(); ++i) {

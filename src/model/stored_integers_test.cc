@@ -170,6 +170,8 @@ TEST(StoredIntegers, RefusesBadTensors) {
        "weight_scale\" has dtype I16, must be F32, BF16 or F16"},
       {packed, as_packed(kModule, four, false), [&](OneMatrix& m) { tensor(m, ".weight_scale").data[3] = 0x7C; },
        "weight_scale\" holds "},
+      {packed, as_packed(kModule, four, false), [&](OneMatrix& m) { tensor(m, ".weight_scale").data[1] ^= '\x80'; },
+       "at element 0, a scale is not negative"},
       {packed, as_packed(kModule, four, false), [&](OneMatrix& m) { tensor(m, ".weight_shape").data[0] = 25; },
        "weight_shape\" must hold [24, 96]"},
       {packed, as_packed(kModule, four, false), [&](OneMatrix& m) { erase(m, ".weight_zero_point"); },
