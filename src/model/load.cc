@@ -127,7 +127,14 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
   TANDEM_ASSIGN(WeightFormats formats,
                 choose_formats(options.quantization, config.quant, options.format == LoadFormat::kDummy,
                                !config.tied_embeddings, is_f32 ? kF32Weights : kBf16Weights));
-  if (options.tensor != nullptr) TANDEM_TRY(split_config(config, options.tensor->shard()));
+  if (options.tensor != nullptr) {
+    const TensorShard shard = options.tensor->shard();
+    TANDEM_TRY(split_config(config, shard));
+    if (shard.rank == 0 && !config.tied_embeddings && config.vocab_size % shard.size != 0) {
+      log_info("model", "output head: {} rows are no multiple of --tensor-parallel-size {}, so tensor rank 0 has all of them",
+               config.vocab_size, shard.size);
+    }
+  }
   std::unique_ptr<Decoder> decoder = std::make_unique<Decoder>(ops, std::move(config));
   decoder->set_exchange(options.exchange);
   decoder->set_tensor(options.tensor);
