@@ -452,7 +452,7 @@ constexpr OptionSpec kTable[] = {
      .help = "How ranks reach each other: shm (one host), tcp (several, here over loopback), or both with a comma."},
     {.name = "ranks", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "2,4",
      .help = "Numbers of ranks, each a process of this host, separated by commas."},
-    {.name = "tokens", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "1,8,32,128,512,1024,4096",
+    {.name = "tokens", .commands = kBenchA2a, .group = "Lines", .type = kText, .default_text = "1,8,32,128,512",
      .help = "Numbers of rows that each rank brings to a step, separated by commas."},
     {.name = "hidden-size", .commands = kBenchA2a, .group = "Shape", .type = kInteger, .default_text = "2048",
      .help = "Columns of a row.", .min = 1, .max = 65536},
