@@ -221,7 +221,7 @@ TEST(ClusterFile, RefusesOverlappingPorts) {
 }
 
 TEST(Examples, AreValid) {
-  for (const char* name : {"local-1p1d.yaml", "single.yaml"}) {
+  for (const char* name : {"local-1p1d.yaml", "ranks-1p1d.yaml", "single.yaml"}) {
     const Result<ClusterSpec> spec = load_cluster_file(fmt::format("{}/examples/{}", TANDEM_SOURCE_DIR, name));
     ASSERT_TRUE(spec.ok()) << spec.error().message;
     const Result<ClusterPlan> plan = plan_cluster(*spec, "info");
