@@ -257,8 +257,8 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
 
   // ---- Serving ----
 
-  // Runs `work` in line or, if `bytes` are many, on a text thread; then `then` with its result, here. The work ends early
-  // when its client leaves, at `deadline_us`, and when nothing is served any more.
+  // Runs `work` in line or, if `bytes` are many, on a text thread; then `then` with its result, here. The work ends
+  // early when its client leaves, at `deadline_us`, and when nothing is served any more.
   template <typename T>
   void run_text(HttpExchange& exchange, size_t bytes, int64_t deadline_us,
                 std::function<Result<T>(const std::atomic<bool>* stop)> work, std::function<void(Result<T>)> then) {

@@ -71,7 +71,8 @@ Status run_lines(const Options& options) {
   const size_t num_lines = overs.size() * ranks.size() * tokens.size() * backends.size();
   std::printf("%zu lines of %g s (--line-s) or longer where rows are many: at least %.0f s\n", num_lines, bench.seconds,
               static_cast<double>(num_lines) * bench.seconds);
-  std::printf("hidden %ld, top %ld of %ld experts, rows travel as %s; plain is memcpy over shm, raw sockets over tcp\n%s",
+  std::printf("hidden %ld, top %ld of %ld experts, rows travel as %s; "
+              "plain is memcpy over shm, raw sockets over tcp\n%s",
               bench.hidden, bench.top_k, bench.num_experts, kernels::row_format_name(bench.row_format),
               bench::a2a_heading().c_str());
   for (const bench::A2aOver over : overs) {

@@ -13,7 +13,8 @@ namespace tandem::commands {
 // Level and process name of the log, from --log-level and --log-name.
 void start_log(const Options& options);
 
-// Raises the limit of open files and sockets as far as it goes, and warns if less than `needed` come of it, for `reason`.
+// Raises the limit of open files and sockets as far as it goes, and warns if less than `needed` come of it; `reason` is
+// what needs them.
 void raise_descriptors(const char* log_tag, int64_t needed, const std::string& reason);
 
 // The last part of a model's path.

@@ -131,7 +131,8 @@ Result<std::unique_ptr<Model>> load_decoder(kernels::Ops& ops, const LoadOptions
     const TensorShard shard = options.tensor->shard();
     TANDEM_TRY(split_config(config, shard));
     if (shard.rank == 0 && !config.tied_embeddings && config.vocab_size % shard.size != 0) {
-      log_info("model", "output head: {} rows are no multiple of --tensor-parallel-size {}, so tensor rank 0 has all of them",
+      log_info("model",
+               "output head: {} rows are no multiple of --tensor-parallel-size {}, so tensor rank 0 has all of them",
                config.vocab_size, shard.size);
     }
   }

@@ -120,7 +120,8 @@ Status Quantizer::check_target() const {
   }
   if (!fs::is_directory(target, ignored)) {
     return make_error(ErrorKind::kInvalidArgument,
-                      "{}: is a file, and a model is a folder; --force replaces folders of models only. Give another name",
+                      "{}: is a file, and a model is a folder; --force replaces folders of models only; give another "
+                      "name",
                       target);
   }
   if (!options_.may_replace) {

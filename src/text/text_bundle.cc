@@ -66,7 +66,8 @@ Result<std::string> read_file(const std::filesystem::path& path, bool required) 
   if (error) {
     if (!required && error == std::errc::no_such_file_or_directory) return std::string();
     if (error == std::errc::not_a_directory) {
-      return make_error(ErrorKind::kInvalidArgument, "{}: is a file, and a model with text is a folder with {}; give the folder",
+      return make_error(ErrorKind::kInvalidArgument,
+                        "{}: is a file, and a model with text is a folder with {}; give the folder",
                         path.parent_path().string(), path.filename().string());
     }
     return make_error(ErrorKind::kNotFound, "{}: {}; the model directory must have this file", path.string(),

@@ -123,7 +123,8 @@ int32_t tc_template_new(const tc_tokenizer* tokenizer, tc_slice tokenizer_config
 void tc_template_free(tc_template* chat);
 /* The prompt as text. */
 int32_t tc_template_render(const tc_template* chat, const tc_chat_request* request, tc_bytes* text, tc_bytes* error);
-/* The prompt as ids, and as the text they stand for; `limits` may be NULL and hold for the ids. Control tokens in it come from the template only. */
+/* The prompt as ids, and as the text they stand for; `limits` may be NULL and hold for the ids. Control tokens in it come
+ * from the template only. */
 int32_t tc_template_encode(const tc_template* chat, const tc_chat_request* request, const tc_limits* limits, tc_ids* ids,
                            tc_bytes* text, tc_bytes* error);
 
