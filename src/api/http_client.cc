@@ -101,6 +101,8 @@ struct Call {
   SteadyTime last_deadline{};  // of the whole call
   bool timed_out = false;
   bool cancelled = false;
+  bool is_sent = false;   // the whole request
+  bool has_left = false;  // our sending side is closed
   bool got_bytes = false;
   bool ended_in_order = false;  // the connection ended, and not by a reset
   ClientResponse response;
@@ -168,6 +170,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
   }
 
   asio::awaitable<Status> attempt(std::shared_ptr<Call> call, bool may_reuse) {
+    call->is_sent = false;
     bool reused = may_reuse && take_idle(*call);
     if (!reused) {
       Status connected = co_await connect(*call);
@@ -177,7 +180,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
     // A reset says that the server closed the kept connection before it read the request. After an orderly end it may
     // have read it, and even have died of it.
     const bool is_unread = reused && !call->got_bytes && !call->ended_in_order;
-    if (!status.ok() && is_unread && !call->cancelled && !call->timed_out) {
+    if (!status.ok() && is_unread && !call->cancelled && !call->has_left && !call->timed_out) {
       co_return co_await attempt(call, /*may_reuse=*/false);
     }
     co_return status;
@@ -269,6 +272,8 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
     // A failed write is not the end: a server that refuses a body answers and closes before it has read all of it.
     auto [write_ec, written] = co_await asio::async_write(*call->socket, output, kToken);
 
+    call->is_sent = !write_ec;
+
     HttpParser parser = HttpParser::for_response(kMaxHeadBytes, call->request.method != "HEAD");
     InputBuffer input;
     while (!parser.done()) {
@@ -287,7 +292,7 @@ struct HttpClient::Impl : std::enable_shared_from_this<HttpClient::Impl> {
       Status fed = feed(*call, parser, input);
       if (call->cancelled || !fed.ok()) co_return fed;
     }
-    if (parser.head().keep_alive && input.view().empty() && !write_ec) keep(*call);
+    if (parser.head().keep_alive && input.view().empty() && !write_ec && !call->has_left) keep(*call);
     co_return Status();
   }
 
@@ -387,6 +392,18 @@ void HttpClient::cancel(CallId id) {
   call->cancelled = true;
   call->timer.cancel();
   call->abort_io();
+}
+
+void HttpClient::leave(CallId id, std::chrono::milliseconds within) {
+  const auto found = impl_->calls.find(id);
+  if (found == impl_->calls.end()) return;
+  Call& call = *found->second;
+  if (!call.is_sent) return cancel(id);
+  call.has_left = true;
+  call.last_deadline = std::min(call.last_deadline, std::chrono::steady_clock::now() + within);
+  call.expect_progress_within(within);
+  error_code ignored;
+  call.socket->shutdown(tcp::socket::shutdown_send, ignored);
 }
 
 size_t HttpClient::num_calls() const { return impl_->calls.size(); }

@@ -8,6 +8,7 @@
 //       .on_done = [](Result<ClientResponse> response) { … }  // last, exactly once, unless cancelled
 //   });
 //   client.cancel(call);  // closes the connection: the server sees that its client has left
+//   client.leave(call, within);  // the same, but an answer that was under way is still taken
 //
 // One thread: every member and every handler runs on the thread that runs `io`. Use asio::post to get there.
 #pragma once
@@ -86,6 +87,10 @@ class HttpClient {
   CallId start(const HttpUrl& url, ClientRequest request, ClientHandlers handlers);
   // No handler is called afterwards. Unknown or finished ids are ignored.
   void cancel(CallId id);
+  // For a request whose answer must not be lost if server and client act at the same time: closes the sending side
+  // only, so that the server sees that its client has left. What it had sent before goes to the handlers as ever, for
+  // `within` at most, and on_done comes. A request that has not been sent as a whole is cancelled.
+  void leave(CallId id, std::chrono::milliseconds within);
   size_t num_calls() const;
 
  private:

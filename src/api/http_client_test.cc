@@ -152,6 +152,75 @@ TEST_F(HttpClientTest, StreamsEventsAndCancels) {
   EXPECT_EQ(loop.run([&] { return client->num_calls(); }), 0U);
 }
 
+// The server answers and the client leaves in the same moment.
+TEST_F(HttpClientTest, AnAnswerUnderWayIsTakenFromWhomItLeaves) {
+  url.path = "/base";
+  std::optional<Result<ClientResponse>> outcome;
+  const auto start = [&] {
+    outcome.reset();
+    return loop.run([&] {
+      return client->start(url, json_request("/keep", "{}"),
+                           {.on_done = [&outcome](Result<ClientResponse> response) { outcome = std::move(response); }});
+    });
+  };
+  const auto is_done = [&] { return loop.run([&] { return outcome.has_value(); }); };
+  const CallId answered = start();
+  ASSERT_TRUE(eventually([this] { return loop.run([this] { return kept.size() == 1; }); }));
+  loop.run([&] {
+    kept[0]->respond({200, {}, "text/plain", "just in time"});
+    client->leave(answered, milliseconds(1'000));
+  });
+  ASSERT_TRUE(eventually(is_done, milliseconds(500)));
+  ASSERT_TRUE(outcome->ok()) << outcome->error().message;
+  EXPECT_EQ((*outcome)->body, "just in time");
+  EXPECT_EQ(num_left, 0);
+
+  // One that has not answered learns at once that its client is gone, and says nothing any more.
+  const CallId waiting = start();
+  ASSERT_TRUE(eventually([this] { return loop.run([this] { return kept.size() == 2; }); }));
+  loop.run([&] { client->leave(waiting, milliseconds(1'000)); });
+  EXPECT_TRUE(eventually([this] { return num_left == 1; }, milliseconds(100)));
+  ASSERT_TRUE(eventually(is_done, milliseconds(500)));
+  EXPECT_EQ(outcome->error().kind, ErrorKind::kUnavailable);
+  EXPECT_EQ(loop.run([&] { return client->num_calls(); }), 0U);
+
+  // One that has not been sent is cancelled.
+  outcome.reset();
+  loop.run([&] {
+    client->leave(client->start(url, json_request("/keep", "{}"), {.on_done = [&](auto) { ADD_FAILURE(); }}),
+                  milliseconds(1'000));
+    EXPECT_EQ(client->num_calls(), 0U);
+  });
+  std::this_thread::sleep_for(milliseconds(50));
+  EXPECT_EQ(loop.run([this] { return kept.size(); }), 2U);
+}
+
+// Nobody waits for a server that neither answers nor closes.
+TEST(HttpClient, LeavesWithinTheTimeGiven) {
+  LoopThread loop;
+  const int listener = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  ASSERT_EQ(::bind(listener, reinterpret_cast<sockaddr*>(&address), size), 0);
+  ASSERT_EQ(::listen(listener, 1), 0);
+  ASSERT_EQ(::getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size), 0);
+  std::unique_ptr<HttpClient> client;
+  std::optional<Result<ClientResponse>> outcome;
+  const CallId call = loop.run([&] {
+    client = std::make_unique<HttpClient>(loop.io, HttpClientOptions());
+    return client->start(url_of(ntohs(address.sin_port)), json_request("/", "{}"),
+                         {.on_done = [&outcome](Result<ClientResponse> response) { outcome = std::move(response); }});
+  });
+  std::this_thread::sleep_for(milliseconds(50));  // the kernel takes the request for the server
+  loop.run([&] { client->leave(call, milliseconds(100)); });
+  EXPECT_TRUE(eventually([&] { return loop.run([&] { return outcome.has_value(); }); }, milliseconds(1'000)));
+  EXPECT_EQ(outcome->error().kind, ErrorKind::kDeadlineExceeded);
+  loop.run([&] { client.reset(); });
+  ::close(listener);
+}
+
 TEST_F(HttpClientTest, MayBeCancelledInsideItsOwnHandler) {
   url.path = "/base";
   CallId call;

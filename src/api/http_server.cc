@@ -65,12 +65,6 @@ std::string_view method_label(std::string_view method) {
   return found == kUsual.end() ? "other" : *found;
 }
 
-bool is_json_type(std::string_view type) {
-  const std::string_view essence = type.substr(0, type.find(';'));
-  const size_t last = essence.find_last_not_of(" \t");
-  return last != std::string_view::npos && equal_ignoring_case(essence.substr(0, last + 1), "application/json");
-}
-
 Error http_fault(ErrorKind kind, std::string code, std::string message) {
   return Error{kind, std::move(message), "", std::move(code)};
 }
@@ -193,6 +187,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::string_view route_label_;
   SteadyTime began_{};
   size_t counted_body_bytes_ = 0;
+  std::function<void()> on_unsent_;  // of a complete answer
   int response_status_ = 0;
   bool response_begun_ = false;
   bool response_done_ = false;
@@ -233,12 +228,17 @@ class Exchange final : public HttpExchange {
     if (!connection_) return;
     const std::shared_ptr<Connection> connection = std::move(connection_);
     on_disconnect_ = nullptr;
+    connection->on_unsent_ = std::move(on_unsent_);
     connection->exchange_ = nullptr;
     connection->end_response();
   }
   bool is_open() const override { return connection_ != nullptr; }
   void on_disconnect(std::function<void()> callback) override {
     if (connection_) on_disconnect_ = std::move(callback);
+  }
+
+  void on_unsent(std::function<void()> callback) override {
+    if (connection_) on_unsent_ = std::move(callback);
   }
 
   void detach() {
@@ -252,6 +252,7 @@ class Exchange final : public HttpExchange {
   std::shared_ptr<Connection> connection_;  // null once the answer is complete or the client gone
   HttpRequest request_;
   std::function<void()> on_disconnect_;
+  std::function<void()> on_unsent_;
 };
 
 void Connection::start() {
@@ -636,6 +637,8 @@ asio::awaitable<void> Connection::write_response() {
     written_ = 0;
   }
   const bool complete = !broken_ && response_done_;
+  const std::function<void()> on_unsent = std::exchange(on_unsent_, nullptr);
+  if (!complete && on_unsent) on_unsent();
   if (options_.on_complete && !server_->closed) {
     const double seconds = std::chrono::duration<double>(SteadyClockT::now() - began_).count();
     options_.on_complete({route_label_, method_label(head_.method), complete ? response_status_ : 499, seconds});

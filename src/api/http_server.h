@@ -50,6 +50,9 @@ class HttpExchange {
   // Called at most once, if the exchange ends before the answer was complete. A client that closes only its sending
   // side counts as one that left.
   virtual void on_disconnect(std::function<void()> callback) = 0;
+  // Called at most once, if the answer was complete and the client is gone before the kernel has taken all of it. Set
+  // it before respond() or finish(). What the kernel has may still be lost; nobody here hears of that.
+  virtual void on_unsent(std::function<void()> callback) = 0;
 };
 
 using HttpHandler = std::function<void(std::shared_ptr<HttpExchange>)>;

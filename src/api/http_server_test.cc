@@ -405,6 +405,38 @@ TEST_F(HttpServerTest, CutsAClientThatStopsReading) {
   EXPECT_TRUE(eventually([this] { return num_connections() == 0; }, milliseconds(3'000)));
 }
 
+TEST_F(HttpServerTest, TellsThatACompleteAnswerWasNotSent) {
+  std::atomic<int> num_unsent{0};
+  const std::string body(8 << 20, 'x');
+  const auto answer = [&](size_t index) {
+    ASSERT_TRUE(eventually([&] { return loop.run([&] { return kept.size() == index + 1; }); }));
+    loop.run([&] {
+      kept[index]->on_unsent([&num_unsent] { ++num_unsent; });
+      kept[index]->respond({200, {}, "text/plain", body});
+    });
+  };
+  RawSocket whole(port);
+  whole.send(post_text("/keep", "{}"));
+  answer(0);
+  EXPECT_EQ(whole.read_response().body.size(), body.size());
+  RawSocket part(port);
+  part.send(post_text("/keep", "{}"));
+  answer(1);
+  ASSERT_TRUE(part.receive_until("xxx"));
+  EXPECT_EQ(num_unsent, 0);
+  part.close();
+  EXPECT_TRUE(eventually([&] { return num_unsent == 1; }, milliseconds(1'000)));
+  // One that has left before the answer is told of by on_disconnect alone.
+  RawSocket early(port);
+  early.send(post_text("/keep", "{}"));
+  ASSERT_TRUE(eventually([&] { return loop.run([&] { return kept.size() == 3; }); }));
+  loop.run([&] { kept[2]->on_unsent([&num_unsent] { ++num_unsent; }); });
+  early.close();
+  EXPECT_TRUE(eventually([this] { return num_left == 1; }));
+  EXPECT_TRUE(eventually([this] { return num_connections() == 1; }));
+  EXPECT_EQ(num_unsent, 1);
+}
+
 TEST_F(HttpServerTest, SendsLargeAnswersWhole) {
   RawSocket socket(port);
   socket.send(post_text("/keep", "{}"));

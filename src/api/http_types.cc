@@ -28,6 +28,12 @@ const std::string* find_header(const HttpHeaders& headers, std::string_view name
   return nullptr;
 }
 
+bool is_json_type(std::string_view type) {
+  const std::string_view essence = type.substr(0, type.find(';'));
+  const size_t last = essence.find_last_not_of(" \t");
+  return last != std::string_view::npos && equal_ignoring_case(essence.substr(0, last + 1), "application/json");
+}
+
 std::string HttpUrl::origin() const {
   const bool ipv6 = host.find(':') != std::string::npos;
   return fmt::format("{}{}{}:{}", ipv6 ? "[" : "", host, ipv6 ? "]" : "", port);

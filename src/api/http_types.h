@@ -17,6 +17,8 @@ using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
 bool equal_ignoring_case(std::string_view a, std::string_view b);
 // The first header of that name, or null.
 const std::string* find_header(const HttpHeaders& headers, std::string_view name);
+// Of a Content-Type, whatever parameters it has.
+bool is_json_type(std::string_view type);
 
 // "http://host:port/path"; https is refused, since nothing here speaks TLS.
 struct HttpUrl {
