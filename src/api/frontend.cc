@@ -202,7 +202,13 @@ HttpResponse json_response(const Json& json) {
 
 class Mailbox final : public EventMailbox, public std::enable_shared_from_this<Mailbox> {
  public:
-  explicit Mailbox(asio::io_context& io) : io_(&io) {}
+  using GiveBack = std::function<void(const transfer::KvTransferParams&)>;
+
+  Mailbox(asio::io_context& io, GiveBack give_back) : io_(&io), give_back_(std::move(give_back)) {}
+
+  void give_back(const transfer::KvTransferParams& publication) override {
+    if (give_back_) give_back_(publication);
+  }
 
   void push(std::weak_ptr<Generation> target, size_t choice, engine::TokenEvent event) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -215,6 +221,7 @@ class Mailbox final : public EventMailbox, public std::enable_shared_from_this<M
   void close() {
     const std::lock_guard<std::mutex> lock(mutex_);
     io_ = nullptr;
+    give_back_ = nullptr;
     letters_.clear();
   }
 
@@ -232,14 +239,15 @@ class Mailbox final : public EventMailbox, public std::enable_shared_from_this<M
       letters.swap(letters_);
     }
     for (Letter& letter : letters) {
-      if (const std::shared_ptr<Generation> target = letter.target.lock()) {
-        target->take(letter.choice, std::move(letter.event));
-      }
+      const std::shared_ptr<Generation> target = letter.target.lock();
+      if (target && target->take(letter.choice, std::move(letter.event))) continue;
+      if (letter.event.finish && letter.event.kv_transfer) give_back(*letter.event.kv_transfer);
     }
   }
 
   std::mutex mutex_;
   asio::io_context* io_;
+  GiveBack give_back_;  // on the I/O thread
   std::vector<Letter> letters_;
 };
 
@@ -252,7 +260,10 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
         clock(frontend_clock),
         registry(metrics),
         keys(options.api_keys),
-        mailbox(std::make_shared<Mailbox>(context)),
+        mailbox(std::make_shared<Mailbox>(context,
+                                          [this](const transfer::KvTransferParams& publication) {
+                                            if (serving) serving->worker->release(publication);
+                                          })),
         deadline_timer(context) {}
 
   // ---- Serving ----
@@ -442,6 +453,42 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
             {"permission", Json::array()}};
   }
 
+  // Also while requests are refused, since it ends waiting.
+  void release(std::shared_ptr<HttpExchange> exchange) {
+    if (!options.policy.accepts_kv_transfer) {
+      return exchange->respond(error_response(
+          field_error("kv_transfer_params", "unsupported_parameter",
+                      "this server publishes no KV; ask a worker that was started with --kv-transfer-config")));
+    }
+    auto body = std::make_shared<std::string>(std::move(exchange->request().body));
+    const int64_t deadline_us = clock.now_us() + static_cast<int64_t>(options.request_timeout_s * 1e6);
+    run_text<transfer::KvTransferParams>(
+        *exchange, body->size(), deadline_us, [body](const std::atomic<bool>* /*stop*/) { return read_release(*body); },
+        [this, exchange](Result<transfer::KvTransferParams> named) {
+          if (!named.ok()) return exchange->respond(error_response(named.error()));
+          if (!serving) return exchange->respond(error_response(closed_because));
+          serving->worker->release(*named);
+          HttpResponse response = json_response(Json::object());
+          response.status = 202;
+          exchange->respond(std::move(response));
+        });
+  }
+
+  static Result<transfer::KvTransferParams> read_release(const std::string& body) {
+    TANDEM_ASSIGN(const Json json, parse_strict_json(body, "the request body"));
+    if (!json.is_object() || !json.contains("kv_transfer_params")) {
+      return field_error("kv_transfer_params", "missing_required_parameter",
+                         "'kv_transfer_params' is missing: the object that the prefill leg's answer carried");
+    }
+    TANDEM_ASSIGN(transfer::KvTransferParams named,
+                  transfer::parse_kv_transfer_params(nlohmann::json(json["kv_transfer_params"])));
+    if (named.remote_engine_id.empty() || named.remote_request_id.empty()) {
+      return field_error("kv_transfer_params", "invalid_value",
+                         "kv_transfer_params of a publication need remote_engine_id and remote_request_id");
+    }
+    return named;
+  }
+
   void list_models(HttpExchange& exchange) {
     const Result<std::shared_ptr<Serving>> now_serving = find_serving();
     if (!now_serving.ok()) return exchange.respond(error_response(now_serving.error()));
@@ -535,6 +582,7 @@ void Frontend::add_routes(HttpServer& server) {
   add("GET", "/v1/models/*", true, [impl](ExchangePtr e) { impl->show_model(*e); });
   add("POST", "/tokenize", true, [impl](ExchangePtr e) { impl->answer_json(e, tokenize); });
   add("POST", "/detokenize", true, [impl](ExchangePtr e) { impl->answer_json(e, detokenize); });
+  add("POST", kReleasePath, true, [impl](ExchangePtr e) { impl->release(std::move(e)); });
   add("GET", "/tandem/v1/text_bundle", true, [impl](ExchangePtr e) {
     const auto serving = impl->find_serving();
     if (!serving.ok()) return e->respond(error_response(serving.error()));

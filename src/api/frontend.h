@@ -35,6 +35,11 @@ class io_context;
 
 namespace tandem::api {
 
+// POST: nobody comes for a publication (pull). The body is {"kv_transfer_params":{…}} with remote_engine_id and
+// remote_request_id of the object that the prefill leg's answer carried (other fields are ignored). Refused with 400
+// unless RequestPolicy::accepts_kv_transfer; otherwise 202, whether or not there is such a publication.
+inline constexpr const char* kReleasePath = "/tandem/v1/release_publication";
+
 // What /health says. Ready: 200, else 503; the body is {"status":…,"progress":…}.
 struct Health {
   bool ready = false;

@@ -263,7 +263,7 @@ TEST_F(FrontendLifeTest, AsksForAKeyOnEveryRouteButFour) {
       EXPECT_NE(ask(route, fmt::format("Authorization: Bearer {}\r\n", key)).status, 401) << route.path;
     }
   }
-  EXPECT_EQ(num_routes, 12U);
+  EXPECT_EQ(num_routes, 13U);
   const auto status = [&](const std::string& headers) {
     return socket.exchange(get_text("/v1/models", headers)).status;
   };

@@ -40,6 +40,7 @@ Generation::Generation(GenerationContext context, std::shared_ptr<HttpExchange> 
 }
 
 void Generation::start(std::shared_ptr<EventMailbox> mailbox) {
+  mailbox_ = mailbox;
   context_.metrics->started(request_.n, choices_.front().max_tokens);
   exchange_->on_disconnect([self = shared_from_this()] { self->leave(); });
   for (size_t i = 0; i < choices_.size(); ++i) {
@@ -51,9 +52,12 @@ void Generation::start(std::shared_ptr<EventMailbox> mailbox) {
   }
 }
 
-void Generation::take(size_t index, engine::TokenEvent event) {
-  if (ended_ || choices_[index].done) return;  // what was on its way when it was cancelled
-  if (event.error) return fail(*event.error);
+bool Generation::take(size_t index, engine::TokenEvent&& event) {
+  if (ended_ || choices_[index].done) return false;  // what was on its way when it was cancelled
+  if (event.error) {
+    fail(*event.error);
+    return true;
+  }
   if (event.kv_transfer) {
     kv_transfer_ = transfer::to_json(*event.kv_transfer).dump();
     const bool is_reservation = event.tokens.empty() && !event.finish;
@@ -62,8 +66,10 @@ void Generation::take(size_t index, engine::TokenEvent event) {
       exchange_->write(writer_.bare_chunk(std::nullopt, kv_transfer_));
       kv_transfer_.clear();
     }
+    if (event.finish) publication_ = event.kv_transfer;
   }
   if (!ended_ && (!event.tokens.empty() || event.finish)) take_tokens(index, event);
+  return true;
 }
 
 void Generation::take_tokens(size_t index, engine::TokenEvent& event) {
@@ -192,6 +198,11 @@ void Generation::finish_request() {
   for (const Choice& choice : choices_) longest = std::max(longest, choice.num_tokens);
   context_.metrics->longest_choice(longest);
   const UsageCounts usage = total_usage();
+  if (publication_) {
+    exchange_->on_unsent(
+        [mailbox = mailbox_, publication = std::move(*publication_)] { mailbox->give_back(publication); });
+    publication_.reset();
+  }
   if (request_.stream) {
     std::string last;
     if (request_.include_usage) last = writer_.bare_chunk(usage, "");
@@ -280,6 +291,7 @@ void Generation::describe(Span& span, int64_t now_us) const {
 void Generation::end() {
   if (ended_) return;
   ended_ = true;
+  if (publication_) mailbox_->give_back(*publication_);  // taken, but not answered
   const std::function<void(Generation&)> on_end = std::move(on_end_);
   if (on_end) on_end(*this);
 }

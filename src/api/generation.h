@@ -26,6 +26,8 @@ class EventMailbox {
  public:
   virtual ~EventMailbox() = default;
   virtual void push(std::weak_ptr<Generation> target, size_t choice, engine::TokenEvent event) = 0;
+  // A publication that its client was not told of: whoever serves now gives it back to its worker.
+  virtual void give_back(const transfer::KvTransferParams& publication) = 0;
 };
 
 // What a generation uses; all that is a bare pointer outlives it.
@@ -44,7 +46,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
              std::function<void(Generation&)> on_end);
 
   void start(std::shared_ptr<EventMailbox> mailbox);
-  void take(size_t choice, engine::TokenEvent event);
+  // False if it came too late, when the request had ended; then the event is untouched.
+  bool take(size_t choice, engine::TokenEvent&& event);
   // Ends everything with an error; the other choices are cancelled.
   void fail(const Error& error);
   int64_t deadline_us() const { return deadline_us_; }
@@ -96,6 +99,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   bool stream_open_ = false;
   bool ended_ = false;
   std::string kv_transfer_;  // JSON of a publication (or, not streamed, a reservation)
+  std::optional<transfer::KvTransferParams> publication_;
+  std::shared_ptr<EventMailbox> mailbox_;
   std::string error_;        // why it failed
 };
 

@@ -46,6 +46,18 @@ class MockWorker final : public engine::Worker {
     wake_.notify_all();
   }
 
+  void release(const transfer::KvTransferParams& publication) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    released_.push_back(publication.remote_engine_id + " " + publication.remote_request_id);
+    wake_.notify_all();
+  }
+
+  // Waits until `count` publications were released; each as "engine handle".
+  std::vector<std::string> wait_for_releases(size_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait_for(lock, std::chrono::seconds(10), [&] { return released_.size() >= count; });
+    return released_;
+  }
   size_t num_requests() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return requests_.size();
@@ -103,6 +115,7 @@ class MockWorker final : public engine::Worker {
   std::vector<engine::EventSink> sinks_;
   std::vector<int64_t> cancelled_us_;
   std::deque<size_t> queue_;
+  std::vector<std::string> released_;
   bool stopping_ = false;
   std::thread thread_;
 };

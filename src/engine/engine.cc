@@ -123,6 +123,14 @@ void Engine::cancel(RequestId id) {
   bell_->ring();
 }
 
+void Engine::release(const transfer::KvTransferParams& publication) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    commands_.emplace_back(Release{publication.remote_engine_id, publication.remote_request_id});
+  }
+  bell_->ring();
+}
+
 // The step loop.
 void Engine::run() {
   for (Turn turn = run_once(); turn != Turn::kStopped; turn = run_once()) {
@@ -183,8 +191,10 @@ bool Engine::receive_commands() {
   for (Command& command : commands) {
     if (Submit* submit = std::get_if<Submit>(&command)) {
       accept(std::move(*submit));
+    } else if (const Cancel* cancel = std::get_if<Cancel>(&command)) {
+      drop(cancel->id);
     } else {
-      drop(std::get<Cancel>(command).id);
+      release(std::get<Release>(command));
     }
   }
   if (!stopping) return true;

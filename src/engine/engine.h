@@ -73,6 +73,7 @@ class Engine final : public Worker {
 
   RequestId submit(TokenRequest request, EventSink sink) override;
   void cancel(RequestId id) override;
+  void release(const transfer::KvTransferParams& publication) override;
 
   // The state of the engine thread: for that thread, or for tests and simulations while there is none.
   const kv::BlockPool& pool() const { return pool_; }
@@ -90,7 +91,11 @@ class Engine final : public Worker {
   struct Cancel {
     RequestId id;
   };
-  using Command = std::variant<Submit, Cancel>;
+  struct Release {
+    std::string engine_id;
+    std::string handle;
+  };
+  using Command = std::variant<Submit, Cancel, Release>;
   // Blocks that an open transfer may read or write, pinned until its Done.
   struct OpenTransfer {
     std::vector<BlockId> blocks;
@@ -114,6 +119,7 @@ class Engine final : public Worker {
   void expire_deadlines();
   void renew_leases();
   void decline(const TokenRequest& request);
+  void release(const Release& publication);
   void begin_transfers(const StepPlan& plan);
   Result<int64_t> compute(const StepPlan& plan);
   void push_layer(const StepPlan& plan, int64_t layer);

@@ -26,6 +26,13 @@ void Engine::decline(const TokenRequest& request) {
   agent_->decline(*request.kv_transfer, hash_prompt(request.prompt));
 }
 
+// Its blocks come back with its Done. The handle alone says who may: it travels in one object with the prompt's tokens,
+// so that to demand their hash as well would keep nobody out.
+void Engine::release(const Release& publication) {
+  if (agent_ == nullptr || publication.engine_id != agent_->engine_id()) return;
+  agent_->release(publication.handle);
+}
+
 std::vector<BlockId> Engine::prompt_blocks(const Sequence& sequence, int64_t first_block) const {
   const int64_t count = scheduler_.blocks_for(sequence.prompt_length);
   CHECK_LE(count, static_cast<int64_t>(sequence.blocks.size()));

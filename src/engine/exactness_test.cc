@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <thread>
 #include <tuple>
 
 #include "src/engine/engine.h"
@@ -448,6 +449,56 @@ TEST_P(Exactness, ARefusedPullLeavesThePublication) {
   const Answer answer = decoded.wait();
   EXPECT_EQ(answer.error, "");
   EXPECT_TRUE(answer == expected_[1]);
+}
+
+// What nobody comes for gives its blocks back long before its lease ends, and only who has the handle can do that.
+TEST_P(Exactness, AReleasedPublicationGivesItsBlocksBack) {
+  RankSetup setup;
+  setup.kv_role = KvRole::kBoth;
+  Rank prefill(GetParam(), setup);
+  Rank decode(GetParam(), setup);
+  const auto publish = [&](const TokenRequest& request) {
+    TokenRequest leg = request;
+    leg.kv_transfer.emplace().do_remote_decode = true;
+    Collector prefilled;
+    prefill.engine().submit(leg, prefilled.sink());
+    EXPECT_EQ(prefilled.wait().error, "");
+    return *prefilled.wait_for_kv_transfer();
+  };
+  const auto has_pinned_within = [](Rank& rank, bool some, int tries) {
+    for (int i = 0; i < tries; ++i) {
+      if ((rank.metric("tandem:kv_blocks_pinned") > 0) == some) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return false;
+  };
+  const transfer::KvTransferParams published = publish(requests_[1]);
+  EXPECT_TRUE(has_pinned_within(prefill, true, 400));
+  transfer::KvTransferParams other_life = published, other_handle = published;
+  other_life.remote_engine_id += "0";
+  other_handle.remote_request_id.back() = other_handle.remote_request_id.back() == '0' ? '1' : '0';
+  prefill.engine().release(other_life);
+  prefill.engine().release(other_handle);
+  decode.engine().release(published);
+  EXPECT_FALSE(has_pinned_within(prefill, false, 20));
+  prefill.engine().release(published);
+  EXPECT_TRUE(has_pinned_within(prefill, false, 400));
+  prefill.engine().release(published);  // it has ended
+
+  // While decode fetches, at any moment: it has the right answer or an error, and nobody keeps a block.
+  std::mt19937 random(11);
+  for (size_t i = 0; i < requests_.size(); ++i) {
+    TokenRequest to_decode = requests_[i];
+    to_decode.kv_transfer = publish(requests_[i]);
+    Collector decoded;
+    decode.engine().submit(to_decode, decoded.sink());
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 400));
+    prefill.engine().release(*to_decode.kv_transfer);
+    const Answer answer = decoded.wait();
+    EXPECT_TRUE(answer == expected_[i] || !answer.error.empty()) << "request " << i;
+  }
+  EXPECT_TRUE(has_pinned_within(prefill, false, 400));
+  EXPECT_TRUE(has_pinned_within(decode, false, 400));
 }
 
 // Shared prefixes end inside blocks of the other side, and what was sent comes again when decode has it already.

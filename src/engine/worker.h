@@ -90,6 +90,10 @@ class Worker {
   virtual RequestId submit(TokenRequest request, EventSink sink) = 0;
   // The client has left: no event follows, resources are freed at once. Unknown or finished ids are ignored.
   virtual void cancel(RequestId id) = 0;
+  // Nobody comes for what a request has published here (TokenEvent::kv_transfer of its last event), so its blocks need
+  // not wait for the end of the lease; whoever fetches them just now hears that it is over. The publication is named by
+  // remote_engine_id and remote_request_id; one that is unknown, or has ended, is ignored. From any thread.
+  virtual void release(const transfer::KvTransferParams& publication) = 0;
 };
 
 }  // namespace tandem::engine

@@ -220,6 +220,16 @@ std::string prefill_body(const engine::TokenRequest& request, std::string_view t
   return close_body(std::move(body), request, transfer);
 }
 
+std::string release_body(std::string_view transfer) {
+  const json given = json::parse(transfer, nullptr, /*allow_exceptions=*/false);
+  json named = json::object();
+  for (const char* field : {"remote_engine_id", "remote_request_id"}) {
+    if (given.is_object() && given.contains(field)) named[field] = given[field];
+  }
+  const json body = {{"kv_transfer_params", std::move(named)}};
+  return body.dump(-1, ' ', false, json::error_handler_t::replace);
+}
+
 Error error_of_response(int status, std::string_view body) {
   if (status == 401 || status == 403) {
     return make_error(ErrorKind::kInternal, "a worker refused the router's key (status {}); set --worker-api-key",

@@ -21,6 +21,9 @@ std::string prefill_body(const engine::TokenRequest& request, std::string_view t
 // The error that a worker's non-2xx response stands for. `body` is OpenAI's {"error":{…}} or anything else.
 Error error_of_response(int status, std::string_view body);
 
+// Tells a worker that nobody comes for a publication: of the kv_transfer_params object that it gave, what names it.
+std::string release_body(std::string_view transfer);
+
 // kv_transfer_params of a whole (not streamed) response as JSON text, "" if there is none.
 Result<std::string> read_prefill_response(std::string_view body);
 

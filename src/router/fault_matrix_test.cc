@@ -54,8 +54,8 @@ constexpr Role D = Role::kDecode, P = Role::kPrefill;
 // Where an expectation surprises:
 //  - A refusal (400), a full queue (429) and a passed deadline (504) are the answer even if another worker is there: the
 //    next one would refuse as well, a full cluster must not be asked twice, and no time is left.
-//  - In a pull nothing can be cancelled at prefill: it has answered before decode is asked. What it published ends with
-//    its lease.
+//  - In a pull nothing can be cancelled at prefill: it has answered before decode is asked. What it published is
+//    released (the mocks count what is neither fetched nor released).
 //  - Once decode has its first token, prefill has done its part: how its own answer ends concerns nobody.
 //  - A worker that hangs is waited for until the deadline as long as it answers its health probes; one that is frozen is
 //    given up, and its request goes elsewhere.
@@ -259,13 +259,14 @@ class FaultMatrix : public api::FrontendTest {
     EXPECT_EQ(finish, is_whole ? api::Json("length") : api::Json());
   }
 
-  // No leg is open at a worker, no load is counted.
+  // No leg is open at a worker, no load is counted, and what was published has been fetched or released.
   void expect_rest(const Case& c) {
     const auto is_at_rest = [this] {
       int open = 0;
       loop.run([&] {
         for (const auto& mock : prefills) open += mock->num_open;
         for (const auto& mock : decodes) open += mock->num_open;
+        open += static_cast<int>(kv->unread.size());
       });
       return open == 0 && router->num_requests() == 0 && num_requests() == 0 && sum_of("requests") == 0 &&
              sum_of("tokens") == 0;

@@ -7,12 +7,15 @@
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "src/api/frontend.h"
 #include "src/api/http_server.h"
 #include "src/base/check.h"
 #include "src/engine/worker.h"
@@ -61,6 +64,9 @@ inline TokenId mock_token(const std::vector<TokenId>& prompt, size_t index) {
 // false: prefill is not done yet.
 struct MockKv {
   std::map<std::string, std::function<bool()>> arrivals;
+  // Handles of publications that decode has not fetched and nobody has released.
+  std::set<std::string> unread;
+  int num_released = 0;
   uint64_t next_handle = 1;
 };
 
@@ -80,6 +86,14 @@ class MockWorker {
                         }});
     server_->add_route({"POST", "/v1/completions", false,
                         [this](std::shared_ptr<api::HttpExchange> exchange) { answer(std::move(exchange)); }});
+    server_->add_route({"POST", api::kReleasePath, false, [this](std::shared_ptr<api::HttpExchange> exchange) {
+                          const nlohmann::json body = nlohmann::json::parse(exchange->request().body);
+                          const nlohmann::json& named = body["kv_transfer_params"];
+                          CHECK_EQ(named["remote_engine_id"].get<std::string>(), "mock:1");
+                          kv_->unread.erase(named["remote_request_id"].get<std::string>());
+                          ++kv_->num_released;
+                          exchange->respond({202, {}, "application/json", "{}"});
+                        }});
     port_ = server_->port();
     server_->start();
   }
@@ -97,6 +111,7 @@ class MockWorker {
 
   MockFault fault = MockFault::kNone;
   bool healthy = true;
+  std::function<void()> on_answered;  // prefill's answer is on its way
   std::chrono::milliseconds token_gap{0};
   int num_requests = 0;  // that reached this worker
   int num_open = 0;      // legs that have neither ended nor been closed by the router
@@ -189,7 +204,10 @@ class MockWorker {
       const auto arrival = kv_->arrivals.extract(params["remote_request_id"].get<std::string>());
       if (!arrival.empty() && !arrival.mapped()()) return hanging_.push_back(stream);
     } else if (params.value("do_remote_decode", false) && fault != MockFault::kNoParams) {  // pull: publish
-      response["kv_transfer_params"] = {{"do_remote_prefill", true}, {"remote_request_id", "pull-1"}, {"vendor", {7}}};
+      const std::string handle = "pull-" + std::to_string(kv_->next_handle++);
+      kv_->unread.insert(handle);
+      response["kv_transfer_params"] = {
+          {"do_remote_prefill", true}, {"remote_engine_id", "mock:1"}, {"remote_request_id", handle}, {"vendor", {7}}};
     }
     if (fault == MockFault::kHangAfterHandover) return hanging_.push_back(stream);
     if (fault == MockFault::kCutAfterHandover) {
@@ -198,6 +216,7 @@ class MockWorker {
     }
     close(*stream, LegEnd::kCompleted);
     stream->exchange->respond({200, {}, "application/json", response.dump()});
+    if (on_answered) on_answered();
   }
 
   // Prefill's faults after the head of its answer.
@@ -224,7 +243,10 @@ class MockWorker {
   void start_decode(const std::shared_ptr<Stream>& stream, const nlohmann::json& body) {
     stream->exchange->start_stream({200, {}, "text/event-stream", ""});
     const nlohmann::json params = body.value("kv_transfer_params", nlohmann::json::object());
-    if (params.value("transfer_mode", "") != "push" || fault == MockFault::kEarly) return send_token(stream);
+    if (params.value("transfer_mode", "") != "push" || fault == MockFault::kEarly) {
+      kv_->unread.erase(params.value("remote_request_id", ""));
+      return send_token(stream);
+    }
     const std::string handle = "push-" + std::to_string(kv_->next_handle++);
     kv_->arrivals[handle] = [this, stream] {
       if (fails_while_waiting(stream)) return false;

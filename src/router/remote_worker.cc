@@ -4,6 +4,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "src/api/frontend.h"
 #include "src/base/clock.h"
 #include "src/base/log.h"
 #include "src/router/completion_wire.h"
@@ -16,6 +17,8 @@ namespace {
 constexpr std::chrono::milliseconds kConnectTimeout{2'000};
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr int64_t kDeadlineSlackUs = 20'000;  // timers fire a little early or late
+constexpr int64_t kPublishingSlackMs = 500;
+constexpr std::chrono::milliseconds kReleaseTimeout{5'000};
 
 // What the client may know of a transport fault; addresses go to the log only.
 LegFault transport_fault(const Error& error, const char* role, int64_t deadline_us) {
@@ -82,7 +85,8 @@ api::ClientRequest RemoteWorker::make_request(const LegRequest& leg, std::string
   request.headers.emplace_back("X-Request-Timeout-Ms", std::to_string(leg.remaining_ms));
   if (!leg.traceparent.empty()) request.headers.emplace_back("traceparent", leg.traceparent);
   if (!api_key_.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key_);
-  const std::chrono::milliseconds remaining(leg.remaining_ms);
+  // The core ends legs at their deadline. One that publishes is left to it, since it also takes what crosses that.
+  const std::chrono::milliseconds remaining(leg.remaining_ms + (leg.publishes ? kPublishingSlackMs : 0));
   request.connect_timeout = std::min(kConnectTimeout, remaining);
   request.idle_timeout = remaining;  // a long queue is silent; a frozen worker is found by its probes
   request.total_timeout = remaining;
@@ -113,6 +117,24 @@ api::CallId RemoteWorker::start_prefill(const LegRequest& leg, PrefillHandlers h
     handlers.on_done(std::move(transfer).value());
   };
   return client_.start(url_, make_request(leg, prefill_body(leg.request, leg.transfer)), std::move(on_wire));
+}
+
+void RemoteWorker::release(const std::string& transfer, std::function<void()> on_done) {
+  api::ClientRequest request = api::json_request(api::kReleasePath, release_body(transfer));
+  if (!api_key_.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key_);
+  request.connect_timeout = kConnectTimeout;
+  request.total_timeout = kReleaseTimeout;
+  api::ClientHandlers on_wire;
+  on_wire.on_done = [url = url_, on_done = std::move(on_done)](const Result<api::ClientResponse>& response) {
+    // A worker that is gone has no publication any more, and one of another make does not know the path.
+    if (!response.ok()) {
+      log_debug("router", "a publication was not released: {}", response.error().message);
+    } else if (!response->is_success()) {
+      log_debug("router", "worker {} does not release a publication: status {}", url.origin(), response->status);
+    }
+    on_done();
+  };
+  client_.start(url_, std::move(request), std::move(on_wire));
 }
 
 }  // namespace tandem::router

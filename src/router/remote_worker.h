@@ -17,6 +17,7 @@ struct LegRequest {
   std::string transfer;                 // kv_transfer_params as JSON text, "" for none
   std::string traceparent;              // "" for none
   int64_t remaining_ms = 0;             // until the request's deadline; > 0
+  bool publishes = false;               // LegOrder::publishes
 };
 
 // After on_failed, or an event with `finish`, nothing follows.
@@ -40,6 +41,9 @@ class RemoteWorker {
   api::CallId start_prefill(const LegRequest& leg, PrefillHandlers handlers);
   // Closes the leg's connection, which tells the worker; no handler follows.
   void cancel(api::CallId call) { client_.cancel(call); }
+  // Tells the worker that nobody comes for what it has published (POST api::kReleasePath). `transfer` is the
+  // kv_transfer_params object that it gave. Sent once; whatever comes of it, `on_done` is called.
+  void release(const std::string& transfer, std::function<void()> on_done);
 
   const api::HttpUrl& url() const { return url_; }
 

@@ -135,6 +135,8 @@ RequestId RepeatingWorker::submit(engine::TokenRequest request, engine::EventSin
   return original->id;
 }
 
+void RepeatingWorker::release(const transfer::KvTransferParams& publication) { impl_->inner.release(publication); }
+
 void RepeatingWorker::cancel(RequestId id) {
   impl_->inner.cancel(id);
   const auto found = impl_->originals.find(id);

@@ -27,6 +27,7 @@ class RepeatingWorker final : public engine::Worker {
   RequestId submit(engine::TokenRequest request, engine::EventSink sink) override;
   // The client has left: its copies go as well.
   void cancel(RequestId id) override;
+  void release(const transfer::KvTransferParams& publication) override;
 
  private:
   struct Impl;

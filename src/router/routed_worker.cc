@@ -7,6 +7,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <charconv>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "src/base/log.h"
 
@@ -127,6 +128,15 @@ void RoutedWorker::cancel(RequestId id) {
   });
 }
 
+void RoutedWorker::release(const transfer::KvTransferParams& publication) {
+  asio::dispatch(io_, [this, alive = alive_, transfer = transfer::to_json(publication).dump()] {
+    if (!*alive) return;
+    for (const RegisteredWorker& worker : workers().workers()) {
+      if (worker.membership != Membership::kRemoved) release(worker.id, transfer);
+    }
+  });
+}
+
 void RoutedWorker::settle() {
   num_requests_.store(core_.num_requests(), std::memory_order_relaxed);
   ready_.store(core_.is_ready(), std::memory_order_relaxed);
@@ -151,9 +161,10 @@ void RoutedWorker::arm_timer() {
 
 void RoutedWorker::open_leg(const LegOrder& order) {
   Leg& leg = legs_[order.id];
+  leg.publishes = order.publishes;
   // Rounded up, so that a leg never believes that time is left which is not.
   const int64_t remaining_ms = std::max<int64_t>(1, (order.deadline_us - now_us() + 999) / 1000);
-  LegRequest request{order.request, order.transfer, "", remaining_ms};
+  LegRequest request{order.request, order.transfer, "", remaining_ms, order.publishes};
   if (options_.spans != nullptr && order.request.trace.sampled) {
     leg.span.context = child_of(order.request.trace);
     leg.span.parent = order.request.trace.span_id;
@@ -166,18 +177,22 @@ void RoutedWorker::open_leg(const LegOrder& order) {
   } else if (order.request.trace.is_valid()) {
     request.traceparent = order.request.trace.traceparent();
   }
-  RemoteWorker& remote = *remotes_[static_cast<size_t>(order.worker.value)];
-  leg.call =
-      order.role == Role::kDecode ? open_decode(order.id, remote, request) : open_prefill(order.id, remote, request);
+  leg.call = order.role == Role::kDecode ? open_decode(order.id, order.worker, request)
+                                         : open_prefill(order.id, order.worker, request);
 }
 
-api::CallId RoutedWorker::open_decode(LegId id, RemoteWorker& remote, const LegRequest& leg) {
+// A leg that was cancelled may still say that it has published.
+api::CallId RoutedWorker::open_decode(LegId id, WorkerId worker, const LegRequest& leg) {
   DecodeHandlers handlers;
   handlers.on_reserved = [this, id](std::string transfer) {
     core_.leg_reserved(id, std::move(transfer), now_us());
     settle();
   };
-  handlers.on_event = [this, id](engine::TokenEvent&& event) {
+  handlers.on_event = [this, id, worker](engine::TokenEvent&& event) {
+    if (!legs_.contains(id)) {
+      if (!event.finish || !event.kv_transfer) return;
+      return core_.publication_unwanted(worker, transfer::to_json(*event.kv_transfer).dump());
+    }
     if (event.finish) end_leg(id, "");
     core_.leg_event(id, std::move(event), now_us());
     settle();
@@ -187,12 +202,16 @@ api::CallId RoutedWorker::open_decode(LegId id, RemoteWorker& remote, const LegR
     core_.leg_failed(id, std::move(fault), now_us());
     settle();
   };
-  return remote.start_decode(leg, std::move(handlers));
+  return remotes_[static_cast<size_t>(worker.value)]->start_decode(leg, std::move(handlers));
 }
 
-api::CallId RoutedWorker::open_prefill(LegId id, RemoteWorker& remote, const LegRequest& leg) {
+api::CallId RoutedWorker::open_prefill(LegId id, WorkerId worker, const LegRequest& leg) {
   PrefillHandlers handlers;
-  handlers.on_done = [this, id](std::string transfer) {
+  handlers.on_done = [this, id, worker](std::string transfer) {
+    if (!legs_.contains(id)) {
+      if (!transfer.empty()) core_.publication_unwanted(worker, transfer);
+      return;
+    }
     end_leg(id, "");
     core_.leg_done(id, std::move(transfer), now_us());
     settle();
@@ -202,7 +221,7 @@ api::CallId RoutedWorker::open_prefill(LegId id, RemoteWorker& remote, const Leg
     core_.leg_failed(id, std::move(fault), now_us());
     settle();
   };
-  return remote.start_prefill(leg, std::move(handlers));
+  return remotes_[static_cast<size_t>(worker.value)]->start_prefill(leg, std::move(handlers));
 }
 
 api::CallId RoutedWorker::end_leg(LegId id, std::string error) {
@@ -217,6 +236,22 @@ api::CallId RoutedWorker::end_leg(LegId id, std::string error) {
   return leg.mapped().call;
 }
 
-void RoutedWorker::cancel_leg(LegId id) { client_.cancel(end_leg(id, "cancelled")); }
+// Prefill's answer may cross the cancel. Then it is still read, since nobody else knows what it has published.
+void RoutedWorker::cancel_leg(LegId id) {
+  const auto found = legs_.find(id);
+  if (found == legs_.end()) return;
+  const bool publishes = found->second.publishes;
+  const api::CallId call = end_leg(id, "cancelled");
+  publishes ? client_.leave(call, kLeaveTimeout) : client_.cancel(call);
+}
+
+void RoutedWorker::release(WorkerId worker, const std::string& transfer) {
+  if (num_releases_ >= kMaxReleases) {
+    log_warning("router", "{} releases of publications are under way; one more is left to its lease", num_releases_);
+    return;
+  }
+  ++num_releases_;
+  remotes_[static_cast<size_t>(worker.value)]->release(transfer, [this] { --num_releases_; });
+}
 
 }  // namespace tandem::router

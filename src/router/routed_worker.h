@@ -51,6 +51,8 @@ class RoutedWorker final : public engine::Worker, private LegPort {
 
   RequestId submit(engine::TokenRequest request, engine::EventSink sink) override;
   void cancel(RequestId id) override;
+  // Which worker has published it is not known: all are told, and those that do not know the handle do nothing.
+  void release(const transfer::KvTransferParams& publication) override;
 
   // A decode worker, and where prompts may not be computed there a prefill worker, is up.
   bool is_ready() const { return ready_.load(std::memory_order_relaxed); }
@@ -66,12 +68,18 @@ class RoutedWorker final : public engine::Worker, private LegPort {
   const WorkerRegistry& workers() const { return core_.workers(); }
 
  private:
+  // More releases at a time are not sent: their publications end with their leases.
+  static constexpr int64_t kMaxReleases = 256;
+  // For an answer that crosses the cancel of its leg.
+  static constexpr std::chrono::milliseconds kLeaveTimeout{1'000};
+
   RoutedWorker(boost::asio::io_context& io, RouterOptions options, Registry& metrics);
 
   void open_leg(const LegOrder& order) override;
   void cancel_leg(LegId id) override;
-  api::CallId open_decode(LegId id, RemoteWorker& remote, const LegRequest& leg);
-  api::CallId open_prefill(LegId id, RemoteWorker& remote, const LegRequest& leg);
+  void release(WorkerId worker, const std::string& transfer) override;
+  api::CallId open_decode(LegId id, WorkerId worker, const LegRequest& leg);
+  api::CallId open_prefill(LegId id, WorkerId worker, const LegRequest& leg);
   // The call of a leg, which is over.
   api::CallId end_leg(LegId id, std::string error);
   // After everything that was told to the core.
@@ -89,11 +97,13 @@ class RoutedWorker final : public engine::Worker, private LegPort {
   struct Leg {
     api::CallId call;
     Span span;
+    bool publishes = false;
   };
   std::unordered_map<LegId, Leg> legs_;
   struct Timer;
   std::unique_ptr<Timer> timer_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // false once destroyed; posted work checks it
+  int64_t num_releases_ = 0;  // under way
   std::atomic<uint64_t> next_id_{1};
   std::atomic<int64_t> num_requests_{0};
   std::atomic<bool> ready_{false};

@@ -160,6 +160,50 @@ TEST_F(RoutedWorkerTest, PullAsksPrefillFirst) {
   expect_rest_within(milliseconds(1'000));
 }
 
+// The client leaves when prefill's answer is under way: what it published is released all the same.
+TEST_F(RoutedWorkerTest, ReleasesWhatAnAnswerThatCrossesTheCancelPublished) {
+  start(1, 1, {.core = {.pull = true}});
+  const auto seen = std::make_shared<Seen>();
+  RequestId id;
+  loop.run([&] {
+    prefills[0]->on_answered = [&] { router->cancel(id); };
+    id = submit(make_request(), seen);
+  });
+  EXPECT_TRUE(eventually([&] { return loop.run([&] { return kv->num_released == 1; }); }, milliseconds(1'000)));
+  expect_rest_within(milliseconds(1'000));
+  loop.run([&] {
+    EXPECT_EQ(kv->next_handle, 2U);
+    EXPECT_TRUE(kv->unread.empty());
+    EXPECT_EQ(decodes[0]->num_requests, 0);
+    EXPECT_EQ(seen->terminal_events, 0);
+  });
+  EXPECT_NE(metrics->expose().find("\ntandem:router_released_publications_total 1"), std::string::npos);
+}
+
+// One that has not answered hears at once that it need not.
+TEST_F(RoutedWorkerTest, ACancelledPullClosesPrefillsLegAtOnce) {
+  start(1, 1, {.core = {.pull = true}});
+  loop.run([&] { prefills[0]->fail_with(MockFault::kHang); });
+  const RequestId id = submit(make_request(), std::make_shared<Seen>());
+  EXPECT_TRUE(eventually([&] { return loop.run([&] { return prefills[0]->num_open == 1; }); }));
+  loop.run([&] { router->cancel(id); });
+  expect_rest_within(milliseconds(100));
+  loop.run([&] {
+    EXPECT_EQ(*prefills[0]->legs.at(0), LegEnd::kClosed);
+    EXPECT_EQ(kv->num_released, 0);
+  });
+}
+
+// As a rank group's endpoint does, which does not know whose it is.
+TEST_F(RoutedWorkerTest, TellsAllWorkersOfAReleaseFromOutside) {
+  start(0, 3);
+  transfer::KvTransferParams publication;
+  publication.remote_engine_id = "mock:1";
+  publication.remote_request_id = "pull-7";
+  router->release(publication);
+  EXPECT_TRUE(eventually([&] { return loop.run([&] { return kv->num_released == 3; }); }));
+}
+
 TEST_F(RoutedWorkerTest, RefusesTransferFieldsFromOutside) {
   start(0, 1);
   engine::TokenRequest request = make_request();

@@ -98,6 +98,9 @@ LegActions RouterCore::perform_one(Routed& routed, LegAction& action, int64_t no
   }
   if (std::get_if<CancelDecode>(&action)) cancel_leg(routed, Role::kDecode);
   if (std::get_if<CancelPrefill>(&action)) cancel_leg(routed, Role::kPrefill);
+  if (const ReleasePublication* release = std::get_if<ReleasePublication>(&action)) {
+    publication_unwanted(release->worker, release->transfer);
+  }
   return {};
 }
 
@@ -203,7 +206,11 @@ void RouterCore::open_leg(Routed& routed, Role role, WorkerId worker, const std:
   CHECK(routed.leg(role) == LegId());
   routed.leg(role) = id;
   legs_.emplace(id, Leg{routed.id, role, worker});
-  port_.open_leg({id, role, worker, routed.request, transfer, routed.deadline_us});
+  // Another router that has the decode leg may ask for a publication as well.
+  const std::optional<transfer::KvTransferParams>& given = routed.request.kv_transfer;
+  const bool publishes = given ? given->do_remote_decode && given->mode == transfer::TransferMode::kPull
+                               : role == Role::kPrefill && routed.legs.attempt().mode == LegMode::kPull;
+  port_.open_leg({id, role, worker, routed.request, transfer, routed.deadline_us, publishes});
 }
 
 void RouterCore::cancel_leg(Routed& routed, Role role) {
@@ -287,6 +294,11 @@ void RouterCore::leg_failed(LegId id, LegFault fault, int64_t now_us) {
           leg.role == Role::kDecode ? routed.legs.decode_failed(std::move(fault))
                                     : routed.legs.prefill_failed(std::move(fault)),
           now_us);
+}
+
+void RouterCore::publication_unwanted(WorkerId worker, const std::string& transfer) {
+  metrics_->released_publications.add();
+  port_.release(worker, transfer);
 }
 
 // ---- Time ----------------------------------------------------------------------------------------------------------

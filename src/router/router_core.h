@@ -37,6 +37,7 @@ struct LegOrder {
   const engine::TokenRequest& request;  // during the call only
   const std::string& transfer;          // kv_transfer_params as JSON text, "" for none
   int64_t deadline_us = 0;
+  bool publishes = false;  // its last word may be a publication (pull), which must not be lost when it is cancelled
 };
 
 class LegPort {
@@ -44,8 +45,12 @@ class LegPort {
   virtual ~LegPort() = default;
   // What comes of it is told to the core by leg_…, later; after a failure or the finish nothing may follow.
   virtual void open_leg(const LegOrder& order) = 0;
-  // The worker is told. What still comes is ignored.
+  // The worker is told. What still comes is ignored, but for a publication that was on its way already: of that the
+  // core is told by publication_unwanted.
   virtual void cancel_leg(LegId id) = 0;
+  // Tells a worker that nobody comes for what it has published; `transfer` is the kv_transfer_params object that it
+  // gave. Best effort, once; otherwise the lease ends it.
+  virtual void release(WorkerId worker, const std::string& transfer) = 0;
 };
 
 struct CoreOptions {
@@ -116,6 +121,8 @@ class RouterCore {
   void leg_event(LegId id, engine::TokenEvent event, int64_t now_us);  // decode: tokens, finish
   void leg_done(LegId id, std::string transfer, int64_t now_us);       // prefill
   void leg_failed(LegId id, LegFault fault, int64_t now_us);
+  // A leg that was cancelled has published all the same.
+  void publication_unwanted(WorkerId worker, const std::string& transfer);
   int64_t num_legs() const { return std::ssize(legs_); }
 
   // ---- Time

@@ -19,20 +19,24 @@ struct Opened {
   std::string transfer;
   std::vector<TokenId> resumed;
   int64_t deadline_us;
+  bool publishes;
 };
 
 struct FakePort final : LegPort {
   void open_leg(const LegOrder& order) override {
-    opened.push_back({order.id, order.role, order.worker, order.transfer, order.request.resumed, order.deadline_us});
+    opened.push_back({order.id, order.role, order.worker, order.transfer, order.request.resumed, order.deadline_us,
+                      order.publishes});
     open[order.id] = order.worker;
   }
   void cancel_leg(LegId id) override {
     EXPECT_EQ(open.erase(id), 1u);
     cancelled.push_back(id);
   }
+  void release(WorkerId worker, const std::string& transfer) override { released.emplace_back(worker, transfer); }
   std::vector<Opened> opened;
   std::map<LegId, WorkerId> open;
   std::vector<LegId> cancelled;
+  std::vector<std::pair<WorkerId, std::string>> released;
 };
 
 struct Answer {
@@ -563,6 +567,96 @@ TEST_F(RouterCoreTest, AFrozenWorkerIsGivenUpAndItsRequestsMove) {
   EXPECT_EQ(port.cancelled, std::vector<LegId>{leg(0).id});
   token(leg(1).id, 12, true);
   EXPECT_EQ(answer->tokens, (std::vector<TokenId>{11, 12}));
+  expect_rest();
+}
+
+// In each of these the attempt of a pull ends before decode has shown that it read what prefill published.
+TEST_F(RouterCoreTest, ReleasesAPublicationThatNobodyComesFor) {
+  using End = std::function<void()>;
+  start(2, 2, {.pull = true, .repeats = {1, 0}, .rescue_us = kSecond, .unresponsive_us = kSecond});
+  const auto decode_leg = [this]() -> const Opened& { return port.opened.back(); };
+  const std::vector<std::pair<const char*, End>> ends = {
+      {"decode's worker refuses the connection", [&] { fail(decode_leg().id, ErrorKind::kUnavailable, false); }},
+      {"decode's worker died", [&] { fail(decode_leg().id, ErrorKind::kUnavailable, false, true); }},
+      {"decode's fault", [&] { fail(decode_leg().id, ErrorKind::kInternal); }},
+      {"decode is full", [&] { fail(decode_leg().id, ErrorKind::kResourceExhausted); }},
+      {"the client has left", [&] { core->cancel(last_id, now); }},
+      {"decode's deadline", [&] { fail(decode_leg().id, ErrorKind::kDeadlineExceeded); }},
+      {"nobody keeps the deadline", [&] { advance(601 * kSecond); }},
+      {"decode is frozen",
+       [&] {
+         const WorkerId frozen = decode_leg().worker;
+         for (int i = 0; i < 8; ++i, now += kSecond / 4) core->probe_result(frozen, false, now);
+         for (int i = 0; i < 2; ++i) core->probe_result(frozen, true, now);
+       }},
+  };
+  int64_t num_released = 0;
+  for (const auto& [name, end] : ends) {
+    SCOPED_TRACE(name);
+    const auto answer = submit();
+    ASSERT_EQ(port.opened.back().role, Role::kPrefill);
+    EXPECT_TRUE(port.opened.back().publishes);
+    const WorkerId prefill = port.opened.back().worker;
+    const std::string published = fmt::format(R"({{"remote_request_id":"{}"}})", name);
+    port.open.erase(port.opened.back().id);
+    core->leg_done(port.opened.back().id, published, now);
+    ASSERT_EQ(port.opened.back().role, Role::kDecode);
+    EXPECT_FALSE(port.opened.back().publishes);
+    EXPECT_EQ(std::ssize(port.released), num_released);
+    end();
+    ASSERT_EQ(std::ssize(port.released), ++num_released);
+    EXPECT_EQ(port.released.back(), std::pair(prefill, published));
+    core->cancel(last_id, now);  // what was tried again
+    advance(3 * kSecond);        // for workers that failed
+    EXPECT_EQ(std::ssize(port.released), num_released);
+    expect_rest();
+  }
+  EXPECT_EQ(count("tandem:router_released_publications_total"), num_released);
+}
+
+TEST_F(RouterCoreTest, DoesNotReleaseWhatDecodeHasRead) {
+  start(1, 2, {.pull = true});
+  const auto answer = submit();
+  port.open.erase(leg(0).id);
+  core->leg_done(leg(0).id, R"({"remote_request_id":"a"})", now);
+  token(leg(1).id, 11);
+  fail(leg(1).id, ErrorKind::kUnavailable, false, true);
+  token(leg(2).id, 12, true);
+  EXPECT_TRUE(answer->finished);
+  EXPECT_TRUE(port.released.empty());
+  expect_rest();
+}
+
+// The leg is cancelled, and its answer was under way.
+TEST_F(RouterCoreTest, ReleasesWhatACancelledLegHasPublished) {
+  start(1, 1, {.pull = true});
+  submit();
+  core->cancel(last_id, now);
+  EXPECT_EQ(port.cancelled, std::vector<LegId>{leg(0).id});
+  EXPECT_TRUE(port.released.empty());
+  core->publication_unwanted(leg(0).worker, "address");
+  EXPECT_EQ(port.released.back(), std::pair(leg(0).worker, std::string("address")));
+  EXPECT_EQ(count("tandem:router_released_publications_total"), 1);
+  expect_rest();
+}
+
+// A rank group's endpoint does not know what becomes of a publication, but its rank may publish after a cancel.
+TEST_F(RouterCoreTest, ALegOfAnotherRoutersPullPublishes) {
+  start(0, 1, {.passes_transfers = true});
+  const auto publishes = [this](bool do_remote_decode, transfer::TransferMode mode) {
+    engine::TokenRequest request;
+    request.prompt = {1, 2, 3};
+    request.kv_transfer.emplace().do_remote_decode = do_remote_decode;
+    request.kv_transfer->mode = mode;
+    submit(std::move(request));
+    const bool result = port.opened.back().publishes;
+    core->cancel(last_id, now);
+    return result;
+  };
+  EXPECT_TRUE(publishes(true, transfer::TransferMode::kPull));
+  EXPECT_FALSE(publishes(true, transfer::TransferMode::kPush));
+  EXPECT_FALSE(publishes(false, transfer::TransferMode::kPull));
+  EXPECT_TRUE(port.released.empty());
   expect_rest();
 }
 

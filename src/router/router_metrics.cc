@@ -20,6 +20,8 @@ RouterMetrics::RouterMetrics(Registry& registry, std::string front_end)
                                   "Answers that went on at another worker in the middle of their stream.")),
       pair_failures(registry.counter("tandem:router_pair_failures_total",
                                      "Attempts that failed between a prefill and a decode worker which both answer.")),
+      released_publications(registry.counter("tandem:router_released_publications_total",
+                                             "Publications (pull) that nobody came for, of which a worker was told.")),
       queue_seconds(registry.histogram("tandem:router_queue_seconds", "From arrival to the first attempt.",
                                        request_latency_buckets())),
       reserve_seconds(registry.histogram("tandem:router_reserve_seconds",

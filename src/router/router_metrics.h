@@ -30,6 +30,7 @@ class RouterMetrics {
   Counter& retries;
   Counter& migrations;
   Counter& pair_failures;
+  Counter& released_publications;
   Histogram& queue_seconds;
   Histogram& reserve_seconds;
   Histogram& prefill_seconds;

@@ -52,6 +52,7 @@ LegActions TwoLegs::picked(const Attempt& attempt) {
   CHECK(!is_answered_ && !decode_active_ && !prefill_active_);
   CHECK_EQ(attempt.prefill.has_value(), attempt.mode != LegMode::kPlain);
   CHECK(attempt.mode == LegMode::kPlain || (!has_emitted_ && given_.empty()));
+  CHECK(unread_.empty());
   ++attempts_;
   attempt_ = attempt;
   prefill_started_ = false;
@@ -87,6 +88,7 @@ LegActions TwoLegs::decode_event(engine::TokenEvent event) {
                 {make_error(ErrorKind::kInternal, "the decode worker sent tokens before it reserved KV blocks")});
   }
   has_emitted_ = true;
+  unread_.clear();
   if (!event.tokens.empty()) deaths_ = 0;  // what got further than before did not kill
   if (event.finish) {
     // Prefill has handed everything over; its own answer is on the way and may come later.
@@ -115,6 +117,7 @@ LegActions TwoLegs::prefill_done(std::string transfer) {
                                             "with --kv-transfer-config")});
   }
   decode_active_ = true;
+  unread_ = transfer;
   return {StartDecode{attempt_.decode, std::move(transfer)}};
 }
 
@@ -193,6 +196,12 @@ void TwoLegs::stop_legs(LegActions& actions) {
   if (decode_active_) actions.emplace_back(CancelDecode{});
   if (prefill_active_) actions.emplace_back(CancelPrefill{});
   decode_active_ = prefill_active_ = false;
+  release_publication(actions);
+}
+
+void TwoLegs::release_publication(LegActions& actions) {
+  if (unread_.empty()) return;
+  actions.emplace_back(ReleasePublication{*attempt_.prefill, std::exchange(unread_, {})});
 }
 
 }  // namespace tandem::router

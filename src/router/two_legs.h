@@ -11,6 +11,8 @@
 // What holds in every state:
 //  - exactly one terminal event (finish or error) is emitted, unless cancelled, and none after it;
 //  - when one leg fails the other is cancelled in the same step, and the failed leg's error is the answer;
+//  - a publication (pull) whose attempt ends before decode has shown that it read it, by its first event, is released
+//    in the same step: nobody else comes for it;
 //  - an attempt is repeated with new handles and only when the worker is at fault; a caller's fault, a full queue or a
 //    passed deadline is never repeated, nor a request during which two workers died without a token in between (it may
 //    have killed them);
@@ -64,10 +66,16 @@ struct StartPrefill {
 };
 struct CancelDecode {};
 struct CancelPrefill {};
+// Nobody fetches what this prefill worker has published: `transfer` is the kv_transfer_params object of its answer.
+struct ReleasePublication {
+  WorkerId worker;
+  std::string transfer;
+};
 struct EmitEvent {
   engine::TokenEvent event;
 };
-using LegAction = std::variant<PickWorkers, StartDecode, StartPrefill, CancelDecode, CancelPrefill, EmitEvent>;
+using LegAction = std::variant<PickWorkers, StartDecode, StartPrefill, CancelDecode, CancelPrefill, ReleasePublication,
+                               EmitEvent>;
 using LegActions = std::vector<LegAction>;
 
 class TwoLegs {
@@ -108,6 +116,7 @@ class TwoLegs {
   LegActions fail(Role role, LegFault fault);
   const char* stage(Role failed) const;  // what the attempt was doing, for messages
   void stop_legs(LegActions& actions);
+  void release_publication(LegActions& actions);
 
   Repeats repeats_;  // left
   const std::string given_;
@@ -117,6 +126,7 @@ class TwoLegs {
   bool decode_active_ = false;
   bool prefill_active_ = false;
   bool prefill_started_ = false;  // in this attempt
+  std::string unread_;            // what its prefill published and decode has not shown to have read; "": nothing
   bool has_emitted_ = false;
   bool is_answered_ = false;
   bool was_without_room_ = false;

@@ -11,7 +11,7 @@ constexpr WorkerId kDecode0{0}, kDecode1{1}, kPrefill0{10}, kPrefill1{11};
 constexpr LegMode kPlain = LegMode::kPlain, kPush = LegMode::kPush, kPull = LegMode::kPull;
 const char* const kAddress = R"({"do_remote_decode":true,"remote_host":"h","vendor_field":[1]})";
 
-// One letter per action, so that a test reads as a word: pick, decode, prefill, cancel, emit.
+// One word per action: pick, decode, prefill, cancel, release, emit.
 std::string describe(const LegActions& actions) {
   std::string out;
   for (const LegAction& action : actions) {
@@ -21,6 +21,10 @@ std::string describe(const LegActions& actions) {
     if (const StartPrefill* start = std::get_if<StartPrefill>(&action)) out += fmt::format("prefill@{}", start->worker);
     if (std::get_if<CancelDecode>(&action)) out += "cancel-decode";
     if (std::get_if<CancelPrefill>(&action)) out += "cancel-prefill";
+    if (const ReleasePublication* release = std::get_if<ReleasePublication>(&action)) {
+      EXPECT_EQ(release->transfer, kAddress);
+      out += fmt::format("release@{}", release->worker);
+    }
     if (const EmitEvent* emit = std::get_if<EmitEvent>(&action)) {
       const engine::TokenEvent& event = emit->event;
       out += event.error    ? fmt::format("error:{}", error_kind_name(event.error->kind))
@@ -145,9 +149,11 @@ const FaultCase kFaultCases[] = {
     // pull: prefill fails, then decode at each point
     {kPull, Point::kDecodeAsked, P, ErrorKind::kUnavailable, "pick", "error:unavailable"},
     {kPull, Point::kDecodeAsked, P, ErrorKind::kInvalidArgument, "error:invalid_argument", "error:invalid_argument"},
-    {kPull, Point::kDecodeFetching, D, ErrorKind::kUnavailable, "pick", "error:unavailable"},
-    {kPull, Point::kDecodeFetching, D, ErrorKind::kDeadlineExceeded, "error:deadline_exceeded",
-     "error:deadline_exceeded"},
+    {kPull, Point::kDecodeFetching, D, ErrorKind::kUnavailable, "release@10 pick", "release@10 error:unavailable"},
+    {kPull, Point::kDecodeFetching, D, ErrorKind::kResourceExhausted, "release@10 error:resource_exhausted",
+     "release@10 error:resource_exhausted"},
+    {kPull, Point::kDecodeFetching, D, ErrorKind::kDeadlineExceeded, "release@10 error:deadline_exceeded",
+     "release@10 error:deadline_exceeded"},
     {kPull, Point::kStreaming, D, ErrorKind::kUnavailable, "error:unavailable", "error:unavailable"},
 };
 
@@ -190,7 +196,7 @@ TEST(TwoLegs, CancelClosesBothLegsAtEveryPoint) {
                         {kPush, Point::kStreamingPrefillOpen, "cancel-decode cancel-prefill"},
                         {kPush, Point::kStreaming, "cancel-decode"},
                         {kPull, Point::kDecodeAsked, "cancel-prefill"},
-                        {kPull, Point::kDecodeFetching, "cancel-decode"},
+                        {kPull, Point::kDecodeFetching, "cancel-decode release@10"},
                         {kPull, Point::kStreaming, "cancel-decode"}}) {
     TwoLegs legs = request_at(c.mode, c.point, 2);
     EXPECT_EQ(describe(legs.cancel()), c.actions);
@@ -229,6 +235,34 @@ TEST(TwoLegs, GoesWithoutATransferWhereThereIsNoRoomForOne) {
   EXPECT_TRUE(std::get<PickWorkers>(actions[1]).without_transfer);
   EXPECT_EQ(describe(legs.picked({kPlain, kDecode0, {}})), "decode@0");
   EXPECT_EQ(describe(legs.decode_failed(no_room)), "error:too_large");
+}
+
+// Each attempt has a publication of its own, and only that of the one that failed is released.
+TEST(TwoLegs, ReleasesWhatEachFailedAttemptPublished) {
+  TwoLegs legs({.retries = 2, .migrations = 1});
+  legs.start();
+  legs.picked({kPull, kDecode0, kPrefill0});
+  legs.prefill_done(kAddress);
+  EXPECT_EQ(describe(legs.decode_failed(fault(ErrorKind::kUnavailable))), "release@10 pick");
+  EXPECT_EQ(describe(legs.picked({kPull, kDecode1, kPrefill1})), "prefill@11");
+  EXPECT_EQ(describe(legs.prefill_failed(fault(ErrorKind::kUnavailable))), "pick");  // it has published nothing
+  legs.picked({kPull, kDecode1, kPrefill1});
+  legs.prefill_done(kAddress);
+  EXPECT_EQ(describe(legs.decode_event(tokens_event())), "tokens");  // it has been read
+  EXPECT_EQ(describe(legs.decode_failed(fault(ErrorKind::kUnavailable))), "resume");
+  EXPECT_EQ(describe(legs.none_available(fault(ErrorKind::kUnavailable).error)), "error:unavailable");
+}
+
+TEST(TwoLegs, ReleasesWhatDecodeHasNoRoomFor) {
+  TwoLegs legs({.retries = 0});
+  LegFault no_room = fault(ErrorKind::kTooLarge);
+  no_room.error.code = engine::kNoRoom;
+  legs.start();
+  legs.picked({kPull, kDecode0, kPrefill0});
+  legs.prefill_done(kAddress);
+  EXPECT_EQ(describe(legs.decode_failed(no_room)), "release@10 pick");
+  EXPECT_EQ(describe(legs.picked({kPlain, kDecode0, {}})), "decode@0");
+  EXPECT_EQ(describe(legs.cancel()), "cancel-decode");
 }
 
 TEST(TwoLegs, GoesOnBehindWhatWasEmitted) {
@@ -292,6 +326,9 @@ TEST(TwoLegs, EndsWhatIsLeftWhenTheDeadlineHasPassed) {
   EXPECT_TRUE(both.is_closed());
   TwoLegs alone = request_at(kPull, Point::kDecodeAsked, 2);
   EXPECT_EQ(describe(alone.deadline_passed()), "cancel-prefill error:deadline_exceeded");
+  TwoLegs fetching = request_at(kPull, Point::kDecodeFetching, 2);
+  EXPECT_EQ(describe(fetching.deadline_passed()), "cancel-decode release@10 error:deadline_exceeded");
+  EXPECT_EQ(describe(fetching.deadline_passed()), "");
   TwoLegs answered = request_at(kPush, Point::kStreamingPrefillOpen, 2);
   answered.decode_event(tokens_event(true));
   EXPECT_EQ(describe(answered.deadline_passed()), "cancel-prefill");

@@ -26,6 +26,24 @@ void Checker::open(int node, transfer::TransferId id, TransferKind kind, const s
   trace_.add(What::kOpen, node, id.value, static_cast<uint64_t>(kind));
   open_[static_cast<size_t>(node)].emplace(id, Open{kind, handle, blocks});
   by_handle_[handle].push_back({node, id, queue_.now_us()});
+  if (kind != TransferKind::kPublish || !longest_step_us_) return;
+  const int64_t now_us = queue_.now_us();
+  queue_.add(now_us + kToldWithinUs, {}, [this, handle, now_us] { check_heard(handle, now_us); });
+}
+
+void Checker::check_heard(const std::string& handle, int64_t published_us) const {
+  const auto found = by_handle_.find(handle);
+  if (found == by_handle_.end() || heard_.contains(handle) || !calm_since(published_us)) return;
+  throw Violation("publication-is-known",
+                  fmt::format("{} us after node {} published transfer {} the router has not heard of it",
+                              queue_.now_us() - published_us, found->second.front().node, found->second.front().id));
+}
+
+void Checker::expect_no_reader(const std::string& handle) {
+  if (handle.empty() || !longest_step_us_) return;
+  const int64_t now_us = queue_.now_us();
+  queue_.add(now_us + kToldWithinUs + *longest_step_us_, {},
+             [this, handle, now_us] { check_told(handle, now_us, "nobody comes for a publication"); });
 }
 
 void Checker::done(int node, const transfer::Done& done) {
@@ -50,17 +68,18 @@ void Checker::done(int node, const transfer::Done& done) {
     return;
   }
   const int64_t now_us = queue_.now_us();
-  queue_.add(now_us + kToldWithinUs, {}, [this, handle, now_us] { check_told(handle, now_us); });
+  queue_.add(now_us + kToldWithinUs, {},
+             [this, handle, now_us] { check_told(handle, now_us, "a transfer ended on one side"); });
 }
 
-void Checker::check_told(const std::string& handle, int64_t ended_us) const {
+void Checker::check_told(const std::string& handle, int64_t ended_us, const char* what) const {
   const auto found = by_handle_.find(handle);
   if (found == by_handle_.end() || !calm_since(ended_us)) return;
   for (const Place& place : found->second) {
     if (place.since_us > ended_us) continue;  // a used handle that somebody tries again
     throw Violation("end-is-told",
-                    fmt::format("a transfer ended on one side; {} us later node {} still has it open as {}",
-                                queue_.now_us() - ended_us, place.node, place.id));
+                    fmt::format("{}; {} us later node {} still has it open as {}", what, queue_.now_us() - ended_us,
+                                place.node, place.id));
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -36,6 +37,12 @@ class Checker {
   // Every handle is given out once in the life of the cluster (I2).
   void give_handle(int node, const std::string& handle);
   void forget_node(int node);
+  // From now on every publication is the production router's, which hears of each, knows when nobody comes for it, and
+  // says so. A node may compute for `longest_step_us` before it looks at anything. Unset: a foreign router's.
+  void watch_publications(std::optional<int64_t> longest_step_us) { longest_step_us_ = longest_step_us; }
+  void hear_of(const std::string& handle) { heard_.insert(handle); }
+  // Who was to fetch this publication ("": none) has ended, or there is nobody.
+  void expect_no_reader(const std::string& handle);
 
   // Something went wrong on purpose, and lasts until then.
   void disturb(int64_t until_us) { disturbed_until_us_ = std::max(disturbed_until_us_, until_us); }
@@ -80,13 +87,16 @@ class Checker {
     transfer::TransferId id;
     int64_t since_us;
   };
-  void check_told(const std::string& handle, int64_t ended_us) const;
+  void check_told(const std::string& handle, int64_t ended_us, const char* what) const;
+  void check_heard(const std::string& handle, int64_t published_us) const;
 
   EventQueue& queue_;
   Trace& trace_;
   std::vector<std::map<transfer::TransferId, Open>> open_;  // by node
   std::unordered_map<std::string, std::vector<Place>> by_handle_;
   std::set<std::string> handles_;
+  std::set<std::string> heard_;
+  std::optional<int64_t> longest_step_us_;  // set: publications are watched
   std::vector<int64_t> active_us_;        // by node
   std::vector<int64_t> orphan_until_us_;  // by node
   int64_t disturbed_until_us_ = -2 * kSettleUs;

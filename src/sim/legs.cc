@@ -39,6 +39,7 @@ void NetworkLegs::submit(LegId id, engine::TokenRequest request) {
       engine->submit(std::move(request), [this, id, node = leg.node, ended = false](TokenEvent&& event) mutable {
         if (ended) throw Violation("one-end", fmt::format("worker {} sends an event after the last one", node));
         ended = event.finish.has_value() || event.error.has_value();
+        if (const auto open = legs_.find(id); open != legs_.end()) open->second.has_ended = ended;
         come_back(id, network_.delay_us(), std::move(event));
       });
   workers_.poke(leg.node);
@@ -73,6 +74,34 @@ void NetworkLegs::cancel(LegId id) {
   const int64_t at_us = network_.passable_at(router_, leg.node, queue_.now_us() + network_.delay_us());
   queue_.add(at_us, {leg.node, leg.incarnation}, [this, node = leg.node, request = leg.request] {
     workers_.engine(node)->cancel(request);
+    workers_.poke(node);
+  });
+}
+
+// The connection is half closed. A worker that has not answered when it learns that closes it; another one answers.
+void NetworkLegs::leave(LegId id) {
+  const auto found = legs_.find(id);
+  if (found == legs_.end()) return;
+  if (found->second.incarnation == 0) return cancel(id);
+  const Leg& leg = found->second;
+  const int64_t at_us = network_.passable_at(router_, leg.node, queue_.now_us() + network_.delay_us());
+  queue_.add(at_us, {leg.node, leg.incarnation}, [this, id, node = leg.node, request = leg.request] {
+    const auto open = legs_.find(id);
+    if (open != legs_.end() && open->second.has_ended) return;
+    if (open != legs_.end()) legs_.erase(open);
+    workers_.engine(node)->cancel(request);
+    workers_.poke(node);
+  });
+  queue_.add(queue_.now_us() + kLeaveUs, {}, [this, id] { legs_.erase(id); });
+}
+
+void NetworkLegs::release(int node, const transfer::KvTransferParams& publication) {
+  const int64_t at_us = network_.passable_at(router_, node, queue_.now_us() + network_.delay_us());
+  if (at_us > queue_.now_us() + kReleaseUs) return;  // given up
+  queue_.add(at_us, {node, 0}, [this, node, publication] {
+    engine::Engine* engine = workers_.engine(node);
+    if (engine == nullptr) return;
+    engine->release(publication);
     workers_.poke(node);
   });
 }

@@ -21,6 +21,10 @@ class Legs {
   virtual LegId open(int node, engine::TokenRequest request, engine::EventSink sink) = 0;
   // No event follows. The worker hears of it later.
   virtual void cancel(LegId id) = 0;
+  // As cancel, but if the worker has ended before it hears of that, its last event still comes (HttpClient::leave).
+  virtual void leave(LegId id) = 0;
+  // Nobody comes for the publication (RemoteWorker::release): the worker hears of it later, or never.
+  virtual void release(int node, const transfer::KvTransferParams& publication) = 0;
 };
 
 // What a leg needs of the workers.
@@ -40,17 +44,24 @@ class NetworkLegs final : public Legs {
 
   LegId open(int node, engine::TokenRequest request, engine::EventSink sink) override;
   void cancel(LegId id) override;
+  void leave(LegId id) override;
+  void release(int node, const transfer::KvTransferParams& publication) override;
   // The process died: its kernel closes the connections of its legs.
   void lose_worker(int node, uint64_t incarnation);
   int64_t num_open() const { return std::ssize(legs_); }
 
  private:
+  // As in production.
+  static constexpr int64_t kLeaveUs = 1'000'000;
+  static constexpr int64_t kReleaseUs = 5'000'000;
+
   struct Leg {
     int node = 0;
     engine::EventSink sink;
     uint64_t incarnation = 0;  // 0: the worker has not heard of it
     RequestId request;         // there
     int64_t last_event_us = 0;
+    bool has_ended = false;  // there; its last event may be under way
   };
   void submit(LegId id, engine::TokenRequest request);
   void come_back(LegId id, int64_t delay_us, engine::TokenEvent event);

@@ -194,6 +194,8 @@ class OldHandle final : public Legs {
     return inner_.open(node, std::move(request), std::move(sink));
   }
   void cancel(LegId id) override { inner_.cancel(id); }
+  void leave(LegId id) override { inner_.leave(id); }
+  void release(int node, const transfer::KvTransferParams& publication) override { inner_.release(node, publication); }
 
  private:
   Legs& inner_;
@@ -279,6 +281,38 @@ class DeadlinePerHop final : public Legs {
     return inner_.open(node, std::move(request), std::move(sink));
   }
   void cancel(LegId id) override { inner_.cancel(id); }
+  void leave(LegId id) override { inner_.leave(id); }
+  void release(int node, const transfer::KvTransferParams& publication) override { inner_.release(node, publication); }
+
+ private:
+  Legs& inner_;
+};
+
+// The router keeps to itself that nobody comes for a publication.
+class ForgetRelease final : public Legs {
+ public:
+  explicit ForgetRelease(Legs& inner) : inner_(inner) {}
+  LegId open(int node, engine::TokenRequest request, engine::EventSink sink) override {
+    return inner_.open(node, std::move(request), std::move(sink));
+  }
+  void cancel(LegId id) override { inner_.cancel(id); }
+  void leave(LegId id) override { inner_.leave(id); }
+  void release(int, const transfer::KvTransferParams&) override {}
+
+ private:
+  Legs& inner_;
+};
+
+// An answer that crosses the cancel of its leg is not looked at, and with it goes what it published.
+class LoseCrossingAnswer final : public Legs {
+ public:
+  explicit LoseCrossingAnswer(Legs& inner) : inner_(inner) {}
+  LegId open(int node, engine::TokenRequest request, engine::EventSink sink) override {
+    return inner_.open(node, std::move(request), std::move(sink));
+  }
+  void cancel(LegId id) override { inner_.cancel(id); }
+  void leave(LegId id) override { inner_.cancel(id); }
+  void release(int node, const transfer::KvTransferParams& publication) override { inner_.release(node, publication); }
 
  private:
   Legs& inner_;
@@ -289,6 +323,10 @@ TEST(Mutation, CrossWait) {
   Seams seams;
   seams.no_room = true;
   expect_found(seams, "none", 100, {"standstill", "no-needless-wait"});
+}
+TEST(Mutation, ForgottenRelease) { expect_found(with_legs<ForgetRelease>(), "cancel=0.3", 200, {"end-is-told"}); }
+TEST(Mutation, LostCrossingAnswer) {
+  expect_found(with_legs<LoseCrossingAnswer>(), "cancel=0.3", 200, {"publication-is-known"});
 }
 TEST(Mutation, LeaseIgnoresReader) {
   expect_found(with_handler<LeaseIgnoresReader>(), "none", 20, {"no-needless-failure"});

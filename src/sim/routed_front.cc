@@ -90,27 +90,49 @@ void RoutedFront::open_leg(const router::LegOrder& order) {
   std::from_chars(leg.external_id.data(), leg.external_id.data() + leg.external_id.size(), index);
   around_.trace.add(What::kLeg, node, index, order.role == Role::kPrefill ? 1 : 0);
   if (!requests_[index]->tokens.empty()) around_.trace.add(What::kRetry, node, index, requests_[index]->tokens.size());
-  const LegId id = around_.legs.open(
-      node, std::move(leg), [this, leg_id = order.id](TokenEvent&& event) { on_leg_event(leg_id, std::move(event)); });
+  const std::string fetched = leg.kv_transfer && leg.kv_transfer->do_remote_prefill &&
+                                      leg.kv_transfer->mode == transfer::TransferMode::kPull
+                                  ? leg.kv_transfer->remote_request_id
+                                  : "";
+  const LegId id = around_.legs.open(node, std::move(leg),
+                                     [this, leg_id = order.id, worker = order.worker](TokenEvent&& event) {
+                                       on_leg_event(leg_id, worker, std::move(event));
+                                     });
   ClientRequest& request = *requests_[index];
   const bool is_pull = pulls_ && !order.transfer.empty();
   const bool is_first = order.role == (is_pull ? Role::kPrefill : Role::kDecode);
   if (is_first) request.nodes.clear();
   request.nodes.push_back(node);
   request.fetches = is_pull && !is_first;
-  legs_[order.id] = {id, index, order.role, node};
+  legs_[order.id] = {id, index, order.role, node, order.publishes, fetched};
 }
 
 void RoutedFront::cancel_leg(router::LegId id) {
   const auto leg = legs_.extract(id);
-  if (!leg.empty()) around_.legs.cancel(leg.mapped().id);
+  if (leg.empty()) return;
+  leg.mapped().publishes ? around_.legs.leave(leg.mapped().id) : around_.legs.cancel(leg.mapped().id);
+  around_.checker.expect_no_reader(leg.mapped().fetched);
 }
 
-void RoutedFront::on_leg_event(router::LegId id, TokenEvent&& event) {
-  const OpenLeg leg = legs_.at(id);
+void RoutedFront::release(WorkerId worker, const std::string& transfer) {
+  around_.legs.release(nodes_[static_cast<size_t>(worker.value)],
+                       transfer::parse_kv_transfer_params(nlohmann::json::parse(transfer)).value());
+}
+
+void RoutedFront::on_leg_event(router::LegId id, WorkerId worker, TokenEvent&& event) {
+  const auto found = legs_.find(id);
+  if (found == legs_.end()) {  // cancelled; this crossed it
+    if (!event.kv_transfer || !event.finish) return;
+    around_.checker.hear_of(event.kv_transfer->remote_request_id);
+    core_.publication_unwanted(worker, transfer::to_json(*event.kv_transfer).dump());
+    return around_.checker.expect_no_reader(event.kv_transfer->remote_request_id);
+  }
+  const OpenLeg leg = found->second;
   const int64_t now_us = around_.queue.now_us();
+  if (leg.publishes && event.kv_transfer) around_.checker.hear_of(event.kv_transfer->remote_request_id);
   if (event.finish || event.error) {
     legs_.erase(id);
+    around_.checker.expect_no_reader(leg.fetched);
     around_.trace.add(What::kLegEnd, leg.node, leg.request,
                       event.error ? 1 + static_cast<uint64_t>(event.error->kind) : 0);
   }

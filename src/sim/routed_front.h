@@ -45,11 +45,14 @@ class RoutedFront final : private router::LegPort {
     size_t request = 0;
     router::Role role = router::Role::kDecode;
     int node = 0;
+    bool publishes = false;
+    std::string fetched;  // the handle of the publication that it is to fetch; "": none
   };
 
   void open_leg(const router::LegOrder& order) override;
   void cancel_leg(router::LegId id) override;
-  void on_leg_event(router::LegId id, engine::TokenEvent&& event);
+  void release(router::WorkerId worker, const std::string& transfer) override;
+  void on_leg_event(router::LegId id, router::WorkerId worker, engine::TokenEvent&& event);
   void on_event(ClientRequest& request, engine::TokenEvent&& event);
   void probe(router::WorkerId worker);
   void told(router::WorkerId worker, uint64_t probe, bool success);

@@ -90,6 +90,10 @@ void SimAgent::decline(const KvTransferParams& remote, const Hash256& prompt) {
   post([=, this] { core_.decline(remote, prompt); });
 }
 
+void SimAgent::release(const std::string& handle) {
+  post([=, this] { core_.release(handle); });
+}
+
 void SimAgent::abort(TransferId id) {
   post([=, this] { core_.abort(id); });
 }

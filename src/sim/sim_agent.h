@@ -43,6 +43,7 @@ class SimAgent final : public transfer::Agent, public comm::MessageHandler {
   std::string publish(transfer::TransferId id, const transfer::BlockSpan& span) override;
   void renew_lease(const transfer::KvTransferParams& remote) override;
   void decline(const transfer::KvTransferParams& remote, const Hash256& prompt) override;
+  void release(const std::string& handle) override;
   void abort(transfer::TransferId id) override;
   std::vector<transfer::Done> take_done() override;
   int64_t num_open() const override { return num_open_; }

@@ -22,6 +22,11 @@ World::World(uint64_t seed, const FaultSpec& faults, const Seams& seams, kernels
   draw_cluster();
   draw_plan();
   for (int node = 0; node < num_prefill_ + num_decode_; ++node) start(node);
+  if (front_) {
+    int64_t longest_step_us = 0;
+    for (const Slot& slot : slots_) longest_step_us = std::max(longest_step_us, slot.spec.max_step_us);
+    checker_->watch_publications(longest_step_us);
+  }
   draw_load();
 }
 
@@ -291,6 +296,7 @@ void World::come_to_rest() {
 
 // Every pair of workers serves a push and then a pull, whatever was before.
 void World::probe_pairs() {
+  checker_->watch_publications({});
   for (const Plan plan : {Plan::kPush, Plan::kPull}) {
     for (int prefill = 0; prefill < num_prefill_; ++prefill) {
       for (int decode = 0; decode < num_decode_; ++decode) {

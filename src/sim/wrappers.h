@@ -41,6 +41,7 @@ class AgentWrapper : public transfer::Agent {
   void decline(const transfer::KvTransferParams& remote, const Hash256& prompt) override {
     inner_->decline(remote, prompt);
   }
+  void release(const std::string& handle) override { inner_->release(handle); }
   void abort(transfer::TransferId id) override { inner_->abort(id); }
   std::vector<transfer::Done> take_done() override { return inner_->take_done(); }
   int64_t num_open() const override { return inner_->num_open(); }

@@ -101,6 +101,9 @@ class ThreadAgent final : public Agent, private comm::MessageHandler {
   void decline(const KvTransferParams& remote, const Hash256& prompt) override {
     post([=, this] { core_.decline(remote, prompt); });
   }
+  void release(const std::string& handle) override {
+    post([=, this] { core_.release(handle); });
+  }
   void abort(TransferId id) override {
     post([=, this] { core_.abort(id); });
   }

@@ -92,7 +92,7 @@ class Agent {
   virtual void commit_send(TransferId id, const FirstToken& first_token) = 0;
 
   // Prefill, pull: the span's blocks (first_block 0) may be fetched once by who presents the returned handle; they
-  // stay pinned until fetched, aborted by the peer, or the lease ends.
+  // stay pinned until fetched, aborted by the peer, released, or the lease ends.
   virtual std::string publish(TransferId id, const BlockSpan& span) = 0;
 
   // Decode, pull, before pull(): the request waits in this engine's queue. Extends the peer's lease; call it every few
@@ -102,6 +102,9 @@ class Agent {
   // BlockSpan; a publication of another prompt stays as it is, and so does one that is being fetched by this agent.
   virtual void decline(const KvTransferParams& remote, const Hash256& prompt) { (void)remote, (void)prompt; }
 
+  // Prefill, pull: nobody is to fetch the publication of this handle. As abort(), also if somebody fetches it just now;
+  // ignored if the handle is unknown or that of another kind of transfer.
+  virtual void release(const std::string& handle) = 0;
   // Ends a transfer early: the peer is told; Done follows when no read or write is left in flight.
   virtual void abort(TransferId id) = 0;
 

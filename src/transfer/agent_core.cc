@@ -169,6 +169,12 @@ void AgentCore::decline(const KvTransferParams& remote, const Hash256& prompt) {
   tell_once(remote, Abort{*handle, Side::kSender, "the decode side does not need it", prompt});
 }
 
+void AgentCore::release(const std::string& text) {
+  const std::optional<Handle> handle = parse_handle(text);
+  const Transfer* transfer = handle.has_value() ? find(Side::kSender, *handle) : nullptr;
+  if (transfer != nullptr && transfer->sender->is_publication()) abort(transfer->id);
+}
+
 void AgentCore::abort(TransferId id) {
   Transfer* transfer = find(id);
   if (transfer == nullptr) return;

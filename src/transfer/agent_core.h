@@ -63,6 +63,7 @@ class AgentCore final : public comm::MessageHandler {
   void publish(TransferId id, const Handle& handle, const BlockSpan& span);
   void renew_lease(const KvTransferParams& remote);
   void decline(const KvTransferParams& remote, const Hash256& prompt);
+  void release(const std::string& handle);
   void abort(TransferId id);
 
   // Sends some of what may be sent now; true if there is more. Call after commands and after the messenger's poll().

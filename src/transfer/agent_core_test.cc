@@ -8,119 +8,12 @@
 #include <random>
 
 #include "src/base/log.h"
-#include "src/transfer/fake_network.h"
-#include "src/transfer/test_support.h"
+#include "src/transfer/test_engine.h"
 
 namespace tandem::transfer {
 namespace {
 
 using testing::HasSubstr;
-
-constexpr int32_t kNumBlocks = 24;
-constexpr int64_t kBlockSize = 4;
-
-// An engine as far as transfers care: blocks with known contents, pins, and Done events.
-class TestEngine {
- public:
-  struct Open {
-    bool receiving = false;
-    std::vector<BlockId> blocks;
-    std::vector<uint64_t> expected;  // receiving: seeds of the blocks that should arrive
-    Handle handle;
-  };
-
-  TestEngine(FakeNetwork& network, ManualClock& clock, int64_t port, const std::string& name, uint64_t incarnation,
-             const AgentOptions& options = default_options(), const model::KvLayout& layout = make_layout())
-      : memory(layout, kNumBlocks),
-        engine_id(fmt::format("{}:{}", name, incarnation)),
-        port_(port),
-        core(memory.view(), options, engine_id, clock, [this](Done&& done) { finish(std::move(done)); }),
-        messenger(network.add_node(port, core)) {
-    core.set_messenger(messenger.get());
-    for (int32_t i = 0; i < kNumBlocks; ++i) {
-      free.emplace_back(i);
-      seeds[i] = 1'000'000 * incarnation + static_cast<uint64_t>(i);
-      memory.fill(BlockId(i), seeds[i]);
-    }
-  }
-  static AgentOptions default_options() {
-    AgentOptions options;
-    options.model_fingerprint = "model-a";
-    options.idle_timeout_us = 1'000'000;
-    options.connect_timeout_us = 500'000;
-    options.lease_us = 3'000'000;
-    return options;
-  }
-
-  std::vector<BlockId> take(int64_t count) {
-    if (std::ssize(free) < count) return {};
-    std::vector<BlockId> blocks(free.end() - count, free.end());
-    free.erase(free.end() - count, free.end());
-    return blocks;
-  }
-  // What the peer needs to know to reach a handle of this engine.
-  KvTransferParams address(const std::string& handle) const {
-    KvTransferParams params;
-    params.remote_engine_id = engine_id;
-    params.remote_request_id = handle;
-    params.remote_host = "127.0.0.1";
-    params.remote_port = port_;
-    return params;
-  }
-  TransferId open(bool receiving, const std::vector<BlockId>& blocks, std::vector<uint64_t> expected = {}) {
-    const TransferId id(next_id++);
-    opened[id] = Open{receiving, blocks, std::move(expected), {}};
-    ++num_opened;
-    return id;
-  }
-  std::vector<uint64_t> seeds_of(const std::vector<BlockId>& blocks) {
-    std::vector<uint64_t> list;
-    for (BlockId block : blocks) list.push_back(seeds[block.value]);
-    return list;
-  }
-
-  void finish(Done&& done) {
-    const auto found = opened.find(done.id);
-    ASSERT_NE(found, opened.end()) << "a second Done, or one of an unknown transfer";
-    if (found->second.receiving && done.status.ok()) {
-      for (size_t i = 0; i < found->second.blocks.size(); ++i) {
-        ASSERT_TRUE(memory.holds(found->second.blocks[i], found->second.expected[i])) << "wrong bytes arrived";
-      }
-    }
-    for (BlockId block : found->second.blocks) {
-      free.push_back(block);
-      if (!found->second.receiving) continue;
-      seeds[block.value] = next_seed++;  // the next owner writes at once
-      memory.fill(block, seeds[block.value]);
-    }
-    opened.erase(found);
-    ended.emplace(done.id, std::move(done));
-  }
-  // No block has bytes that its owner did not write, those being received apart.
-  void check_blocks() {
-    std::vector<bool> receiving(kNumBlocks, false);
-    for (const auto& [id, open] : opened) {
-      for (BlockId block : open.blocks) receiving[static_cast<size_t>(block.value)] = open.receiving;
-    }
-    for (int32_t i = 0; i < kNumBlocks; ++i) {
-      if (receiving[static_cast<size_t>(i)]) continue;
-      ASSERT_TRUE(memory.holds(BlockId(i), seeds[i])) << engine_id << " block " << i << " has foreign bytes";
-    }
-  }
-
-  TestMemory memory;
-  std::string engine_id;
-  int64_t port_;
-  AgentCore core;
-  std::unique_ptr<FakeNetwork::Node> messenger;
-  std::vector<BlockId> free;
-  std::map<int32_t, uint64_t> seeds;
-  uint64_t next_seed = 5'000'000;
-  uint64_t next_id = 1;
-  int64_t num_opened = 0;
-  std::map<TransferId, Open> opened;
-  std::map<TransferId, Done> ended;
-};
 
 // One prefill and one decode engine on a network without faults.
 class AgentCoreTest : public testing::Test {
@@ -333,6 +226,61 @@ TEST_F(AgentCoreTest, LeasesHeartbeatsAndDecline) {
   decode.core.decline(prefill.address(handle), {});
   settle();
   EXPECT_TRUE(decode.ended.at(fetching).status.ok());
+}
+
+// Who has the handle of a publication may end it, at any moment of its life, and nothing else.
+TEST_F(AgentCoreTest, AReleaseEndsAPublicationAlsoUnderAReader) {
+  TransferId published;
+  const std::string unread = publish(5, &published);
+  prefill.core.release(make_handle(published.value).to_string());  // another nonce
+  prefill.core.release("no handle");
+  decode.core.release(unread);
+  EXPECT_EQ(prefill.core.num_open(), 1);
+  prefill.core.release(unread);
+  EXPECT_EQ(kind_of(prefill, published), ErrorKind::kAborted);
+  prefill.core.release(unread);
+  const TransferId late = pull(prefill.address(unread), 5);
+  settle();
+  EXPECT_EQ(decode.ended.at(late).status.error().code, "kv_transfer_aborted");
+
+  int num_fetched = 0, num_cut = 0;
+  for (int round = 0; round < 200; ++round) {
+    SCOPED_TRACE(round);
+    prefill_blocks = prefill.take(5);
+    const std::string handle = publish(5, &published);
+    const TransferId fetching = pull(prefill.address(handle), 5);
+    for (int i = 0; i < round % 8; ++i) {
+      prefill.core.pump();
+      network.step();
+    }
+    prefill.core.release(handle);
+    ASSERT_TRUE(prefill.ended.contains(published));  // at once
+    for (const BlockId block : prefill_blocks) {  // their next owner writes at once
+      prefill.seeds[block.value] = prefill.next_seed++;
+      prefill.memory.fill(block, prefill.seeds[block.value]);
+    }
+    settle();
+    ASSERT_TRUE(decode.ended.contains(fetching));  // with the right bytes, if it ended well
+    const bool is_fetched = decode.ended.at(fetching).status.ok();
+    ++(is_fetched ? num_fetched : num_cut);
+    EXPECT_LE(prefill.ended.at(published).status.ok(), is_fetched);
+    EXPECT_EQ(prefill.core.num_open() + decode.core.num_open(), 0);
+    EXPECT_EQ(prefill.core.num_staged() + prefill.core.num_lent(), 0);
+  }
+  EXPECT_GT(num_fetched, 20);
+  EXPECT_GT(num_cut, 20);
+}
+
+TEST_F(AgentCoreTest, AReleaseEndsNoPush) {
+  TransferId receiving;
+  const std::string handle = reserve(5, 0, &receiving);
+  const TransferId sending = begin(handle, 5);
+  prefill.core.release(handle);
+  decode.core.release(handle);
+  send_all(sending, 5);
+  settle();
+  EXPECT_TRUE(decode.ended.at(receiving).status.ok());
+  EXPECT_TRUE(prefill.ended.at(sending).status.ok());
 }
 
 TEST_F(AgentCoreTest, ARestartedPeerIsNamedAndUsableAtOnce) {
@@ -684,6 +632,7 @@ class Storm {
     if (source.empty()) return;
     const TransferId published = prefill.open(false, source);
     const Handle handle = make_handle(published.value);
+    prefill.opened.at(published).handle = handle;
     prefill.core.publish(published, handle, {0, source, count * kBlockSize});
     const int pullers = static_cast<int>(random_() % 4);  // none, one, or wrongly more
     for (int i = 0; i < std::max(1, pullers - 1) && pullers > 0; ++i) {
@@ -719,6 +668,7 @@ class Storm {
     if (engine.opened.empty()) return;
     auto chosen = engine.opened.begin();
     std::advance(chosen, static_cast<ptrdiff_t>(random_() % engine.opened.size()));
+    if (random_() % 2 == 0) return engine.core.release(chosen->second.handle.to_string());  // a publication, or nothing
     engine.core.abort(chosen->first);
   }
 

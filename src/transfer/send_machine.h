@@ -70,6 +70,7 @@ class SendMachine {
   void set_peer_idle_timeout(int64_t idle_timeout_us) { peer_idle_timeout_us_ = idle_timeout_us; }
 
   State state() const { return state_; }
+  bool is_publication() const { return spec_.pull; }
   const Handle& handle() const { return spec_.handle; }
 
  private:
