@@ -3,6 +3,7 @@
 EPLB, and the steps as the ranks' own engines timed them (GET /steps).
 
     .venv/bin/python tests/steps.py [--ranks 4] [--streams 4] [--steps 700] [--turns 3] [--worst 5]
+    .venv/bin/python tests/steps.py --ranks 8 --against-ranks 2 --streams 16: two groups of unlike size with the same load
 
 Prompts cost nothing here (DecodeBenchConnector), so every step generates one token of every stream. A step lasts from its
 planning until its tokens are handed out, with all waits for other ranks. What is shown is of all ranks' steps together.
@@ -39,24 +40,24 @@ def write_model(folder, options):
     return folder
 
 
-def start_group(launcher, model, options, eplb):
-    port = free_port(options.ranks)
+def start_group(launcher, model, options, eplb, count, streams):
+    port = free_port(count)
     coordinator = free_port()
-    shared = ["--load-format", "dummy", "--threads", 1, "--max-num-seqs", options.streams, "--max-num-batched-tokens",
-              max(64, options.streams), "--max-model-len", 4096, "--num-gpu-blocks-override",
-              options.streams * 258, "--kv-transfer-config", '{"kv_connector":"DecodeBenchConnector","kv_role":"kv_both"}',
-              "--moe-routing-simulation", f"zipf:{options.zipf}", "--data-parallel-size", options.ranks,
+    shared = ["--load-format", "dummy", "--threads", 1, "--max-num-seqs", streams, "--max-num-batched-tokens",
+              max(64, streams), "--max-model-len", 4096, "--num-gpu-blocks-override",
+              streams * 258, "--kv-transfer-config", '{"kv_connector":"DecodeBenchConnector","kv_role":"kv_both"}',
+              "--moe-routing-simulation", f"zipf:{options.zipf}", "--data-parallel-size", count,
               "--enable-expert-parallel", "--data-parallel-rpc-port", coordinator]
     if eplb:
         shared += ["--enable-eplb", "--eplb-config", json.dumps({
             "window_size": options.interval, "step_interval": options.interval, "policy": options.policy,
             "num_redundant_experts": options.redundant, "log_balancedness": True})]
     ranks = [launcher.serve(*shared, "--data-parallel-rank", rank, model=model, port=port + rank, wait=False)
-             for rank in range(options.ranks)]
+             for rank in range(count)]
     wait_all_ready(ranks, 120)
     for number, rank in enumerate(ranks):
         if options.cores:
-            limit_cores(f"tandem-{os.getpid()}-{'eplb' if eplb else 'plain'}-{number}", rank.popen.pid, options.cores)
+            limit_cores(f"tandem-{os.getpid()}-{count}{'-eplb' if eplb else ''}-{number}", rank.popen.pid, options.cores)
     return ranks
 
 
@@ -106,10 +107,10 @@ def read_steps(rank):
     return [dict(zip(answer["columns"], step)) for step in answer["steps"]]
 
 
-def take_turn(ranks, options, seed):
+def take_turn(ranks, options, streams, seed):
     """The rounds of one turn, each a list of the ranks' steps."""
     last = max((step["round"] for step in read_steps(ranks[0])), default=0)
-    generate(ranks, options.streams, options.steps + 2 * SETTLE, seed)
+    generate(ranks, streams, options.steps + 2 * SETTLE, seed)
     by_round = {}
     for number, rank in enumerate(ranks):
         for step in read_steps(rank):
@@ -118,9 +119,9 @@ def take_turn(ranks, options, seed):
     rounds = [by_round[number] for number in sorted(by_round)]
     # All streams are in every step: none begins or ends.
     steady = [steps for steps in rounds
-              if len(steps) == len(ranks) and all(step["rows"] == options.streams for step in steps)]
+              if len(steps) == len(ranks) and all(step["rows"] == streams for step in steps)]
     if len(steady) <= 2 * SETTLE:
-        sys.exit(f"{len(steady)} of {len(rounds)} rounds had all {options.streams} streams of each rank: with so many "
+        sys.exit(f"{len(steady)} of {len(rounds)} rounds had all {streams} streams of each rank: with so many "
                  f"streams, which take time to begin, --steps {options.steps} is too few")
     return steady[SETTLE:-SETTLE]
 
@@ -151,6 +152,7 @@ def main():
                           "redundant": 8, "hidden": 1024, "width": 512, "experts": 64, "top-k": 8}.items():
         parser.add_argument("--" + name, type=int, default=default)
     parser.add_argument("--cores", type=float, help="hold each rank to this share of a core, as if it had a machine of its own")
+    parser.add_argument("--against-ranks", type=int, help="no EPLB, but a group of so many ranks with as many streams in all")
     parser.add_argument("--policy", default="default")
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument("--logs", default=None)
@@ -160,24 +162,29 @@ def main():
     launcher = Launcher(folder)
     try:
         model = write_model(folder / "model", options)
-        groups = {"with EPLB": start_group(launcher, model, options, True),
-                  "without": start_group(launcher, model, options, False)}
+        sizes = [options.ranks, options.against_ranks or options.ranks]
+        streams = [options.streams * options.ranks // size for size in sizes]
+        names = [f"{size} ranks" for size in sizes] if options.against_ranks else ["with EPLB", "without"]
+        groups = {name: start_group(launcher, model, options, name == "with EPLB", size, of_rank)
+                  for name, size, of_rank in zip(names, sizes, streams)}
         rounds = {name: [] for name in groups}
         rates = {name: [] for name in groups}
         for turn in range(options.turns):
-            for name, ranks in groups.items():
-                found = take_turn(ranks, options, turn)
+            for (name, ranks), of_rank in zip(groups.items(), streams):
+                found = take_turn(ranks, options, of_rank, turn)
                 rounds[name] += found
                 mean_s = statistics.mean(step["total_us"] for steps in found for step in steps) / 1e6
-                rates[name].append(len(ranks) * options.streams / mean_s)
-        show("without EPLB", rounds["without"], options.worst)
-        show("with EPLB", rounds["with EPLB"], 0)
-        show("of these, moving", [steps for steps in rounds["with EPLB"] if moves(steps)], options.worst)
-        show("of these, not moving", [steps for steps in rounds["with EPLB"] if not moves(steps)], options.worst)
+                rates[name].append(len(ranks) * of_rank / mean_s)
+        for name in names:
+            show(name, rounds[name], options.worst)
         for name, of_turns in rates.items():
             print(f"{name}: tokens/s turn by turn: " + ", ".join(f"{rate:.0f}" for rate in of_turns))
-        print("with / without, turn by turn: " + ", ".join(
-            f"{one / other:.2f}" for one, other in zip(rates["with EPLB"], rates["without"])))
+        print(f"{' / '.join(names)}, turn by turn: " + ", ".join(
+            f"{one / other:.2f}" for one, other in zip(*rates.values())))
+        if options.against_ranks:
+            return
+        show("with EPLB, moving", [steps for steps in rounds["with EPLB"] if moves(steps)], options.worst)
+        show("with EPLB, not moving", [steps for steps in rounds["with EPLB"] if not moves(steps)], options.worst)
         balance = groups["with EPLB"][0].metric("tandem:eplb_balancedness", placement="measured", layers="overall")
         print(f"balancedness of the last window: {balance:.2f}")
         moved = sum(rank.metric("tandem:eplb_moved_experts_total") for rank in groups["with EPLB"])
