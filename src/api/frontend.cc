@@ -422,6 +422,16 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
 
   // ---- The small routes ----
 
+  // A request that is answered at once, in the number of those that a shutdown waits for.
+  void count_until_sent(HttpExchange& exchange) {
+    ++num_requests;
+    // Let go of when the kernel has all of the answer, or the client is gone.
+    const std::shared_ptr<void> counted(nullptr, [weak = weak_from_this()](void*) {
+      if (const std::shared_ptr<Impl> self = weak.lock()) --self->num_requests;
+    });
+    exchange.on_unsent([counted] {});
+  }
+
   using TextAnswer = Result<Json>(const Json& body, const ServedText&, const std::atomic<bool>* stop);
 
   // Answers with what `work` makes of the parsed body and of what is served.
@@ -430,6 +440,7 @@ struct Frontend::Impl : std::enable_shared_from_this<Frontend::Impl> {
     if (!now_serving.ok()) return exchange->respond(error_response(now_serving.error()));
     auto body = std::make_shared<std::string>(std::move(exchange->request().body));
     const int64_t deadline_us = clock.now_us() + static_cast<int64_t>(options.request_timeout_s * 1e6);
+    count_until_sent(*exchange);
     run_text<HttpResponse>(
         *exchange, body->size(), deadline_us,
         [used = *now_serving, body, work](const std::atomic<bool>* stop) -> Result<HttpResponse> {

@@ -81,6 +81,19 @@ TEST_F(FrontendLifeTest, ClosingEndsLongTextsAndSaysWhy) {
   std::printf("ended %.0f ms after the close\n", static_cast<double>(clock.now_us() - closed_us) / 1000);
 }
 
+TEST_F(FrontendLifeTest, CountsTextsUntilTheirAnswerIsSent) {
+  start();
+  RawSocket socket(port);
+  socket.send(tokenize_text(8UL << 20));
+  ASSERT_TRUE(eventually([this] { return num_requests() == 1; }));
+  loop.run([this] { frontend->drain(make_error(ErrorKind::kUnavailable, "the server is shutting down")); });
+  // The answer is more than the kernel takes of it while nobody reads.
+  ASSERT_TRUE(socket.receive(milliseconds(60'000)));
+  EXPECT_EQ(num_requests(), 1);
+  EXPECT_EQ(socket.read_response().status, 200);
+  EXPECT_TRUE(eventually([this] { return num_requests() == 0; }));
+}
+
 // ---- Clients that leave ----
 
 TEST_F(FrontendLifeTest, CancelsAtOnceWhenTheClientLeaves) {

@@ -14,6 +14,7 @@ class Builder final : public nlohmann::json_sax<Json> {
  public:
   Json root;
   std::string fault;  // what was refused; empty if the text is not JSON at all
+  size_t wrong_at = 0;  // byte, from 1 on
 
   bool null() override { return add(nullptr); }
   bool boolean(bool value) override { return add(value); }
@@ -34,7 +35,10 @@ class Builder final : public nlohmann::json_sax<Json> {
   bool end_object() override { return close(); }
   bool start_array(size_t) override { return open(Json::array()); }
   bool end_array() override { return close(); }
-  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception&) override { return false; }
+  bool parse_error(size_t position, const std::string&, const nlohmann::detail::exception&) override {
+    wrong_at = position;
+    return false;
+  }
 
  private:
   struct Level {
@@ -60,7 +64,7 @@ class Builder final : public nlohmann::json_sax<Json> {
   // Pointers into a parent stay valid: a parent does not grow while its child is open.
   Json* place(Json value) {
     if (++num_values_ > kMaxJsonValues) {
-      fault = "has too many values";
+      fault = fmt::format("has more than {} values, which is the limit; send less in one request", kMaxJsonValues);
       return nullptr;
     }
     if (open_.empty()) {
@@ -80,7 +84,7 @@ class Builder final : public nlohmann::json_sax<Json> {
 
   bool open(Json value) {
     if (open_.size() >= kMaxJsonDepth) {
-      fault = "is nested too deeply";
+      fault = fmt::format("is nested more than {} levels deep, which is the limit", kMaxJsonDepth);
       return false;
     }
     Json* placed = place(std::move(value));
@@ -108,7 +112,9 @@ Result<Json> parse_strict_json(std::string_view text, std::string_view what) {
   const bool has_mark = text.starts_with("\xEF\xBB\xBF");
   if (has_nul || has_mark || !Json::sax_parse(text, &builder)) {
     if (!builder.fault.empty()) return invalid_argument("", "{} {}", what, builder.fault);
-    return invalid_argument("", "could not parse the JSON of {}", what);
+    if (has_mark) return invalid_argument("", "could not parse the JSON of {}: it begins with a byte order mark", what);
+    return invalid_argument("", "could not parse the JSON of {}: it is wrong at byte {}", what,
+                            has_nul ? text.find('\0') + 1 : builder.wrong_at);
   }
   return std::move(builder.root);
 }

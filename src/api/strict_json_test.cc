@@ -86,6 +86,7 @@ TEST(StrictJson, RefusesWhatParsersReadDifferently) {
     EXPECT_NE(parsed.error().message.find("the body"), std::string::npos) << name;
   }
   EXPECT_EQ(parse_strict_json("{\"a\":1,\"a\":1}", "it").error().message, "it has a key twice in one object");
+  EXPECT_EQ(parse_strict_json("[1,x]", "it").error().message, "could not parse the JSON of it: it is wrong at byte 4");
 }
 
 TEST(StrictJson, ReadsManyKeysInLinearTime) {
