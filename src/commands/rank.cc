@@ -266,8 +266,12 @@ Status Rank::open_whole_cache(const RankConfig& config, const model::KvLayout& p
                       ranks, ops_->name(), mebibytes(bytes), ranks);
   }
   const SharedMemory& memory = *config.group->kv_memory;
-  TANDEM_ASSIGN(std::unique_ptr<kernels::Buffer> buffer, ops_->open_shared(memory.process, memory.descriptor, bytes));
-  whole_cache_ = std::make_unique<model::KvCache>(whole, num_blocks, std::move(buffer));
+  Result<std::unique_ptr<kernels::Buffer>> buffer = ops_->open_shared(memory.process, memory.descriptor, bytes);
+  if (!buffer.ok()) {
+    return make_error(buffer.error().kind, "--tensor-parallel-kv-memory {}:{}: {}", memory.process, memory.descriptor,
+                      buffer.error().message);
+  }
+  whole_cache_ = std::make_unique<model::KvCache>(whole, num_blocks, *std::move(buffer));
   return {};
 }
 
@@ -361,7 +365,7 @@ Status Rank::join_group(const std::string& http_address, Registry& registry) {
                               ops_->name());
     }
     options.facts.push_back({"layout of the experts", Sha256().add(store.layout()).finish().hex()});
-    options.facts.push_back({"--eplb-config", fact_value(config.eplb_text)});
+    options.facts.push_back({"--eplb-config", config.eplb->describe()});
     balancing_->layers = info().moe_layers;
     balancing_->window_offset = (options.window_bytes + 63) / 64 * 64;
     options.window_bytes = balancing_->window_offset + ep::Balancer::window_bytes(*balancing_);

@@ -88,8 +88,7 @@ Result<RankOptions> read_group(const Options& options, const group::GroupShape& 
   config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
   TANDEM_ASSIGN(config.kv_memory, read_kv_memory(options));
   if (options.flag("enable-eplb")) {
-    config.eplb_text = options.text("eplb-config");
-    TANDEM_ASSIGN(config.eplb, read_eplb(config.eplb_text));
+    TANDEM_ASSIGN(config.eplb, read_eplb(options.text("eplb-config")));
   }
   config.options = describe_options(options);
   RankOptions out;

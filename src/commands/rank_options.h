@@ -37,7 +37,6 @@ struct GroupConfig {
   std::string backend;             // --all2all-backend
   std::string dispatch_format;
   std::optional<eplb::EplbConfig> eplb;  // --enable-eplb
-  std::string eplb_text;
   engine::DualBatchLimits dual_batch;  // --enable-dbo
   int64_t rank_timeout_us = 0;
   std::optional<SharedMemory> kv_memory;  // --tensor-parallel-kv-memory

@@ -50,6 +50,11 @@ Status take_policy(const nlohmann::json& object, Policy& target) {
 
 }  // namespace
 
+std::string EplbConfig::describe() const {
+  return fmt::format("window_size {}, step_interval {}, num_redundant_experts {}, policy {}", window_size, step_interval,
+                     num_redundant_experts, policy_name(policy));
+}
+
 Result<EplbConfig> parse_eplb_config(const std::string& json_text) {
   const nlohmann::json object = nlohmann::json::parse(json_text, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) {

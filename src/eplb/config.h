@@ -16,6 +16,9 @@ struct EplbConfig {
   bool log_balancedness = false;
   bool use_async = true;  // weights move while steps go on
   Policy policy = Policy::kDefault;
+
+  // All that ranks of a group must agree on: equal texts mean the same.
+  std::string describe() const;
 };
 
 // Missing fields keep their defaults. An unknown field or a bad value is an error with value, limit and remedy.
