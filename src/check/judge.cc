@@ -90,6 +90,7 @@ void judge_same(const std::vector<ExaminedProcess>& processes, const char* what,
 std::vector<Finding> judge_models(const std::vector<ExaminedProcess>& processes) {
   std::vector<Finding> findings;
   std::vector<ExaminedProcess> sound;
+  std::vector<ExaminedProcess> starting;
   std::vector<ExaminedProcess> transferring;
   for (const ExaminedProcess& process : processes) {
     if (process.role == "router") continue;
@@ -100,7 +101,9 @@ std::vector<Finding> judge_models(const std::vector<ExaminedProcess>& processes)
     }
     if (process.facts.config_hash.empty()) continue;
     sound.push_back(process);
-    if (process.role != "both" && process.facts.fault.empty()) transferring.push_back(process);
+    if (!process.facts.fault.empty()) continue;
+    starting.push_back(process);
+    if (process.role != "both") transferring.push_back(process);
   }
   const std::string copy =
       "copy the same model folder to every host; KV and experts of different models do not fit together";
@@ -108,7 +111,7 @@ std::vector<Finding> judge_models(const std::vector<ExaminedProcess>& processes)
   judge_same(sound, "weights", &ProcessFacts::weights_hash, true, State::kError, copy, findings);
   judge_same(sound, "tokenizer.json", &ProcessFacts::tokenizer_hash, true, State::kError, copy, findings);
   judge_same(
-      sound, "instruction set", &ProcessFacts::instruction_set, false, State::kWarn,
+      starting, "instruction set", &ProcessFacts::instruction_set, false, State::kWarn,
       "force one that all hosts have with the option cpu-isa, or answers may differ in their last bits; ranks of one "
       "group refuse to start",
       findings);

@@ -52,7 +52,9 @@ Status examine_serve(const std::vector<std::string>& arguments, int64_t num_rank
   facts.tokenizer_hash = hashes.tokenizer;
   TANDEM_ASSIGN(const RankConfig config, make_rank_config(line.options));
   if (config.load.format == model::LoadFormat::kDummy) facts.weights_hash.clear();  // they are not read
-  return size_model(config, num_ranks, line.options.integer("data-parallel-size"), facts);
+  // Each data rank starts its tensor ranks. What one of several takes is a little less than is counted here.
+  const int64_t tensor_ranks = line.options.integer("tensor-parallel-size");
+  return size_model(config, num_ranks * tensor_ranks, line.options.integer("data-parallel-size") * tensor_ranks, facts);
 }
 
 check::ProcessFacts examine_process(const std::vector<std::string>& arguments, int64_t num_ranks) {

@@ -10,6 +10,7 @@
 #include "src/base/version.h"
 #include "src/ep/limits.h"
 #include "src/group/node.h"
+#include "src/model/tensor_split.h"
 
 namespace tandem::commands {
 namespace {
@@ -60,19 +61,40 @@ Status check_group_size(const group::GroupShape& shape, int64_t num_experts) {
                           num_experts, num_experts);
 }
 
+Result<eplb::Layout> expert_layout(const eplb::EplbConfig& config, const group::GroupShape& shape,
+                                   const model::ModelConfig& model) {
+  eplb::Layout layout;
+  layout.num_experts = model.moe.num_experts;
+  layout.num_redundant = config.num_redundant_experts;
+  layout.num_ranks = shape.size();
+  layout.num_groups = std::max<int64_t>(1, model.moe.router.num_groups);
+  if (Status checked = eplb::check_layout(layout); !checked.ok()) {
+    return invalid_argument("eplb-config", "--eplb-config: {}", checked.error().message);
+  }
+  return layout;
+}
+
 // Of --enable-eplb.
 Result<std::optional<ep::BalancerOptions>> read_balancing(const RankConfig& config) {
   if (!config.group->eplb) return std::optional<ep::BalancerOptions>();
   ep::BalancerOptions options;
   options.config = *config.group->eplb;
-  options.layout.num_experts = config.model.moe.num_experts;
-  options.layout.num_redundant = options.config.num_redundant_experts;
-  options.layout.num_ranks = config.group->shape.size();
-  options.layout.num_groups = std::max<int64_t>(1, config.model.moe.router.num_groups);
-  if (Status checked = eplb::check_layout(options.layout); !checked.ok()) {
-    return invalid_argument("eplb-config", "--eplb-config: {}", checked.error().message);
-  }
+  TANDEM_ASSIGN(options.layout, expert_layout(options.config, config.group->shape, config.model));
   return std::optional<ep::BalancerOptions>(options);
+}
+
+// Whether so many ranks can share the model, as far as its config tells.
+Status check_shape(const group::GroupShape& shape, const std::optional<eplb::EplbConfig>& eplb,
+                   const model::ModelConfig& model) {
+  if (shape.size() == 1) return {};
+  TANDEM_TRY(check_group_size(shape, model.moe.num_experts));
+  if (shape.tensor > 1) {
+    model::ModelConfig part = model;
+    TANDEM_TRY(model::split_config(part, {0, shape.tensor}));
+  }
+  if (!eplb) return {};
+  const Result<eplb::Layout> layout = expert_layout(*eplb, shape, model);
+  return layout.ok() ? Status() : Status(layout.error());
 }
 
 // Every option that a transfer sees is named as the user wrote it.
@@ -95,6 +117,7 @@ bool lends_heads(const RankConfig& config) {
 Result<RankConfig> make_rank_config(const Options& options) {
   RankConfig config;
   group::GroupShape shape;
+  std::optional<eplb::EplbConfig> eplb;
   config.backend = choose_backend(options);
   config.threads = static_cast<int>(options.integer("threads"));
   config.limits.max_num_batched_tokens = options.integer("max-num-batched-tokens");
@@ -119,6 +142,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
     config.group = std::move(ranks.group);
     if (ranks.node) shape = ranks.node->shape;
     if (config.group) shape = config.group->shape;
+    eplb = ranks.node ? ranks.node->eplb : config.group ? config.group->eplb : std::nullopt;
     // Ranks of one host are given one configuration: each has its own port for KV.
     if (config.group && config.kv_transfer && config.kv_transfer->port != 0) {
       config.kv_transfer->port += config.group->data_rank();
@@ -158,7 +182,7 @@ Result<RankConfig> make_rank_config(const Options& options) {
     config.load.keep_routing = !config.expert_load_path.empty();
   }
   TANDEM_ASSIGN(config.model, model::load_config(config.load.path));
-  if (shape.size() > 1) TANDEM_TRY(check_group_size(shape, config.model.moe.num_experts));
+  TANDEM_TRY(check_shape(shape, eplb, config.model));
   return config;
 }
 

@@ -120,6 +120,9 @@ Result<RankOptions> read_node(const Options& options, const group::GroupShape& s
   config.hosts_coordinator = first == 0;
   config.has_front_end = !options.flag("headless");
   config.serves_node_only = options.flag("data-parallel-hybrid-lb");
+  if (options.flag("enable-eplb")) {
+    TANDEM_ASSIGN(config.eplb, read_eplb(options.text("eplb-config")));
+  }
   config.rank_timeout_us = static_cast<int64_t>(options.number("rank-timeout") * 1e6);
   if (!config.has_front_end && config.hosts_coordinator) {
     return invalid_argument("headless",

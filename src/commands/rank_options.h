@@ -58,6 +58,7 @@ struct NodeConfig {
   bool hosts_coordinator = false;
   bool has_front_end = true;       // false: headless
   bool serves_node_only = false;   // the front end knows this node's ranks only
+  std::optional<eplb::EplbConfig> eplb;  // --enable-eplb, of its ranks
   int64_t rank_timeout_us = 0;
 };
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import DEMO, TANDEM
+from conftest import DEMO, TANDEM, free_port
 from namespaces import ADDRESSES, NAMES, inside, ip, two_namespaces
 
 NOBODY = "10.93.47.9"
@@ -201,3 +201,19 @@ def test_one_host_is_checked_without_an_agent(tmp_path):
     assert taken.returncode == 1 and "taken" in taken.stdout, taken.stdout
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("options, fault", [
+    ("tensor-parallel-size: 3", "num_attention_heads of"),
+    ("data-parallel-size: 3, enable-expert-parallel: true, enable-eplb: true, eplb-config: {num_redundant_experts: 3}",
+     "16 experts and 3 redundant ones do not divide evenly by 3 ranks"),
+    ("data-parallel-size: 17, enable-expert-parallel: true", "17 ranks cannot share 16 experts"),
+])
+def test_ranks_that_cannot_share_the_model_are_found(tmp_path, options, fault):
+    copy_model(tmp_path)
+    (tmp_path / "cluster.yaml").write_text(
+        f"model: model\noptions: {{threads: 1, kv-cache-memory-bytes: 64M}}\n"
+        f"workers: [{{role: both, port: {free_port()}, options: {{{options}}}}}]\n")
+    done = subprocess.run([TANDEM, "check", "cluster.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and fault in done.stdout, done.stdout
+    assert "instruction set" not in done.stdout  # one fault, one line
