@@ -72,9 +72,11 @@ Finding judge_processors(const std::string& where, const HostFacts& host, int64_
                   value,      fmt::format("{:.1f}", usable), ""};
   if (static_cast<double>(threads) > usable) {
     finding.state = State::kWarn;
-    finding.remedy = fmt::format(
-        "give each of the {} ranks here at most {} threads (option threads), or more processors", num_processes,
-        std::max<int64_t>(1, static_cast<int64_t>(usable) / std::max<int64_t>(1, num_processes)));
+    const int64_t each = static_cast<int64_t>(usable) / std::max<int64_t>(1, num_processes);
+    finding.remedy =
+        each == 0 ? fmt::format("{} ranks here compute by turns: have fewer, or more processors", num_processes)
+                  : fmt::format("give each of the {} ranks here at most {} threads (option threads), or more processors",
+                                num_processes, each);
   }
   return finding;
 }

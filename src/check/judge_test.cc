@@ -59,6 +59,9 @@ TEST(JudgeHost, TooManyThreadsAreAWarning) {
       (std::vector<Finding>{{State::kWarn, Category::kProcessors, "h", "compute threads",
                              "4 threads on 8 processors, of which the control group gives the time of 2.5", "2.5",
                              "give each of the 2 ranks here at most 1 threads (option threads), or more processors"}}));
+  limited.quota = 1.5;
+  EXPECT_EQ(deviations(judge_host(host_with_two_workers(), limited, needs(1, 0))).at(0).remedy,
+            "2 ranks here compute by turns: have fewer, or more processors");
 }
 
 TEST(JudgeHost, TheSumOfTheProcessesMustFit) {
